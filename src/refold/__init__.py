@@ -1,0 +1,1 @@
+"""Convolutional networks that train with many branches and run with one."""

@@ -1,0 +1,1 @@
+"""The building blocks of the papers, each written once, in its training form."""

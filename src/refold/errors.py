@@ -1,0 +1,29 @@
+"""The exceptions that refold raises: each message says what was wrong, what was expected and what to do next."""
+
+
+class RefoldError(Exception):
+    """Base of every error that refold raises for bad input or a failed proof."""
+
+
+class NotFoldable(RefoldError):
+    """Two linear operations have no exact common convolution; the message is the reason."""
+
+
+class NotEquivalent(RefoldError):
+    """Two networks that should compute the same function do not; carries the measured distances as `proof`."""
+
+    def __init__(self, message: str, proof: object = None) -> None:
+        super().__init__(message)
+        self.proof = proof
+
+
+class UnknownModel(RefoldError):
+    """No model has the requested name; the message lists the nearest names."""
+
+
+class CheckpointError(RefoldError):
+    """A checkpoint cannot be read, does not fit the network, or has the wrong form."""
+
+
+class InputError(RefoldError):
+    """An argument, file or folder given by the user cannot be used."""
