@@ -1,0 +1,1 @@
+"""Measuring cost and latency."""

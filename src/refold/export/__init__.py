@@ -1,0 +1,1 @@
+"""Exporting plain networks to inference engines."""
