@@ -182,7 +182,7 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 
 class _Counter(TorchDispatchMode):
     def __init__(self) -> None:
-        super().__init__()
+        TorchDispatchMode.__init__(self)
         self.macs = 0
         self.activations = 0
         self.operators: Counter[str] = Counter()
