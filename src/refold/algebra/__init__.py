@@ -1,4 +1,4 @@
-"""A convolution as a value and the exact operations on it: pure functions of tensors, no modules, no model names."""
+"""A convolution as a value and the exact operations on it: pure functions of tensors, without modules."""
 
 from refold.algebra.convolution import (
     Convolution,

@@ -1,9 +1,10 @@
-"""A convolution as a value, and the layers that are convolutions in disguise (RepNeXt, section 2.2, paradigm 6)."""
+"""A convolution as a value, and the layers that are convolutions in disguise (RepNeXt, 2.2, paradigm 6)."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import prod
 
 import torch
 import torch.nn.functional as F
@@ -18,9 +19,10 @@ Padding = tuple[tuple[int, int], ...]
 class Convolution:
     """A convolution with zero padding: the one value on which the whole algebra works.
 
-    `weight` is `[out_channels, in_channels / groups, *kernel_size]`, `bias` `[out_channels]` or None. `stride` and
-    `dilation` have one number a spatial axis, `padding` one pair (before, after). One, two and three spatial axes
-    are convolutions on `[batch, channels, *size]`; none is a linear layer on `[..., channels]`.
+    `weight` is `[out_channels, in_channels / groups, *kernel_size]`, `bias` `[out_channels]` or None.
+    `stride` and `dilation` have one number a spatial axis, `padding` one pair (before, after). One, two and
+    three spatial axes are convolutions on `[batch, channels, *size]`; none is a linear layer on
+    `[..., channels]`.
     Raises ValueError where the shapes contradict each other.
     """
 
@@ -74,7 +76,13 @@ class Convolution:
         apply = (F.conv1d, F.conv2d, F.conv3d)[self.spatial_axes - 1]
         if self.has_symmetric_padding:
             return apply(
-                x, self.weight, self.bias, self.stride, [p for p, _ in self.padding], self.dilation, self.groups
+                x,
+                self.weight,
+                self.bias,
+                self.stride,
+                [p for p, _ in self.padding],
+                self.dilation,
+                self.groups,
             )
         ends = [end for pair in reversed(self.padding) for end in pair]
         return apply(F.pad(x, ends), self.weight, self.bias, self.stride, 0, self.dilation, self.groups)
@@ -98,7 +106,7 @@ def affine(scale: Tensor, shift: Tensor | None, spatial_axes: int) -> Convolutio
 
 
 def identity(channels: int, spatial_axes: int, like: Tensor) -> Convolution:
-    """The identity on `channels` channels, with the dtype and device of `like` (Dirac kernels; RepNeXt, eq. 5)."""
+    """The identity on `channels` channels, in the dtype and on the device of `like` (RepNeXt, eq. 5)."""
     return affine(torch.ones(channels, dtype=like.dtype, device=like.device), None, spatial_axes)
 
 
@@ -114,14 +122,19 @@ def batch_norm_affine(
 
 
 def batch_norm(
-    mean: Tensor, variance: Tensor, weight: Tensor | None, bias: Tensor | None, epsilon: float, spatial_axes: int
+    mean: Tensor,
+    variance: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    epsilon: float,
+    spatial_axes: int,
 ) -> Convolution:
     """A batch norm in evaluation mode as a depthwise convolution with one tap (paradigm 6)."""
     return affine(*batch_norm_affine(mean, variance, weight, bias, epsilon), spatial_axes)
 
 
 def zero_padding(channels: int, padding: Padding, like: Tensor) -> Convolution:
-    """Zero padding, (before, after) for each spatial axis, as a convolution. Raises NotFoldable for cropping."""
+    """Zero padding, (before, after) for each spatial axis, as a convolution; NotFoldable where it crops."""
     if any(end < 0 for pair in padding for end in pair):
         raise NotFoldable("negative padding crops, which no convolution does")
     unpadded = identity(channels, len(padding), like)
@@ -141,18 +154,14 @@ def average_pool(
 ) -> Convolution:
     """An average pool as a depthwise convolution (paradigm 6).
 
-    Raises NotFoldable where the divisor depends on the position: `ceil_mode`, or padding that is not counted.
+    Raises NotFoldable where the border is treated otherwise: `ceil_mode` with a stride, which lets windows
+    hang over the end, or padding that is not counted.
     """
-    if ceil_mode:
-        raise NotFoldable("an average pool with ceil_mode divides by another number at the border")
+    if ceil_mode and any(step > 1 for step in stride):
+        raise NotFoldable("an average pool with ceil_mode and a stride lets windows hang over the border")
     if any(padding) and not count_include_pad and divisor is None:
-        raise NotFoldable("an average pool that does not count its padding divides by another number at the border")
-    taps = 1
-    for size in kernel_size:
-        taps *= size
-    weight = torch.full(
-        (channels, 1, *kernel_size), 1.0 / (divisor or taps), dtype=like.dtype, device=like.device
-    )
+        raise NotFoldable("an average pool that does not count its padding divides by less at the border")
+    weight = like.new_full((channels, 1, *kernel_size), 1.0 / (divisor or prod(kernel_size)))
     return Convolution(
         weight, None, tuple(stride), tuple((p, p) for p in padding), (1,) * len(kernel_size), channels
     )

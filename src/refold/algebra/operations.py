@@ -1,4 +1,4 @@
-"""Exact operations on convolutions: the six paradigms of structural re-parameterization (RepNeXt, section 2.2)."""
+"""Exact operations on convolutions: the paradigms of structural re-parameterization (RepNeXt, 2.2)."""
 
 from __future__ import annotations
 
@@ -35,10 +35,12 @@ def fold_batch_norm(
 
 
 def align(convolutions: Sequence[Convolution]) -> list[Convolution]:
-    """The same functions with one common kernel size, padding and dilation, kernels padded with zeros (paradigm 4).
+    """The same functions with one common kernel size, padding and dilation (paradigm 4).
 
-    Every tap keeps its offset from the output position, so odd, even, asymmetric, dilated and off-centre kernels
-    are all placed exactly. Raises NotFoldable where strides or output sizes differ.
+    Kernels are padded with zeros. Every tap keeps its offset from the output position, so odd, even,
+    asymmetric, dilated and off-centre kernels are all placed exactly. Raises NotFoldable where strides or
+    output sizes differ; with a stride, sizes may agree for some inputs only (an even and an odd kernel), and
+    the result holds for these.
     """
     first = convolutions[0]
     if any(c.spatial_axes != first.spatial_axes for c in convolutions):
@@ -65,7 +67,7 @@ def sum_branches(convolutions: Sequence[Convolution]) -> Convolution:
 
 
 def concatenate(convolutions: Sequence[Convolution]) -> Convolution:
-    """Parallel convolutions of one input, outputs concatenated, as one convolution without groups (paradigms 3, 4).
+    """Parallel convolutions of one input, outputs concatenated, as one without groups (paradigms 3, 4).
 
     Raises NotFoldable where input channels, strides or output sizes differ.
     """
@@ -73,14 +75,16 @@ def concatenate(convolutions: Sequence[Convolution]) -> Convolution:
     if len(inputs) > 1:
         raise NotFoldable(f"the branches read different numbers of channels: {sorted(inputs)}")
     aligned = align([with_groups(c, 1) for c in convolutions])
-    return replace(aligned[0], weight=torch.cat([c.weight for c in aligned]), bias=_concatenate_biases(aligned))
+    return replace(
+        aligned[0], weight=torch.cat([c.weight for c in aligned]), bias=_concatenate_biases(aligned)
+    )
 
 
 def side_by_side(convolutions: Sequence[Convolution]) -> Convolution:
-    """Convolutions of consecutive channel ranges of one input, outputs concatenated, as one convolution (paradigm 3).
+    """Convolutions of consecutive channel ranges, outputs concatenated, as one convolution (paradigm 3).
 
-    The finest common groups are kept, so that depthwise branches stay depthwise (RepUnit1; RepNeXt, eq. 2); blocks
-    of different shapes become one group. Raises NotFoldable where strides or output sizes differ.
+    The finest common groups are kept, so that depthwise branches stay depthwise (RepUnit1; RepNeXt, eq. 2);
+    blocks of different shapes become one group. Raises NotFoldable where strides or output sizes differ.
     """
     aligned = align(convolutions)
     in_each = lcm(*(c.weight.shape[1] for c in aligned))
@@ -110,10 +114,13 @@ def widen_inputs(convolution: Convolution, start: int, total: int) -> Convolutio
 
 
 def slice_outputs(convolution: Convolution, start: int, stop: int) -> tuple[Convolution, int]:
-    """Output channels `start:stop` as a convolution of only the input channels they need, and the first of those.
+    """Output channels `start:stop` as a convolution of the input channels they need, and the first of those.
 
-    Whole groups stay groups; a range that cuts a group becomes one group.
+    Whole groups stay groups; a range that cuts a group becomes one group. Raises NotFoldable for a range that
+    is empty or not there.
     """
+    if not 0 <= start < stop <= convolution.out_channels:
+        raise NotFoldable(f"there are no channels {start}:{stop} in {convolution.out_channels}")
     out_each, in_each = convolution.out_channels // convolution.groups, convolution.weight.shape[1]
     first, last = start // out_each, -(-stop // out_each)
     weight = convolution.weight[first * out_each : last * out_each]
@@ -128,17 +135,14 @@ def slice_outputs(convolution: Convolution, start: int, stop: int) -> tuple[Conv
 def series(first: Convolution, second: Convolution) -> Convolution:
     """`second(first(x))` as one convolution (paradigm 5, for any two kernels).
 
-    Exact only where the zeros with which `second` pads are what `first` would compute there: raises NotFoldable
-    where `second` pads along an axis while `first` has a bias or more than one tap along it.
+    Exact only where the zeros with which `second` pads are what `first` would compute there: raises
+    NotFoldable where `second` pads while `first` has a bias, or still reaches the image from there.
     """
-    if first.out_channels != second.in_channels:
-        raise NotFoldable(f"{first.out_channels} channels are passed on, {second.in_channels} are expected")
-    if first.spatial_axes != second.spatial_axes:
-        raise NotFoldable("a convolution and a linear layer in series have no common form")
+    require_chained(first, second)
     for axis, padding in enumerate(second.padding):
         if any(padding) and first.bias is not None:
             raise NotFoldable("the second convolution pads with zeros, but the first adds a shift there")
-        if any(padding) and first.kernel_size[axis] > 1:
+        if _reaches_beyond(first, axis, padding):
             raise NotFoldable("the second convolution pads with zeros where the first still sees the image")
     groups = gcd(first.groups, second.groups)
     first, second = with_groups(first, groups), with_groups(second, groups)
@@ -160,6 +164,14 @@ def series(first: Convolution, second: Convolution) -> Convolution:
         dilation=tuple(dilation),
         groups=groups,
     )
+
+
+def require_chained(first: Convolution, second: Convolution) -> None:
+    """Raise NotFoldable unless `second` can read what `first` writes."""
+    if first.out_channels != second.in_channels:
+        raise NotFoldable(f"{first.out_channels} channels are passed on, {second.in_channels} are expected")
+    if first.spatial_axes != second.spatial_axes:
+        raise NotFoldable("convolutions over different numbers of spatial axes have no common form")
 
 
 def _align_axis(convolutions: Sequence[Convolution], axis: int) -> list[Convolution]:
@@ -192,8 +204,15 @@ def _align_axis(convolutions: Sequence[Convolution], axis: int) -> list[Convolut
     return aligned
 
 
+def _reaches_beyond(first: Convolution, axis: int, padding: tuple[int, int]) -> bool:
+    """Whether `first`, moved beyond its output into `padding`, still touches its input."""
+    span = first.dilation[axis] * (first.kernel_size[axis] - 1) + 1
+    before, after = first.padding[axis]
+    return (padding[0] > 0 and before + first.stride[axis] < span) or (padding[1] > 0 and after + 1 < span)
+
+
 def _common_step(taps_first: int, step_first: int, taps_second: int, step_second: int) -> int:
-    """The largest spacing of taps in which both kernels can be written; a kernel with one tap has no spacing."""
+    """The largest spacing of taps in which both kernels can be written; one tap has no spacing."""
     if taps_first == 1:
         return step_second if taps_second > 1 else 1
     return gcd(step_first, step_second) if taps_second > 1 else step_first
@@ -205,7 +224,9 @@ def _spread(weight: Tensor, spacing: Sequence[int]) -> Tensor:
     spacing = [s if k > 1 else 1 for s, k in zip(spacing, kernel, strict=True)]
     if all(s == 1 for s in spacing):
         return weight
-    spread = weight.new_zeros(*weight.shape[:2], *((k - 1) * s + 1 for k, s in zip(kernel, spacing, strict=True)))
+    spread = weight.new_zeros(
+        *weight.shape[:2], *((k - 1) * s + 1 for k, s in zip(kernel, spacing, strict=True))
+    )
     spread[(slice(None), slice(None), *(slice(None, None, s) for s in spacing))] = weight
     return spread
 

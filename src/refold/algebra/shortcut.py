@@ -1,98 +1,96 @@
-"""Dirac extension: a shortcut around a chain of convolutions becomes extra channels of it (RepNeXt, eq. 5 to 8)."""
+"""Dirac extension: a shortcut around convolutions becomes extra channels of them (RepNeXt, eq. 5 to 8)."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from math import gcd
 
 import torch
-from torch import Tensor
 
 from refold.algebra.convolution import Convolution, identity, with_groups
-from refold.algebra.operations import align, sum_branches
+from refold.algebra.operations import align, require_chained, sum_branches
 from refold.errors import NotFoldable
 
 
-def fold_shortcut(chain: Sequence[Convolution], shortcut: Convolution | None = None) -> tuple[Convolution, ...]:
+def fold_shortcut(
+    chain: Sequence[Convolution], shortcut: Convolution | None = None
+) -> tuple[Convolution, ...]:
     """A plain chain that computes what `chain` with a shortcut around it computes, whatever the activations.
 
-    With elementwise activations `a1 ... an-1` between the convolutions `c1 ... cn`, the result `r1 ... rn` satisfies
-    `rn(an-1(... a1(r1(x)))) = cn(an-1(... a1(c1(x)))) + shortcut(an-1(... a1(x)))`: as in the paper, the shortcut
-    passes through the same activations (RepNeXt, section 3.2). `shortcut` is a convolution, by default the identity;
-    channels may be unequal and convolutions grouped. A grouped convolution keeps its groups, the copied channels of a
-    group following its own (instruction 1 of the paper).
+    With elementwise activations `a1 ... an-1` between the convolutions `c1 ... cn`, the result `r1 ... rn`
+    satisfies `rn(an-1(... a1(r1(x)))) = cn(an-1(... a1(c1(x)))) + shortcut(an-1(... a1(x)))`: as in the
+    paper, the shortcut passes through the same activations (RepNeXt, section 3.2). `shortcut` is a
+    convolution, by default the identity; channels may be unequal and convolutions grouped. A grouped
+    convolution keeps its groups where the groups before it allow, the carried channels of a group following
+    its own (instruction 1 of the paper); the last convolution becomes one group.
 
-    Raises NotFoldable where a convolution but the last does not keep the size of the map, or the chain is shorter
-    than two.
+    Raises NotFoldable where a convolution but the last does not keep the size of the map, channels do not
+    match, or the chain is shorter than two.
     """
     if len(chain) < 2:
         raise NotFoldable("a shortcut around one convolution is a sum of branches; use sum_branches")
+    for before, after in pairwise(chain):
+        require_chained(before, after)
     carried = chain[0].in_channels
-    copied_in = _Layout(torch.arange(0), torch.arange(carried), chain[0].groups)
     extended = []
+    layout = _Layout(0, carried, chain[0].groups)
     for convolution in chain[:-1]:
-        wider, copied_in = _carry(convolution, copied_in, carried)
+        wider, layout = _carry(convolution, layout)
         extended.append(wider)
-    return (*extended, _absorb(chain[-1], copied_in, shortcut))
+    last = chain[-1]
+    if shortcut is None:
+        shortcut = identity(carried, last.spatial_axes, last.weight)
+    if (shortcut.in_channels, shortcut.out_channels) != (carried, last.out_channels):
+        raise NotFoldable(
+            f"the shortcut takes {shortcut.in_channels} channels to {shortcut.out_channels}, the chain "
+            f"{carried} to {last.out_channels}; pass a convolution of these channels as shortcut"
+        )
+    main = _read(with_groups(last, 1), layout, layout.main)
+    return (*extended, sum_branches([main, _read(with_groups(shortcut, 1), layout, layout.carried)]))
 
 
+@dataclass(frozen=True)
 class _Layout:
-    """Where a map keeps the channels of the main branch and the carried ones, and in how many equal groups."""
+    """An extended map: in each of `groups` equal groups the channels of the main branch, then the carried."""
 
-    def __init__(self, main: Tensor, carried: Tensor, groups: int) -> None:
-        self.main = main
-        self.carried = carried
-        self.groups = groups
+    main_channels: int
+    carried_channels: int
+    groups: int
 
     @property
-    def channels(self) -> int:
-        return self.main.numel() + self.carried.numel()
+    def main(self) -> slice:
+        """Where the main branch reads in a group; of the chain's input, that is the carried channels."""
+        return slice(0, self.main_channels // self.groups) if self.main_channels else self.carried
+
+    @property
+    def carried(self) -> slice:
+        return slice(self.main_channels // self.groups, None)
 
 
-def _carry(convolution: Convolution, layout: _Layout, carried: int) -> tuple[Convolution, _Layout]:
+def _carry(convolution: Convolution, layout: _Layout) -> tuple[Convolution, _Layout]:
     """Extend one convolution so that its output also holds the carried channels of its input."""
-    axes = convolution.spatial_axes
     if any(s != 1 for s in convolution.stride):
         raise NotFoldable(f"the shortcut cannot pass a convolution with stride {convolution.stride}")
-    reads_carried = layout.main.numel() == 0
-    groups = gcd(convolution.groups, layout.groups, carried)
-    main, copy = align([with_groups(convolution, groups), identity(carried, axes, convolution.weight)])
-    copy = with_groups(copy, groups)
-    main_each, copy_each = main.out_channels // groups, carried // groups
-    block = torch.arange(main.out_channels + carried).reshape(groups, main_each + copy_each)
-    rows_main, rows_carried = block[:, :main_each].flatten(), block[:, main_each:].flatten()
-    in_each = layout.channels // groups
-    weight = main.weight.new_zeros(block.numel(), in_each, *main.kernel_size)
-    columns_carried = (layout.carried % in_each).reshape(groups, -1)
-    columns_main = columns_carried if reads_carried else (layout.main % in_each).reshape(groups, -1)
-    for rows, columns, source in ((rows_main, columns_main, main), (rows_carried, columns_carried, copy)):
-        blocks = source.weight.reshape(groups, -1, *source.weight.shape[1:])
-        for group, group_rows in enumerate(rows.reshape(groups, -1)):
-            weight[group_rows[:, None], columns[group][None, :]] = blocks[group]
-    bias = None
-    if main.bias is not None:
-        bias = main.bias.new_zeros(block.numel())
-        bias[rows_main] = main.bias
-    return replace(main, weight=weight, bias=bias), _Layout(rows_main, rows_carried, groups)
+    groups = gcd(convolution.groups, layout.groups)
+    copy = identity(layout.carried_channels, convolution.spatial_axes, convolution.weight)
+    main, copy = align([with_groups(convolution, groups), with_groups(copy, groups)])
+    parts = [_read(main, layout, layout.main), _read(copy, layout, layout.carried)]
+    weight = torch.cat([part.weight.unflatten(0, (groups, -1)) for part in parts], 1).flatten(0, 1)
+    bias = main.bias
+    if bias is not None:
+        bias = torch.cat(
+            [bias.reshape(groups, -1), bias.new_zeros(groups, copy.out_channels // groups)], 1
+        ).flatten()
+    return replace(main, weight=weight, bias=bias), _Layout(main.out_channels, copy.out_channels, groups)
 
 
-def _absorb(convolution: Convolution, layout: _Layout, shortcut: Convolution | None) -> Convolution:
-    """The last convolution, extended to add the shortcut of the carried channels to its own output."""
-    if shortcut is None:
-        shortcut = identity(layout.carried.numel(), convolution.spatial_axes, convolution.weight)
-    if shortcut.out_channels != convolution.out_channels:
-        raise NotFoldable(
-            f"the shortcut gives {shortcut.out_channels} channels, the chain {convolution.out_channels}; "
-            "pass a convolution of matching channels as shortcut"
-        )
-    main = _spread_inputs(convolution, layout.main, layout.channels)
-    return sum_branches([main, _spread_inputs(shortcut, layout.carried, layout.channels)])
-
-
-def _spread_inputs(convolution: Convolution, positions: Tensor, total: int) -> Convolution:
-    """The same function of an input with `total` channels, of which it reads those at `positions`."""
-    dense = with_groups(convolution, 1)
-    weight = dense.weight.new_zeros(dense.out_channels, total, *dense.kernel_size)
-    weight[:, positions] = dense.weight
-    return replace(dense, weight=weight)
+def _read(convolution: Convolution, layout: _Layout, part: slice) -> Convolution:
+    """The same function of an extended map, of which it reads `part` of each group."""
+    merged = layout.groups // convolution.groups
+    blocks = convolution.weight.unflatten(1, (merged, -1))
+    in_each = (layout.main_channels + layout.carried_channels) // layout.groups
+    weight = blocks.new_zeros(*blocks.shape[:2], in_each, *convolution.kernel_size)
+    weight[:, :, part] = blocks
+    return replace(convolution, weight=weight.flatten(1, 2))
