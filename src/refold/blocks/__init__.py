@@ -1,1 +1,15 @@
 """The building blocks of the papers, each written once, in its training form."""
+
+from refold.blocks.branches import BranchSum, ConvNorm
+from refold.blocks.ghost import GhostBottleneck, GhostModule, GhostModuleFactory, RepGhostModule
+from refold.blocks.repvgg import RepVGGBlock
+
+__all__ = [
+    "BranchSum",
+    "ConvNorm",
+    "GhostBottleneck",
+    "GhostModule",
+    "GhostModuleFactory",
+    "RepGhostModule",
+    "RepVGGBlock",
+]

@@ -1,0 +1,87 @@
+"""What every block is made of: a convolution with its batch norm, and a sum of such branches."""
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+KernelSize = int | tuple[int, int]
+
+
+def _centred_padding(kernel_size: KernelSize) -> KernelSize:
+    if isinstance(kernel_size, int):
+        return kernel_size // 2
+    return kernel_size[0] // 2, kernel_size[1] // 2
+
+
+class ConvNorm(nn.Module):
+    """Convolution without bias, batch norm and, if asked for, ReLU.
+
+    The zero padding is ``kernel_size // 2``, which keeps the map's size for odd kernels at stride 1.
+    Maps ``(batch, in_channels, height, width)`` to ``(batch, out_channels, height / stride, width /
+    stride)``, rounded up.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: KernelSize = 1,
+        *,
+        stride: int = 1,
+        groups: int = 1,
+        activation: bool = False,
+    ) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(
+            in_channels,
+            out_channels,
+            kernel_size,
+            stride=stride,
+            padding=_centred_padding(kernel_size),
+            groups=groups,
+            bias=False,
+        )
+        self.bn = nn.BatchNorm2d(out_channels)
+        self.act = nn.ReLU(inplace=True) if activation else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.act(self.bn(self.conv(x)))
+        return out
+
+
+class BranchSum(nn.Module):
+    """Sum of parallel branches of one input: a ``ConvNorm`` for each kernel size, and a batch norm as skip.
+
+    All branches share stride and groups, and every kernel is centred, so the sum is one convolution at
+    inference: RepVGG's ``3x3 + 1x1 + identity``, MobileOne's repeated kernels, RepGhost's ``depthwise
+    3x3 + batch norm``. The skip exists only where it can: equal channels and stride 1.
+    Maps ``(batch, in_channels, height, width)`` to ``(batch, out_channels, height / stride, width /
+    stride)``, rounded up.
+
+    Source: RepVGG report, figure 2; RepGhost, figure 3.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_sizes: Sequence[KernelSize],
+        *,
+        stride: int = 1,
+        groups: int = 1,
+        skip: bool = True,
+    ) -> None:
+        super().__init__()
+        self.branches = nn.ModuleList(
+            ConvNorm(in_channels, out_channels, kernel_size, stride=stride, groups=groups)
+            for kernel_size in kernel_sizes
+        )
+        has_skip = skip and in_channels == out_channels and stride == 1
+        self.skip = nn.BatchNorm2d(in_channels) if has_skip else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, *others = self.branches
+        out: Tensor = first(x)
+        for branch in others:
+            out = out + branch(x)
+        return out if self.skip is None else out + self.skip(x)

@@ -1,0 +1,123 @@
+"""The modules and the bottleneck of the Ghost networks."""
+
+from math import ceil
+from typing import Protocol
+
+import torch
+from timm.layers import SqueezeExcite
+from torch import Tensor, nn
+
+from refold.blocks.branches import BranchSum, ConvNorm
+
+
+class GhostModule(nn.Module):
+    """Half of the outputs from a 1x1 convolution, the others from a cheap depthwise convolution of that half.
+
+    With ``ratio`` s the primary convolution gives ``ceil(out_channels / s)`` channels and the cheap one
+    s - 1 maps for each of them; both are concatenated, primary first, and cut to ``out_channels``. The
+    cheap convolution reads the activated output of the primary one.
+    Maps ``(batch, in_channels, height, width)`` to ``(batch, out_channels, height, width)``.
+
+    Source: GhostNets on Heterogeneous Devices, section 3.1.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        *,
+        activation: bool,
+        ratio: int = 2,
+        kernel_size: int = 1,
+        cheap_kernel_size: int = 3,
+    ) -> None:
+        super().__init__()
+        primary_channels = ceil(out_channels / ratio)
+        cheap_channels = primary_channels * (ratio - 1)
+        self.out_channels = out_channels
+        self.is_cut = primary_channels + cheap_channels > out_channels
+        self.primary = ConvNorm(in_channels, primary_channels, kernel_size, activation=activation)
+        self.cheap = ConvNorm(
+            primary_channels,
+            cheap_channels,
+            cheap_kernel_size,
+            groups=primary_channels,
+            activation=activation,
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        primary: Tensor = self.primary(x)
+        out = torch.cat([primary, self.cheap(primary)], dim=1)
+        return out[:, : self.out_channels] if self.is_cut else out
+
+
+class RepGhostModule(nn.Module):
+    """A 1x1 convolution, then the sum of a depthwise 3x3 convolution and a batch norm, not a concatenation.
+
+    Maps ``(batch, in_channels, height, width)`` to ``(batch, out_channels, height, width)``; the sum is one
+    depthwise convolution at inference.
+
+    Source: RepGhost, figure 3d.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, *, activation: bool) -> None:
+        super().__init__()
+        self.primary = ConvNorm(in_channels, out_channels, activation=activation)
+        self.cheap = BranchSum(out_channels, out_channels, (3,), groups=out_channels)
+        self.act = nn.ReLU(inplace=True) if activation else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.act(self.cheap(self.primary(x)))
+        return out
+
+
+class GhostModuleFactory(Protocol):
+    """Whatever builds a module from ``in_channels`` to ``out_channels`` that keeps height and width."""
+
+    def __call__(self, in_channels: int, out_channels: int, *, activation: bool) -> nn.Module: ...
+
+
+class GhostBottleneck(nn.Module):
+    """Two modules around an optional strided depthwise convolution and squeeze-excite, added to a shortcut.
+
+    The first module expands to ``mid_channels`` and is activated, the second projects to
+    ``out_channels`` and is not. The shortcut is the identity where shapes allow it, else a depthwise and
+    a 1x1 convolution. There is no activation after the addition.
+    Maps ``(batch, in_channels, height, width)`` to ``(batch, out_channels, height / stride, width /
+    stride)``, rounded up.
+
+    Source: GhostNets on Heterogeneous Devices, section 3.2; RepGhost, figure 4.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        mid_channels: int,
+        out_channels: int,
+        kernel_size: int,
+        *,
+        stride: int,
+        squeeze_channels: int | None,
+        module: GhostModuleFactory,
+    ) -> None:
+        super().__init__()
+        self.ghost1 = module(in_channels, mid_channels, activation=True)
+        self.depthwise: nn.Module = nn.Identity()
+        if stride > 1:
+            self.depthwise = ConvNorm(
+                mid_channels, mid_channels, kernel_size, stride=stride, groups=mid_channels
+            )
+        self.se: nn.Module = nn.Identity()
+        if squeeze_channels is not None:
+            self.se = SqueezeExcite(mid_channels, rd_channels=squeeze_channels, gate_layer="hard_sigmoid")
+        self.ghost2 = module(mid_channels, out_channels, activation=False)
+        self.shortcut: nn.Module = nn.Identity()
+        if stride > 1 or in_channels != out_channels:
+            self.shortcut = nn.Sequential(
+                ConvNorm(in_channels, in_channels, kernel_size, stride=stride, groups=in_channels),
+                ConvNorm(in_channels, out_channels),
+            )
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.ghost2(self.se(self.depthwise(self.ghost1(x)))) + self.shortcut(x)
+        return out

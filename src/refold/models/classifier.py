@@ -1,0 +1,171 @@
+"""What every image classifier of this library shares: stem, stages, head, and timm's interface to them."""
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from timm.layers import ClassifierHead, SelectAdaptivePool2d
+from timm.models import checkpoint_seq
+from torch import Tensor, nn
+
+from refold.errors import InputError
+from refold.models.layouts import Layout
+
+POOLINGS = ("avg", "max", "avgmax", "")
+
+
+class ImageClassifier(nn.Module):
+    """A stem, stages of blocks and a classifier head, with the interface of timm's networks.
+
+    Images ``(batch, in_chans, height, width)`` of any height and width give logits ``(batch,
+    num_classes)``, or pooled features ``(batch, head_hidden_size)`` where ``num_classes`` is 0.
+
+    ``stages`` holds one ``nn.Sequential`` of blocks a resolution; ``feature_channels`` names the modules
+    whose outputs are the features at strides 2, 4, 8, 16 and 32, with their channels.
+
+    Raises ``InputError`` where ``num_classes``, ``in_chans``, ``drop_rate`` or ``global_pool`` cannot be
+    used.
+    """
+
+    layouts: ClassVar[tuple[Layout, ...]] = ()
+    first_convs: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(
+        self,
+        *,
+        stem: nn.Module,
+        stages: list[nn.Sequential],
+        final_conv: nn.Module,
+        head: nn.Module,
+        feature_channels: Mapping[str, int],
+        num_features: int,
+        head_hidden_size: int,
+        num_classes: int,
+        in_chans: int,
+        drop_rate: float,
+        global_pool: str,
+    ) -> None:
+        super().__init__()
+        self.stem = stem
+        self.stages = nn.Sequential(*stages)
+        self.final_conv = final_conv
+        self.head = head
+        self.feature_info = [
+            {"num_chs": channels, "reduction": 2**level, "module": module}
+            for level, (module, channels) in enumerate(feature_channels.items(), start=1)
+        ]
+        self.num_features = num_features
+        self.head_hidden_size = head_hidden_size
+        self.num_classes = num_classes
+        self.in_chans = in_chans
+        self.drop_rate = drop_rate
+        self.global_pool = global_pool
+        self.grad_checkpointing = False
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Images to the last feature map ``(batch, num_features, height / 32, width / 32)``, rounded up."""
+        x = self.stem(x)
+        x = checkpoint_seq(self.stages, x, flatten=True) if self.grad_checkpointing else self.stages(x)
+        out: Tensor = self.final_conv(x)
+        return out
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Last feature map to logits, or to what the classifier reads: ``(batch, head_hidden_size)``."""
+        out: Tensor = self.head(x, pre_logits=pre_logits)
+        return out
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.forward_head(self.forward_features(x))
+
+    def get_classifier(self) -> nn.Module:
+        """The last linear layer, or an identity where ``num_classes`` is 0."""
+        classifier: nn.Module = self.head.get_submodule("fc")
+        return classifier
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Put a new, randomly drawn classifier for ``num_classes`` classes in place, 0 for none.
+
+        ``global_pool`` changes the pooling too: ``avg``, ``max``, ``avgmax``, or an empty string for
+        none, which leaves a map and therefore needs ``num_classes=0``.
+        Raises ``InputError`` where either cannot be used.
+        """
+        pooling = self.global_pool if global_pool is None else global_pool
+        check_arguments(num_classes, self.in_chans, self.drop_rate, pooling)
+        self.head.reset(num_classes, global_pool)  # type: ignore[operator]  # both heads have timm's `reset`
+        self.num_classes = num_classes
+        self.global_pool = pooling
+        # What `create_model` recorded must go on describing this network: it is rebuilt from that record.
+        architecture = getattr(self, "architecture", None)
+        if isinstance(architecture, dict):
+            architecture["arguments"]["num_classes"] = num_classes
+            if global_pool is not None:
+                architecture["arguments"]["global_pool"] = global_pool
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Trade time for memory in training: compute the inside of a block again on the way back."""
+        self.grad_checkpointing = enable
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Patterns that group parameters by depth for layer-wise rates: by block or, ``coarse``, by stage."""
+        block = r"^stages\.(\d+)" if coarse else r"^stages\.(\d+)\.(\d+)"
+        return {"stem": r"^stem", "blocks": [(block, None), (r"^final_conv|^head\.conv", (99999,))]}
+
+
+class ExpandedHead(nn.Module):
+    """Global pooling, a 1x1 convolution with bias to ``hidden_size``, ReLU, dropout and a linear classifier.
+
+    Maps ``(batch, in_features, height, width)`` to ``(batch, num_classes)``.
+
+    Source: GhostNets on Heterogeneous Devices, table 1.
+    """
+
+    def __init__(
+        self, in_features: int, hidden_size: int, num_classes: int, *, pool_type: str, drop_rate: float
+    ) -> None:
+        super().__init__()
+        self.global_pool = SelectAdaptivePool2d(pool_type=pool_type)
+        self.conv = nn.Conv2d(in_features, hidden_size, kernel_size=1)
+        self.act = nn.ReLU(inplace=True)
+        self.flatten = nn.Flatten(1) if pool_type else nn.Identity()
+        self.drop = nn.Dropout(drop_rate)
+        self.fc = _classifier(hidden_size, num_classes)
+
+    def reset(self, num_classes: int, pool_type: str | None = None) -> None:
+        """Replace the classifier, and the pooling if ``pool_type`` is given; the convolution stays."""
+        if pool_type is not None:
+            self.global_pool = SelectAdaptivePool2d(pool_type=pool_type)
+            self.flatten = nn.Flatten(1) if pool_type else nn.Identity()
+        self.fc = _classifier(self.conv.out_channels, num_classes).to(self.conv.weight)
+        self.train(self.training)
+
+    def forward(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        x = self.drop(self.flatten(self.act(self.conv(self.global_pool(x)))))
+        return x if pre_logits else self.fc(x)
+
+
+def pooled_head(in_features: int, num_classes: int, *, pool_type: str, drop_rate: float) -> nn.Module:
+    """Global pooling, dropout and a linear classifier: ``(batch, in_features, height, width)`` to logits."""
+    head: nn.Module = ClassifierHead(in_features, num_classes, pool_type=pool_type, drop_rate=drop_rate)
+    return head
+
+
+def check_arguments(num_classes: int, in_chans: int, drop_rate: float, global_pool: str) -> None:
+    """Raise ``InputError`` for what no classifier can be built with."""
+    if num_classes < 0:
+        raise InputError(
+            f"num_classes is {num_classes}; give the number of classes, or 0 for pooled features."
+        )
+    if in_chans < 1:
+        raise InputError(f"in_chans is {in_chans}; give the number of image channels, 1 or more.")
+    if not 0 <= drop_rate < 1:
+        raise InputError(f"drop_rate is {drop_rate}; give a probability from 0 up to, but not including, 1.")
+    if global_pool not in POOLINGS:
+        raise InputError(f"global_pool is {global_pool!r}; choose one of {', '.join(map(repr, POOLINGS))}.")
+    if not global_pool and num_classes:
+        raise InputError(
+            f"Without pooling there is no classifier, but num_classes is {num_classes}; "
+            "give num_classes=0 for feature maps, or a global_pool."
+        )
+
+
+def _classifier(in_features: int, num_classes: int) -> nn.Module:
+    return nn.Linear(in_features, num_classes) if num_classes else nn.Identity()

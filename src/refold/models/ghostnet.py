@@ -1,0 +1,155 @@
+"""GhostNet: bottlenecks of ghost modules on the plan of MobileNetV3-Large, shared with RepGhostNet."""
+
+import re
+from collections.abc import Sequence
+from itertools import groupby
+from typing import ClassVar, NamedTuple
+
+from timm.layers import make_divisible
+from torch import nn
+
+from refold.blocks import ConvNorm, GhostBottleneck, GhostModule, GhostModuleFactory
+from refold.models.classifier import ExpandedHead, ImageClassifier, check_arguments
+from refold.models.layouts import Layout
+
+
+class GhostRow(NamedTuple):
+    """A bottleneck at width 1; the kernel is that of its strided and its shortcut convolution.
+
+    ``stage`` counts the resolutions; ``official`` is the place in the official code, which groups otherwise.
+    """
+
+    official: str
+    stage: int
+    kernel_size: int
+    mid_channels: int
+    out_channels: int
+    squeeze: bool
+    stride: int
+
+
+GHOST_ROWS = (
+    GhostRow("0.0", 0, 3, 16, 16, False, 1),
+    GhostRow("1.0", 1, 3, 48, 24, False, 2),
+    GhostRow("2.0", 1, 3, 72, 24, False, 1),
+    GhostRow("3.0", 2, 5, 72, 40, True, 2),
+    GhostRow("4.0", 2, 5, 120, 40, True, 1),
+    GhostRow("5.0", 3, 3, 240, 80, False, 2),
+    GhostRow("6.0", 3, 3, 200, 80, False, 1),
+    GhostRow("6.1", 3, 3, 184, 80, False, 1),
+    GhostRow("6.2", 3, 3, 184, 80, False, 1),
+    GhostRow("6.3", 3, 3, 480, 112, True, 1),
+    GhostRow("6.4", 3, 3, 672, 112, True, 1),
+    GhostRow("7.0", 4, 5, 672, 160, True, 2),
+    GhostRow("8.0", 4, 5, 960, 160, False, 1),
+    GhostRow("8.1", 4, 5, 960, 160, True, 1),
+    GhostRow("8.2", 4, 5, 960, 160, False, 1),
+    GhostRow("8.3", 4, 5, 960, 160, True, 1),
+)
+_STEM_CHANNELS, _FINAL_CHANNELS, _HEAD_CHANNELS = 16, 960, 1280
+
+# The width of each network.
+NETWORKS = {"ghostnet_050": 0.5, "ghostnet_100": 1.0, "ghostnet_130": 1.3}
+
+GHOST_RENAMES = (
+    (r"^conv_stem\.", "stem.conv."),
+    (r"^bn1\.", "stem.bn."),
+    *(
+        (rf"^blocks\.{re.escape(row.official)}\.", f"stages.{stage}.{block}.")
+        for stage, rows in groupby(GHOST_ROWS, key=lambda row: row.stage)
+        for block, row in enumerate(rows)
+    ),
+    (r"^blocks\.9\.0\.conv\.", "final_conv.conv."),
+    (r"^blocks\.9\.0\.bn1\.", "final_conv.bn."),
+    (r"\.primary_conv\.0\.", ".primary.conv."),
+    (r"\.primary_conv\.1\.", ".primary.bn."),
+    (r"\.conv_dw\.", ".depthwise.conv."),
+    (r"\.bn_dw\.", ".depthwise.bn."),
+    (r"\.se\.conv_reduce\.", ".se.fc1."),
+    (r"\.se\.conv_expand\.", ".se.fc2."),
+    (r"\.shortcut\.0\.", ".shortcut.0.conv."),
+    (r"\.shortcut\.1\.", ".shortcut.0.bn."),
+    (r"\.shortcut\.2\.", ".shortcut.1.conv."),
+    (r"\.shortcut\.3\.", ".shortcut.1.bn."),
+    (r"^conv_head\.", "head.conv."),
+    (r"^classifier\.", "head.fc."),
+)
+
+_LAYOUT = Layout(
+    "official GhostNet",
+    (
+        *GHOST_RENAMES,
+        (r"\.cheap_operation\.0\.", ".cheap.conv."),
+        (r"\.cheap_operation\.1\.", ".cheap.bn."),
+    ),
+)
+
+
+class GhostNet(ImageClassifier):
+    """A stem, sixteen ``GhostBottleneck`` in five resolutions and a 1x1 convolution, then ``ExpandedHead``.
+
+    ``width`` scales the channels, rounded to multiples of four. A family member changes ``rows`` and
+    ``module``.
+    Images ``(batch, in_chans, height, width)`` of any height and width to logits ``(batch, num_classes)``.
+    Raises ``InputError`` where an argument cannot be used.
+
+    Source: GhostNets on Heterogeneous Devices, table 1.
+    """
+
+    layouts = (_LAYOUT,)
+    first_convs: ClassVar[tuple[str, ...]] = ("stem.conv",)
+    rows: ClassVar[Sequence[GhostRow]] = GHOST_ROWS
+    module: ClassVar[GhostModuleFactory] = GhostModule
+
+    def __init__(
+        self,
+        width: float,
+        num_classes: int = 1000,
+        in_chans: int = 3,
+        drop_rate: float = 0.2,
+        global_pool: str = "avg",
+    ) -> None:
+        check_arguments(num_classes, in_chans, drop_rate, global_pool)
+        stem_channels = channels = _scaled(_STEM_CHANNELS, width)
+        stages, features = [], {}
+        for stage, rows in groupby(self.rows, key=lambda row: row.stage):
+            blocks = []
+            for row in rows:
+                blocks.append(_bottleneck(channels, row, width, self.module))
+                channels = _scaled(row.out_channels, width)
+            stages.append(nn.Sequential(*blocks))
+            features[f"stages.{stage}"] = channels
+        final_channels = _scaled(_FINAL_CHANNELS, width)
+        super().__init__(
+            stem=ConvNorm(in_chans, stem_channels, 3, stride=2, activation=True),
+            stages=stages,
+            final_conv=ConvNorm(channels, final_channels, activation=True),
+            head=ExpandedHead(
+                final_channels, _HEAD_CHANNELS, num_classes, pool_type=global_pool, drop_rate=drop_rate
+            ),
+            feature_channels=features,
+            num_features=final_channels,
+            head_hidden_size=_HEAD_CHANNELS,
+            num_classes=num_classes,
+            in_chans=in_chans,
+            drop_rate=drop_rate,
+            global_pool=global_pool,
+        )
+
+
+def _bottleneck(in_channels: int, row: GhostRow, width: float, module: GhostModuleFactory) -> GhostBottleneck:
+    mid_channels = _scaled(row.mid_channels, width)
+    return GhostBottleneck(
+        in_channels,
+        mid_channels,
+        _scaled(row.out_channels, width),
+        row.kernel_size,
+        stride=row.stride,
+        squeeze_channels=_scaled(mid_channels, 0.25) if row.squeeze else None,
+        module=module,
+    )
+
+
+def _scaled(channels: int, width: float) -> int:
+    scaled: int = make_divisible(channels * width, 4)
+    return scaled

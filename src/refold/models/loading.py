@@ -1,0 +1,224 @@
+"""Load a checkpoint into a network, whichever of the known layouts its names have."""
+
+import argparse
+import pickle
+from collections.abc import Mapping
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from timm.models import clean_state_dict
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from refold.errors import CheckpointError
+from refold.models.layouts import Layout, recognise
+
+# Where training scripts put the weights inside a checkpoint; averaged weights are the ones meant for use.
+_WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model")
+_SHOWN = 3
+
+
+@dataclass(frozen=True)
+class LoadedCheckpoint:
+    """What `load_checkpoint` found: the layout, and the weights of either side without a partner."""
+
+    layout: str
+    missing: tuple[str, ...]
+    unexpected: tuple[str, ...]
+
+
+def load_checkpoint(
+    network: nn.Module, source: str | PathLike[str] | Mapping[str, Any] | nn.Module, strict: bool = True
+) -> LoadedCheckpoint:
+    """Fill a network in place with the weights of a checkpoint, cast to the network's dtype and device.
+
+    ``source`` is a ``.pth``, ``.pt`` or ``.safetensors`` file, a state dict or a network, bare or inside a
+    training script's checkpoint (``state_dict``, ``model``, their averages first). refold's own layout, the official
+    repositories' and timm's are recognised by their names; no pickled code is executed. With ``strict=False``
+    every weight that fits is loaded and the others are left as they are.
+
+    Raises ``CheckpointError``, with the network untouched, where the file cannot be read, belongs to another
+    network, has another number of classes, or is in plain form and the network in training form (or
+    reversed).
+    """
+    if isinstance(source, Mapping | nn.Module):
+        described = "The given checkpoint"
+        weights = _unwrap(source, described)
+    else:
+        described = f"The checkpoint {source}"
+        weights = _unwrap(_read(Path(source)), described)
+    own = {key: value.shape for key, value in network.state_dict().items() if isinstance(value, Tensor)}
+    layout = recognise(weights, _layouts(network), own)
+    original = {layout.rename(key): key for key in weights}
+    renamed = {new: weights[key] for new, key in original.items()}
+    missing = [key for key in own if key not in renamed and not key.endswith("num_batches_tracked")]
+    unexpected = [key for key in renamed if key not in own]
+    _check_form(network, missing, unexpected, described)
+    unfit = [key for key, value in renamed.items() if key in own and value.shape != own[key]]
+    if strict:
+        _check_classes(network, renamed, described)
+        _check_names(network, missing, [original[key] for key in unexpected], len(own), described)
+        _check_shapes({key: (original[key], renamed[key].shape, own[key]) for key in unfit}, described)
+    fitting = {key: value for key, value in renamed.items() if key in own and key not in unfit}
+    if not any(value.ndim for value in fitting.values()):
+        raise CheckpointError(
+            f"{described} has no weight that fits {_name(network)}; give one of this network."
+        )
+    network.load_state_dict(fitting, strict=False)
+    left = tuple(key for key in own if key in missing or key in unfit)
+    return LoadedCheckpoint(layout.name, left, tuple(original[key] for key in (*unexpected, *unfit)))
+
+
+def rename_weights(weights: Mapping[str, Any], network: nn.Module) -> dict[str, Any]:
+    """The same weights under the network's own names, from whichever known layout they are in."""
+    layout = recognise(weights, _layouts(network), network.state_dict())
+    return {layout.rename(key): value for key, value in weights.items()}
+
+
+def _layouts(network: nn.Module) -> tuple[Layout, ...]:
+    return getattr(type(network), "layouts", ())
+
+
+def _read(path: Path) -> Mapping[str, Any]:
+    if not path.is_file():
+        what = "is a folder" if path.is_dir() else "does not exist"
+        raise CheckpointError(f"The checkpoint {path} {what}; give a .pth, .pt or .safetensors file.")
+    try:
+        if path.suffix == ".safetensors":
+            tensors: dict[str, Any] = load_file(path)
+            return tensors
+        # Training scripts often store their command line beside the weights; it holds no code.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except (
+        RuntimeError,
+        OSError,
+        EOFError,
+        ValueError,
+        LookupError,
+        pickle.UnpicklingError,
+        SafetensorError,
+    ) as e:
+        raise CheckpointError(_unreadable(path)) from e
+    if not isinstance(loaded, Mapping):
+        raise CheckpointError(
+            f"The checkpoint {path} holds a {type(loaded).__name__}, not a dictionary of weights; "
+            "save network.state_dict()."
+        )
+    return loaded
+
+
+def _unreadable(path: Path) -> str:
+    try:
+        objects = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    except Exception:  # whatever is wrong with the file, it is not a readable archive
+        objects = []
+    if objects:
+        return (
+            f"The checkpoint {path} holds Python objects besides weights ({_some(objects)}), which are not "
+            "executed; save network.state_dict() alone and give that file."
+        )
+    return (
+        f"The checkpoint {path} cannot be read: it is cut short, damaged or of another format; get it again."
+    )
+
+
+def _unwrap(checkpoint: Mapping[str, Any] | nn.Module, described: str) -> dict[str, Tensor]:
+    if isinstance(checkpoint, nn.Module):
+        checkpoint = checkpoint.state_dict()
+    for wrapper in _WRAPPERS:
+        inner = checkpoint.get(wrapper)
+        if isinstance(inner, Mapping | nn.Module):
+            return _unwrap(inner, described)
+    weights = {key: value for key, value in clean_state_dict(checkpoint).items() if isinstance(value, Tensor)}
+    if not weights:
+        raise CheckpointError(f"{described} holds no weights; give network.state_dict() or a file of it.")
+    return weights
+
+
+def _check_form(network: nn.Module, missing: list[str], unexpected: list[str], described: str) -> None:
+    """A bias where training form has a batch norm, or the other way round, shows the wrong form."""
+    if any(_is_folded_bias(network, key) for key in unexpected):
+        raise CheckpointError(
+            f"{described} is in plain (folded) form, but {_name(network)} is in training form; give a "
+            "checkpoint in training form, or load this one into the folded network."
+        )
+    has_norms = any(key.endswith(".running_var") for key in unexpected)
+    if has_norms and any(_is_conv_bias(network, key) for key in missing):
+        raise CheckpointError(
+            f"{described} is in training form, but {_name(network)} is in plain (folded) form; load it into "
+            "the network in training form and fold that."
+        )
+
+
+def _is_folded_bias(network: nn.Module, key: str) -> bool:
+    module = _owner(network, key)
+    if module is None or not key.endswith(".bias"):
+        return False
+    if isinstance(module, nn.Conv2d):
+        return module.bias is None
+    return any(isinstance(part, _BatchNorm) for part in module.children()) or any(
+        isinstance(part, _BatchNorm) for child in module.children() for part in child.children()
+    )
+
+
+def _is_conv_bias(network: nn.Module, key: str) -> bool:
+    return key.endswith(".bias") and isinstance(_owner(network, key), nn.Conv2d)
+
+
+def _owner(network: nn.Module, key: str) -> nn.Module | None:
+    try:
+        return network.get_submodule(key.rpartition(".")[0])
+    except AttributeError:
+        return None
+
+
+def _check_classes(network: nn.Module, renamed: Mapping[str, Tensor], described: str) -> None:
+    get_classifier = getattr(network, "get_classifier", None)
+    classifier = get_classifier() if callable(get_classifier) else None
+    names = [name for name, module in network.named_modules() if module is classifier]
+    weight = renamed.get(f"{names[0]}.weight") if names else None
+    if weight is None:
+        return
+    found, expected = weight.shape[0], getattr(classifier, "out_features", 0)
+    if found != expected:
+        raise CheckpointError(
+            f"{described} has {found} classes, but {_name(network)} has {expected}; create it with "
+            f"num_classes={found}, or load all but the classifier with strict=False."
+        )
+
+
+def _check_names(
+    network: nn.Module, missing: list[str], unexpected: list[str], own: int, described: str
+) -> None:
+    if missing or unexpected:
+        lacks = f"it lacks {len(missing)} of {own} weights ({_some(missing)})" if missing else ""
+        extra = f"it has {len(unexpected)} unknown ones ({_some(unexpected)})" if unexpected else ""
+        raise CheckpointError(
+            f"{described} is not one of {_name(network)}: {' and '.join(filter(None, (lacks, extra)))}; "
+            "create the network that it was saved from, or load what fits with strict=False."
+        )
+
+
+def _check_shapes(unfit: Mapping[str, tuple[str, torch.Size, torch.Size]], described: str) -> None:
+    if unfit:
+        shapes = [f"{key} {tuple(found)} for {tuple(expected)}" for key, found, expected in unfit.values()]
+        raise CheckpointError(
+            f"{described} has {len(unfit)} weights of another shape ({_some(shapes)}); create the network "
+            "with the name and arguments that it was saved with, or load what fits with strict=False."
+        )
+
+
+def _some(items: list[str]) -> str:
+    shown = ", ".join(items[:_SHOWN])
+    return f"{shown} and {len(items) - _SHOWN} more" if len(items) > _SHOWN else shown
+
+
+def _name(network: nn.Module) -> str:
+    architecture = getattr(network, "architecture", None)
+    return architecture["name"] if isinstance(architecture, dict) else type(network).__name__

@@ -1,0 +1,140 @@
+"""Networks by name: refold's own families first, then everything that timm has."""
+
+import difflib
+import fnmatch
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import timm
+from timm.models import PretrainedCfg, build_model_with_cfg, get_arch_pretrained_cfgs, get_pretrained_cfg
+from torch import nn
+
+from refold.errors import CheckpointError, RefoldError, UnknownModel
+from refold.models import ghostnet, repghostnet, repvgg
+from refold.models.classifier import ImageClassifier
+from refold.models.ghostnet import GhostNet
+from refold.models.loading import rename_weights
+from refold.models.repghostnet import RepGhostNet
+from refold.models.repvgg import RepVGG
+
+_FAMILIES: tuple[tuple[type[RepVGG] | type[GhostNet], Mapping[str, Any]], ...] = (
+    (RepVGG, repvgg.NETWORKS),
+    (GhostNet, ghostnet.NETWORKS),
+    (RepGhostNet, repghostnet.NETWORKS),
+)
+_NETWORKS = {name: (network, row) for network, rows in _FAMILIES for name, row in rows.items()}
+
+# Where a network runs and where its weights come from is not part of what it is.
+_NOT_ARCHITECTURE = {"device", "dtype", "cache_dir", "checkpoint_path"}
+
+
+def _default_cfg(name: str, network: type[ImageClassifier]) -> PretrainedCfg:
+    """timm's preprocessing and weights where it has this network, else ImageNet's usual preprocessing."""
+    cfg = get_pretrained_cfg(name) if timm.is_model(name) else PretrainedCfg(pool_size=(7, 7))
+    return replace(cfg, architecture=name, first_conv=network.first_convs, classifier="head.fc")
+
+
+default_cfgs: dict[str, PretrainedCfg] = {
+    name: _default_cfg(name, network) for name, (network, _) in _NETWORKS.items()
+}
+
+
+def list_models(pattern: str | Iterable[str] = "", include_timm: bool = False) -> list[str]:
+    """The sorted names of refold's networks, and with ``include_timm`` of timm's too.
+
+    ``pattern`` is a shell-style wildcard such as ``repghost*``, or several; empty for all.
+    """
+    names = set(_NETWORKS)
+    if include_timm:
+        names.update(timm.list_models())
+    patterns = [pattern] if isinstance(pattern, str) else list(pattern)
+    return sorted(name for name in names if any(fnmatch.fnmatch(name, each or "*") for each in patterns))
+
+
+def create_model(name: str, pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """Build a network by name, in training form: refold's where it has one, else timm's.
+
+    The keywords are timm's: ``num_classes``, ``in_chans``, ``drop_rate``, ``global_pool``, ``features_only``,
+    ``out_indices``, ``pretrained_cfg_overlay`` ...; one that is None counts as not given. ``pretrained``
+    loads the published weights. The network remembers how it was built in ``architecture``, a dictionary
+    of ``name`` and ``arguments`` that JSON can hold; with an argument that JSON cannot hold, such as a
+    class, it has none.
+
+    Raises ``UnknownModel`` with the nearest names where nobody has the name, ``CheckpointError`` where
+    pretrained weights are not published or cannot be had, and ``InputError`` where an argument cannot be
+    used.
+    """
+    kwargs = {key: value for key, value in kwargs.items() if value is not None}
+    architecture = _architecture(name, kwargs)
+    is_own = name in _NETWORKS
+    if not is_own:
+        _check_timm_name(name)
+    if pretrained:
+        _check_published(name, kwargs)
+    build = partial(_build_own if is_own else timm.create_model, name)
+    try:
+        network: nn.Module = build(pretrained=pretrained, **kwargs)
+    except RefoldError:
+        raise
+    except Exception as error:
+        if not pretrained:
+            raise
+        reason = next(iter(str(error).splitlines()), type(error).__name__).rstrip(".")
+        raise CheckpointError(
+            f"The pretrained weights of {name} could not be loaded ({reason}); check the network connection, "
+            "or create the model without pretrained=True and use load_checkpoint on a file."
+        ) from error
+    if architecture is not None:
+        network.architecture = architecture  # type: ignore[assignment]  # a plain attribute, as timm sets them
+    return network
+
+
+def _build_own(name: str, pretrained: bool, **kwargs: Any) -> nn.Module:
+    network, row = _NETWORKS[name]
+    cfg = kwargs.pop("pretrained_cfg", None) or default_cfgs[name].to_dict()
+    built: nn.Module = build_model_with_cfg(
+        partial(network, row),
+        name,
+        pretrained,
+        pretrained_cfg=cfg,
+        pretrained_filter_fn=rename_weights,
+        feature_cfg={"flatten_sequential": True},
+        **kwargs,
+    )
+    return built
+
+
+def _architecture(name: str, arguments: dict[str, Any]) -> dict[str, Any] | None:
+    kept = {key: value for key, value in arguments.items() if key not in _NOT_ARCHITECTURE}
+    try:
+        return {"name": name, "arguments": json.loads(json.dumps(kept))}
+    except TypeError:
+        return None
+
+
+def _check_timm_name(name: str) -> None:
+    if name.startswith(("hf-hub:", "hf_hub:", "local-dir:")):
+        return
+    base, _, tag = name.partition(".")
+    if not timm.is_model(base):
+        nearest = difflib.get_close_matches(name, list_models(include_timm=True), n=5, cutoff=0.5)
+        hint = f"the nearest names are {', '.join(nearest)}" if nearest else "`list_models` names them all"
+        raise UnknownModel(f"There is no model named {name!r}; {hint}.")
+    tags = get_arch_pretrained_cfgs(base)
+    if tag and name not in tags:
+        raise UnknownModel(f"{base} has no weights tagged {tag!r}; there are {', '.join(tags) or 'none'}.")
+
+
+def _check_published(name: str, kwargs: Mapping[str, Any]) -> None:
+    if name not in default_cfgs and not timm.is_model(name):
+        return  # a hub or folder name, which is its own source of weights
+    cfg = default_cfgs.get(name) or get_pretrained_cfg(name)
+    given = any(kwargs.get(key) for key in ("pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path"))
+    if not given and not (cfg and cfg.has_weights):
+        raise CheckpointError(
+            f"No pretrained weights are published for {name}; create it without pretrained=True, and use "
+            "load_checkpoint for weights of your own."
+        )

@@ -1,0 +1,48 @@
+"""RepGhostNet: GhostNet whose concatenations became sums of branches."""
+
+from refold.blocks import RepGhostModule
+from refold.models.ghostnet import GHOST_RENAMES, GHOST_ROWS, GhostNet
+from refold.models.layouts import Layout
+
+# The width of each network.
+NETWORKS = {
+    "repghostnet_050": 0.5,
+    "repghostnet_058": 0.58,
+    "repghostnet_080": 0.8,
+    "repghostnet_100": 1.0,
+    "repghostnet_111": 1.11,
+    "repghostnet_130": 1.3,
+    "repghostnet_150": 1.5,
+    "repghostnet_200": 2.0,
+}
+
+# Without a concatenation half of GhostNet's channels do between the modules, except in two blocks.
+_MID_CHANNELS = (8, 24, 36, 36, 60, 120, 100, 120, 120, 240, 336, 336, 480, 480, 480, 480)
+
+_LAYOUT = Layout(
+    "official RepGhostNet",
+    (
+        *GHOST_RENAMES,
+        (r"\.cheap_operation\.0\.", ".cheap.branches.0.conv."),
+        (r"\.cheap_operation\.1\.", ".cheap.branches.0.bn."),
+        (r"\.cheap_operation\.", ".cheap."),
+        (r"\.fusion_bn\.0\.", ".cheap.skip."),
+    ),
+)
+
+
+class RepGhostNet(GhostNet):
+    """GhostNet's plan with ``RepGhostModule`` in place of the ghost module.
+
+    Images ``(batch, in_chans, height, width)`` of any height and width to logits ``(batch, num_classes)``.
+    Raises ``InputError`` where an argument cannot be used.
+
+    Source: RepGhost, table 2.
+    """
+
+    layouts = (_LAYOUT,)
+    rows = tuple(
+        row._replace(mid_channels=mid_channels)
+        for row, mid_channels in zip(GHOST_ROWS, _MID_CHANNELS, strict=True)
+    )
+    module = RepGhostModule
