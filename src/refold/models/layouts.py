@@ -27,6 +27,14 @@ OWN_LAYOUT = Layout("refold")
 
 
 def recognise(keys: Iterable[str], layouts: Collection[Layout], own_keys: Collection[str]) -> Layout:
-    """The layout whose refold names meet the most of the network's ``own_keys``; refold's wins a draw."""
+    """The layout whose refold names meet the most of the network's ``own_keys``, in a draw the one that knows
+    the most keys; a checkpoint in plain form meets few names of a network in training form.
+    """
     keys = list(keys)
-    return max((OWN_LAYOUT, *layouts), key=lambda layout: sum(layout.rename(key) in own_keys for key in keys))
+
+    def score(layout: Layout) -> tuple[int, int]:
+        renamed = [layout.rename(key) for key in keys]
+        met = sum(key in own_keys for key in renamed)
+        return met, sum(new != old for new, old in zip(renamed, keys, strict=True))
+
+    return max((OWN_LAYOUT, *layouts), key=score)

@@ -38,9 +38,9 @@ def load_checkpoint(
     """Fill a network in place with the weights of a checkpoint, cast to the network's dtype and device.
 
     ``source`` is a ``.pth``, ``.pt`` or ``.safetensors`` file, a state dict or a network, bare or inside a
-    training script's checkpoint (``state_dict``, ``model``, their averages first). refold's own layout, the official
-    repositories' and timm's are recognised by their names; no pickled code is executed. With ``strict=False``
-    every weight that fits is loaded and the others are left as they are.
+    training script's checkpoint (``state_dict``, ``model``, their averages first). refold's own
+    layout, the official repositories' and timm's are recognised by their names; no pickled code is executed.
+    With ``strict=False`` every weight that fits is loaded and the others are left as they are.
 
     Raises ``CheckpointError``, with the network untouched, where the file cannot be read, belongs to another
     network, has another number of classes, or is in plain form and the network in training form (or
@@ -148,8 +148,8 @@ def _check_form(network: nn.Module, missing: list[str], unexpected: list[str], d
             f"{described} is in plain (folded) form, but {_name(network)} is in training form; give a "
             "checkpoint in training form, or load this one into the folded network."
         )
-    has_norms = any(key.endswith(".running_var") for key in unexpected)
-    if has_norms and any(_is_conv_bias(network, key) for key in missing):
+    norms = [key for key in unexpected if key.endswith(".running_var")]
+    if any(_is_bias_for_norm(network, key, norms) for key in missing):
         raise CheckpointError(
             f"{described} is in training form, but {_name(network)} is in plain (folded) form; load it into "
             "the network in training form and fold that."
@@ -162,13 +162,17 @@ def _is_folded_bias(network: nn.Module, key: str) -> bool:
         return False
     if isinstance(module, nn.Conv2d):
         return module.bias is None
-    return any(isinstance(part, _BatchNorm) for part in module.children()) or any(
-        isinstance(part, _BatchNorm) for child in module.children() for part in child.children()
+    return any(isinstance(part, _BatchNorm) for part in module.modules())
+
+
+def _is_bias_for_norm(network: nn.Module, key: str, norms: list[str]) -> bool:
+    """Whether ``key`` is the bias of a convolution at whose place the checkpoint has a batch norm."""
+    place = key.rpartition(".")[0].rpartition(".")[0]
+    return (
+        key.endswith(".bias")
+        and isinstance(_owner(network, key), nn.Conv2d)
+        and any(norm.startswith(place) for norm in norms)
     )
-
-
-def _is_conv_bias(network: nn.Module, key: str) -> bool:
-    return key.endswith(".bias") and isinstance(_owner(network, key), nn.Conv2d)
 
 
 def _owner(network: nn.Module, key: str) -> nn.Module | None:

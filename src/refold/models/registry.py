@@ -120,7 +120,7 @@ def _check_timm_name(name: str) -> None:
         return
     base, _, tag = name.partition(".")
     if not timm.is_model(base):
-        nearest = difflib.get_close_matches(name, list_models(include_timm=True), n=5, cutoff=0.5)
+        nearest = difflib.get_close_matches(name.lower(), list_models(include_timm=True), n=5, cutoff=0.5)
         hint = f"the nearest names are {', '.join(nearest)}" if nearest else "`list_models` names them all"
         raise UnknownModel(f"There is no model named {name!r}; {hint}.")
     tags = get_arch_pretrained_cfgs(base)

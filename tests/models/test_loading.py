@@ -1,0 +1,228 @@
+"""Checkpoints: every known layout and wrapper loads, and what does not fit is told apart in one sentence."""
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from golden import drawn_weights, golden_record, golden_state_dict
+from refold.errors import CheckpointError
+from refold.models import create_model, load_checkpoint
+
+NAME = "repghostnet_050"
+
+
+@pytest.fixture(scope="module")
+def weights() -> dict[str, Tensor]:
+    return {key: value.float() for key, value in drawn_weights(create_model(NAME, num_classes=4)).items()}
+
+
+def fresh(**arguments: object) -> nn.Module:
+    return create_model(NAME, **{"num_classes": 4, **arguments})
+
+
+def holds(network: nn.Module, weights: dict[str, Tensor]) -> bool:
+    return all(
+        torch.equal(value, weights[key].to(value.dtype)) for key, value in network.state_dict().items()
+    )
+
+
+def refusal(network: nn.Module, source: object, **arguments: object) -> str:
+    """The message of the refusal, which is one sentence and leaves the network as it was."""
+    before = {key: value.clone() for key, value in network.state_dict().items()}
+    with pytest.raises(CheckpointError) as raised:
+        load_checkpoint(network, source, **arguments)
+    assert holds(network, before)
+    message = str(raised.value)
+    assert message.endswith(".")
+    assert "\n" not in message
+    return message
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda w: w,
+        lambda w: {"state_dict": w, "epoch": 3, "optimizer": {"lr": 0.1}},
+        lambda w: {"model": w, "args": argparse.Namespace(lr=0.1)},
+        lambda w: {"state_dict": {k: v + 1 for k, v in w.items()}, "state_dict_ema": w},
+        lambda w: {"model": {k: v + 1 for k, v in w.items()}, "model_ema": w},
+        lambda w: {"state_dict": w, "state_dict_ema": None},
+        lambda w: {f"module.{k}": v for k, v in w.items()},
+        lambda w: {"state_dict": {f"module._orig_mod.{k}": v for k, v in w.items()}},
+    ],
+    ids=["bare", "state_dict", "model", "ema", "model_ema", "no ema", "module", "compiled"],
+)
+def test_wrappers(wrap: Callable[..., dict[str, object]], weights: dict[str, Tensor], tmp_path: Path) -> None:
+    for source in (wrap(weights), tmp_path / "checkpoint.pth"):
+        if isinstance(source, Path):
+            torch.save(wrap(weights), source)
+        network = fresh()
+        loaded = load_checkpoint(network, source)
+        assert (loaded.layout, loaded.missing, loaded.unexpected) == ("refold", (), ())
+        assert holds(network, weights)
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".pt", ".pth.tar", ".safetensors"])
+def test_files(suffix: str, weights: dict[str, Tensor], tmp_path: Path) -> None:
+    path = tmp_path / f"weights{suffix}"
+    (save_file if suffix == ".safetensors" else torch.save)(weights, path)
+    for source in (path, str(path)):
+        network = fresh()
+        load_checkpoint(network, source)
+        assert holds(network, weights)
+
+
+def test_a_network_is_a_source_and_dtype_is_the_targets(weights: dict[str, Tensor]) -> None:
+    network = fresh()
+    network.load_state_dict(weights)
+    other = fresh().to(torch.bfloat16)
+    load_checkpoint(other, {"model": network})
+    assert other.get_classifier().weight.dtype == torch.bfloat16
+    assert holds(other, weights)
+
+
+def test_counters_of_batches_may_be_absent(weights: dict[str, Tensor]) -> None:
+    network = fresh()
+    kept = {key: value for key, value in weights.items() if not key.endswith("num_batches_tracked")}
+    assert len(kept) < len(weights)
+    assert load_checkpoint(network, kept).missing == ()
+    assert holds(network, weights)
+
+
+@pytest.mark.parametrize(
+    ("name", "layout"),
+    [
+        ("repvgg_a0", "timm RepVGG"),
+        ("ghostnet_050", "official GhostNet"),
+        ("repghostnet_050", "official RepGhostNet"),
+    ],
+)
+def test_timms_layout_is_recognised(name: str, layout: str) -> None:
+    theirs = timm.create_model(name, num_classes=4)
+    loaded = load_checkpoint(create_model(name, num_classes=4), theirs.state_dict())
+    assert (loaded.layout, loaded.missing, loaded.unexpected) == (layout, (), ())
+
+
+def test_squeeze_excite_of_timms_repvgg_is_mapped() -> None:
+    with torch.device("meta"):
+        theirs, ours = timm.create_model("repvgg_d2se"), create_model("repvgg_d2se")
+    assert load_checkpoint(ours, theirs.state_dict()).layout == "timm RepVGG"
+
+
+def test_a_timm_network_loads_its_own_checkpoint() -> None:
+    source = timm.create_model("resnet18", num_classes=4)
+    network = create_model("resnet18", num_classes=4)
+    load_checkpoint(network, {"state_dict": {f"module.{k}": v for k, v in source.state_dict().items()}})
+    assert holds(network, source.state_dict())
+    message = refusal(create_model("resnet18", num_classes=5), source.state_dict())
+    assert "has 4 classes, but resnet18 has 5; create it with num_classes=4" in message
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+@pytest.mark.parametrize("kept", [0, 10, 5_000, -1_000])
+def test_a_truncated_file(suffix: str, kept: int, weights: dict[str, Tensor], tmp_path: Path) -> None:
+    path = tmp_path / f"weights{suffix}"
+    (save_file if suffix == ".safetensors" else torch.save)(weights, path)
+    path.write_bytes(path.read_bytes()[:kept])
+    assert f"{path} cannot be read: it is cut short" in refusal(fresh(), path)
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_a_file_of_something_else(suffix: str, tmp_path: Path) -> None:
+    path = tmp_path / f"notes{suffix}"
+    path.write_text("These are not weights.\n" * 100)
+    assert "cannot be read" in refusal(fresh(), path)
+
+
+def test_no_file(tmp_path: Path) -> None:
+    assert "does not exist" in refusal(fresh(), tmp_path / "absent.pth")
+    assert "is a folder" in refusal(fresh(), tmp_path)
+
+
+def test_pickled_objects_are_named_and_not_executed(tmp_path: Path) -> None:
+    path = tmp_path / "whole.pth"
+    torch.save(fresh(), path)
+    message = refusal(fresh(), path)
+    assert "holds Python objects besides weights (" in message
+    assert "refold.models.repghostnet.RepGhostNet" in message or "and " in message
+
+
+def test_a_file_without_weights(tmp_path: Path) -> None:
+    path = tmp_path / "other.pth"
+    torch.save([torch.zeros(3)], path)
+    assert "holds a list, not a dictionary of weights" in refusal(fresh(), path)
+    assert "holds no weights" in refusal(fresh(), {"epoch": 3})
+
+
+def test_a_foreign_checkpoint_names_what_differs() -> None:
+    foreign = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).state_dict()
+    message = refusal(fresh(), foreign)
+    total = len(fresh().state_dict())
+    lacking = sum(not key.endswith("num_batches_tracked") for key in fresh().state_dict())
+    assert f"is not one of {NAME}: it lacks {lacking} of {total} weights (stem.conv.weight, " in message
+    assert f" and {lacking - 3} more)" in message
+    assert f" and it has {len(foreign)} unknown ones (0.weight, 0.bias, 1.weight and 4 more);" in message
+    assert "has no weight that fits" in refusal(fresh(), {"a": torch.zeros(2)}, strict=False)
+
+
+def test_another_network_of_the_family(weights: dict[str, Tensor]) -> None:
+    message = refusal(create_model("repghostnet_080", num_classes=4), weights)
+    assert "weights of another shape (stem.conv.weight (8, 3, 3, 3) for (12, 3, 3, 3), " in message
+
+
+def test_a_missing_weight_is_named_as_the_network_and_an_extra_one_as_the_file_names_it() -> None:
+    official = timm.create_model(NAME, num_classes=4).state_dict()
+    official["blocks.0.0.extra.weight"] = official.pop("conv_head.bias")
+    message = refusal(fresh(), official)
+    assert "it lacks 1 of " in message
+    assert "(head.conv.bias) and it has 1 unknown ones (blocks.0.0.extra.weight);" in message
+    loaded = load_checkpoint(fresh(), official, strict=False)
+    assert (loaded.missing, loaded.unexpected) == (("head.conv.bias",), ("blocks.0.0.extra.weight",))
+
+
+@pytest.mark.parametrize("classes", [0, 10])
+def test_the_wrong_class_count(classes: int, weights: dict[str, Tensor]) -> None:
+    network = fresh(num_classes=classes)
+    message = refusal(network, weights)
+    assert f"has 4 classes, but {NAME} has {classes}; create it with num_classes=4" in message
+    untouched = network.get_classifier().state_dict()
+    loaded = load_checkpoint(network, weights, strict=False)
+    assert loaded.unexpected == ("head.fc.weight", "head.fc.bias")
+    assert loaded.missing == (("head.fc.weight", "head.fc.bias") if classes else ())
+    assert torch.equal(network.head.conv.weight, weights["head.conv.weight"])
+    assert all(torch.equal(value, network.get_classifier().state_dict()[k]) for k, value in untouched.items())
+
+
+@pytest.mark.parametrize("name", ["repvgg_a0", "repghostnet_050"])
+def test_a_converted_checkpoint_of_timm_is_in_plain_form(name: str) -> None:
+    plain = timm.utils.reparameterize_model(timm.create_model(name, num_classes=4))
+    message = refusal(create_model(name, num_classes=4), plain.state_dict())
+    assert f"is in plain (folded) form, but {name} is in training form" in message
+
+
+@pytest.mark.parametrize(("name", "official"), [("repvgg_a0", "RepVGG_A0"), (NAME, "repghostnet_0_5x")])
+def test_a_converted_official_checkpoint_is_in_plain_form(name: str, official: str) -> None:
+    plain = golden_state_dict(golden_record(official), "deploy_state_dict")
+    assert "is in plain (folded) form" in refusal(create_model(name), plain)
+
+
+def test_plain_and_training_form_are_told_apart_for_refolds_own_names() -> None:
+    training, plain = (create_model("repvgg_a0", num_classes=4) for _ in range(2))
+    for block in (module for module in plain.modules() if hasattr(module, "conv")):
+        if hasattr(block.conv, "branches"):
+            first = block.conv.branches[0].conv
+            block.conv = nn.Conv2d(
+                first.in_channels, first.out_channels, 3, first.stride, padding=1, groups=first.groups
+            )
+    assert "is in plain (folded) form" in refusal(training, plain.state_dict())
+    message = refusal(plain, training.state_dict())
+    assert "is in training form, but repvgg_a0 is in plain (folded) form" in message
+    load_checkpoint(plain, plain.state_dict())
+    converted = timm.utils.reparameterize_model(timm.create_model("repvgg_a0", num_classes=4))
+    assert load_checkpoint(plain, converted.state_dict()).layout == "timm RepVGG"

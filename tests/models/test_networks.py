@@ -1,0 +1,104 @@
+"""The networks against the official ones: sizes, golden logits, and timm's networks with the same weights."""
+
+import pytest
+import timm
+import torch
+
+from golden import (
+    assert_golden_logits,
+    drawn_weights,
+    golden_input,
+    golden_record,
+    golden_state_dict,
+)
+from refold.folding.cost import count
+from refold.models import create_model, list_models, load_checkpoint
+
+# Parameters, MACs (M) and activations (M) of the official networks in training form at 224 pixels.
+OFFICIAL_COST = {
+    "ghostnet_050": (2_587_292, 42.328, 1.773),
+    "ghostnet_100": (5_182_508, 141.151, 3.544),
+    "ghostnet_130": (7_358_820, 227.003, 4.595),
+    "repghostnet_050": (2_313_968, 43.315, 2.021),
+    "repghostnet_058": (2_546_388, 59.804, 2.589),
+    "repghostnet_080": (3_278_968, 95.519, 3.215),
+    "repghostnet_100": (4_073_604, 142.394, 3.980),
+    "repghostnet_111": (4_539_984, 170.124, 4.380),
+    "repghostnet_130": (5_478_612, 231.124, 5.235),
+    "repghostnet_150": (6_575_336, 301.316, 6.000),
+    "repghostnet_200": (9_796_124, 515.870, 7.959),
+    "repvgg_a0": (9_108_968, 1512.581, 3.588),
+    "repvgg_a1": (14_092_264, 2626.488, 4.742),
+    "repvgg_a2": (28_210_600, 5685.345, 6.259),
+    "repvgg_b0": (15_817_960, 3397.192, 6.147),
+    "repvgg_b1": (57_415_016, 13128.090, 10.637),
+    "repvgg_b1g2": (45_782_376, 9788.375, 10.637),
+    "repvgg_b1g4": (39_966_056, 8118.518, 10.637),
+    "repvgg_b2": (89_022_376, 20418.171, 12.895),
+    "repvgg_b2g2": (70_846_376, 15199.867, 12.895),
+    "repvgg_b2g4": (61_758_376, 12590.715, 12.895),
+    "repvgg_b3": (123_085_288, 29120.696, 15.103),
+    "repvgg_b3g2": (96_911_848, 21606.339, 15.103),
+    "repvgg_b3g4": (83_825_128, 17849.160, 15.103),
+    "repvgg_d2se": (133_334_836, 36476.744, 22.956),
+}
+
+
+def test_every_network_has_its_official_cost() -> None:
+    assert list_models() == sorted(OFFICIAL_COST)
+
+
+@pytest.mark.parametrize("name", OFFICIAL_COST)
+def test_cost_is_the_official_one(name: str) -> None:
+    with torch.device("meta"):
+        cost = count(create_model(name), torch.empty(1, 3, 224, 224))
+    parameters, macs, activations = OFFICIAL_COST[name]
+    assert cost.parameters == parameters
+    assert round(cost.macs / 1e6, 3) == macs
+    assert round(cost.activations / 1e6, 3) == activations
+
+
+@pytest.mark.parametrize(
+    ("name", "official", "layout"),
+    [
+        ("repvgg_a0", "RepVGG_A0", "official RepVGG"),
+        ("repvgg_b1g2", "RepVGG_B1g2", "official RepVGG"),
+        ("ghostnet_100", "ghostnet_1.0x", "official GhostNet"),
+        ("repghostnet_050", "repghostnet_0_5x", "official RepGhostNet"),
+        pytest.param("repvgg_d2se", "RepVGG_D2se", "official RepVGG", marks=pytest.mark.slow),
+    ],
+)
+def test_golden_logits(name: str, official: str, layout: str) -> None:
+    record = golden_record(official)
+    network = create_model(name).double().eval()
+    loaded = load_checkpoint(network, golden_state_dict(record))
+    assert (loaded.layout, loaded.missing, loaded.unexpected) == (layout, (), ())
+    with torch.no_grad():
+        assert_golden_logits(network(golden_input(record)), record, relative=1e-9)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "repvgg_a0",
+        "repvgg_a2",
+        "repvgg_b1g4",
+        "ghostnet_050",
+        "ghostnet_130",
+        "repghostnet_058",
+        "repghostnet_200",
+    ],
+)
+def test_timms_weights_give_timms_outputs(name: str) -> None:
+    theirs = timm.create_model(name).double().eval()
+    theirs.load_state_dict(drawn_weights(theirs, gain=0.7))
+    ours = create_model(name).double().eval()
+    load_checkpoint(ours, theirs.state_dict())
+    x = torch.randn(1, 3, 96, 64, dtype=torch.float64)
+    with torch.no_grad():
+        features, expected = ours.forward_features(x), theirs.forward_features(x)
+        assert (features - expected).abs().max() <= 1e-9 * expected.std()
+        logits, expected = ours(x), theirs(x)
+        assert (logits - expected).abs().max() <= 1e-9 * expected.std()
+        hidden, expected = ours.forward_head(features, pre_logits=True), theirs.forward_head(features, True)
+        assert (hidden - expected).abs().max() <= 1e-9 * expected.abs().max()

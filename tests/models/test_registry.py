@@ -1,0 +1,125 @@
+"""Names: refold's networks first, timm's behind them, help for the rest, and what a network remembers."""
+
+import json
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+from golden import drawn_weights
+from refold.errors import CheckpointError, UnknownModel
+from refold.models import ImageClassifier, create_model, default_cfgs, list_models
+
+
+def test_names_are_filtered_as_timm_filters() -> None:
+    assert list_models("repghost*1?0") == ["repghostnet_100", "repghostnet_130", "repghostnet_150"]
+    assert list_models(["repvgg_a*", "ghostnet_?5*"]) == [
+        "ghostnet_050",
+        "repvgg_a0",
+        "repvgg_a1",
+        "repvgg_a2",
+    ]
+    assert list_models("resnet*") == []
+    assert list_models("resnet5?", include_timm=True) == sorted(timm.list_models("resnet5?"))
+    everything = list_models(include_timm=True)
+    assert everything == sorted({*list_models(), *timm.list_models()})
+    assert set(default_cfgs) == set(list_models())
+
+
+def test_refolds_network_comes_first_and_timms_registry_is_untouched() -> None:
+    with torch.device("meta"):
+        assert isinstance(create_model("repvgg_a0"), ImageClassifier)
+        assert not isinstance(timm.create_model("repvgg_a0"), ImageClassifier)
+        assert isinstance(create_model("repvgg_a0.rvgg_in1k"), timm.models.ByobNet)
+        assert isinstance(create_model("resnet18", num_classes=3), timm.models.ResNet)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("repvg_a0", "'repvg_a0'; the nearest names are repvgg_a0"),
+        ("repghostnet_1_0x", "repghostnet_100"),
+        ("resnet5", "resnet5"),
+        ("RepVGG_A0", "repvgg_a0"),
+        ("", "list_models"),
+        ("resnet50.mine", "resnet50 has no weights tagged 'mine'; there are resnet50.a1_in1k"),
+    ],
+)
+def test_an_unknown_name_is_answered_with_the_nearest(name: str, expected: str) -> None:
+    with pytest.raises(UnknownModel) as raised:
+        create_model(name)
+    assert expected in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("repghostnet_050", {"num_classes": 3, "in_chans": 1, "drop_rate": 0.1, "global_pool": "max"}),
+        ("ghostnet_050", {"features_only": True, "out_indices": (0, 2)}),
+        ("resnet18", {"num_classes": 3, "act_layer": "silu"}),
+        ("mobilenetv3_small_050", {"features_only": True, "out_indices": (1, 3)}),
+    ],
+)
+def test_a_network_remembers_how_to_build_it(name: str, arguments: dict[str, object]) -> None:
+    with torch.device("meta"):
+        network = create_model(name, **arguments, global_stride=None)
+        written = json.loads(json.dumps(network.architecture))
+        again = create_model(written["name"], **written["arguments"])
+    assert written["name"] == name
+    assert written["arguments"] == {k: list(v) if isinstance(v, tuple) else v for k, v in arguments.items()}
+    shapes = [[(key, value.shape) for key, value in net.state_dict().items()] for net in (network, again)]
+    assert shapes[0] == shapes[1]
+
+
+def test_where_a_network_runs_is_not_remembered_and_a_class_cannot_be() -> None:
+    network = create_model("resnet18", device="meta", num_classes=2)
+    assert network.architecture == {"name": "resnet18", "arguments": {"num_classes": 2}}
+    assert not hasattr(create_model("resnet18", device="meta", act_layer=nn.SiLU), "architecture")
+
+
+@pytest.mark.parametrize("name", ["repvgg_b1g2", "ghostnet_130", "efficientnet_lite4"])
+def test_weights_that_nobody_published(name: str) -> None:
+    with pytest.raises(CheckpointError) as raised:
+        create_model(name, pretrained=True)
+    assert str(raised.value).startswith(f"No pretrained weights are published for {name}; ")
+
+
+@pytest.mark.parametrize("name", ["repghostnet_050", "resnet18"])
+def test_weights_that_cannot_be_fetched(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unreachable(*args: object, **kwargs: object) -> None:
+        raise OSError("Name or service not known.\nmore lines")
+
+    monkeypatch.setattr("timm.models._builder.load_state_dict_from_hf", unreachable)
+    with pytest.raises(CheckpointError) as raised:
+        create_model(name, pretrained=True)
+    message = str(raised.value)
+    assert message.startswith(
+        f"The pretrained weights of {name} could not be loaded (Name or service not known);"
+    )
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize("name", ["repvgg_a0", "ghostnet_100", "repghostnet_050"])
+def test_published_weights_are_timms_and_fit(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    theirs = timm.create_model(name).eval()
+    theirs.load_state_dict(drawn_weights(theirs, gain=0.7))
+    asked = []
+
+    def fetched(location: str, **kwargs: object) -> dict[str, torch.Tensor]:
+        asked.append(location)
+        return theirs.state_dict()
+
+    monkeypatch.setattr("timm.models._builder.load_state_dict_from_hf", fetched)
+    ours = create_model(name, pretrained=True).eval()
+    x = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        assert torch.allclose(ours(x), theirs(x), rtol=1e-4, atol=1e-4 * theirs(x).std().item())
+        features = create_model(name, pretrained=True, features_only=True).eval()(x)
+        assert torch.allclose(ours.final_conv(features[-1]), ours.forward_features(x), rtol=1e-5)
+        gray = create_model(name, pretrained=True, in_chans=1, num_classes=5).eval()
+        expected = ours.forward_features(x[:, :1].repeat(1, 3, 1, 1))
+        assert torch.allclose(gray.forward_features(x[:, :1]), expected, rtol=1e-3, atol=1e-4)
+    assert set(asked) == {timm.models.get_pretrained_cfg(name).hf_hub_id}
+    assert gray.get_classifier().out_features == 5
+    assert "pretrained" not in ours.architecture["arguments"]
