@@ -133,6 +133,17 @@ def test_a_truncated_file(suffix: str, kept: int, weights: dict[str, Tensor], tm
     assert f"{path} cannot be read: it is cut short" in refusal(fresh(), path)
 
 
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_file_cut_anywhere(zipped: bool, tmp_path: Path) -> None:
+    path = tmp_path / "weights.pth"
+    torch.save(nn.Linear(3, 2).state_dict(), path, _use_new_zipfile_serialization=zipped)
+    whole = path.read_bytes()
+    network = nn.Linear(3, 2)
+    for kept in range(0, len(whole), max(1, len(whole) // 100)):
+        path.write_bytes(whole[:kept])
+        assert "cannot be read" in refusal(network, path)
+
+
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
 def test_a_file_of_something_else(suffix: str, tmp_path: Path) -> None:
     path = tmp_path / f"notes{suffix}"
@@ -150,7 +161,6 @@ def test_pickled_objects_are_named_and_not_executed(tmp_path: Path) -> None:
     torch.save(fresh(), path)
     message = refusal(fresh(), path)
     assert "holds Python objects besides weights (" in message
-    assert "refold.models.repghostnet.RepGhostNet" in message or "and " in message
 
 
 def test_a_file_without_weights(tmp_path: Path) -> None:

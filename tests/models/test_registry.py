@@ -1,6 +1,7 @@
 """Names: refold's networks first, timm's behind them, help for the rest, and what a network remembers."""
 
 import json
+from pathlib import Path
 
 import pytest
 import timm
@@ -9,7 +10,7 @@ from torch import nn
 
 from golden import drawn_weights
 from refold.errors import CheckpointError, UnknownModel
-from refold.models import ImageClassifier, create_model, default_cfgs, list_models
+from refold.models import ImageClassifier, create_model, default_cfgs, list_models, load_checkpoint
 
 
 def test_names_are_filtered_as_timm_filters() -> None:
@@ -98,6 +99,24 @@ def test_weights_that_cannot_be_fetched(name: str, monkeypatch: pytest.MonkeyPat
         f"The pretrained weights of {name} could not be loaded (Name or service not known);"
     )
     assert "\n" not in message
+
+
+def test_an_unknown_keyword_is_not_taken_for_missing_weights() -> None:
+    with pytest.raises(TypeError, match="colour"):
+        create_model("repghostnet_050", pretrained=True, colour="red")
+
+
+def test_a_file_serves_as_pretrained_weights_of_a_backbone(tmp_path: Path) -> None:
+    network = create_model("ghostnet_050", num_classes=5).eval()
+    torch.save({"state_dict": timm.create_model("ghostnet_050").state_dict()}, tmp_path / "weights.pth")
+    load_checkpoint(network, tmp_path / "weights.pth", strict=False)
+    overlay = {"file": str(tmp_path / "weights.pth")}
+    backbone = create_model(
+        "ghostnet_050", pretrained=True, features_only=True, pretrained_cfg_overlay=overlay
+    )
+    x = torch.randn(1, 3, 32, 32)
+    with torch.no_grad():
+        assert torch.equal(backbone.eval()(x)[-1], network.stages(network.stem(x)))
 
 
 @pytest.mark.parametrize("name", ["repvgg_a0", "ghostnet_100", "repghostnet_050"])

@@ -27,8 +27,10 @@ OWN_LAYOUT = Layout("refold")
 
 
 def recognise(keys: Iterable[str], layouts: Collection[Layout], own_keys: Collection[str]) -> Layout:
-    """The layout whose refold names meet the most of the network's ``own_keys``, in a draw the one that knows
-    the most keys; a checkpoint in plain form meets few names of a network in training form.
+    """The layout whose refold names meet the most of the network's ``own_keys``.
+
+    In a draw it is the one that renames the most keys: a checkpoint in plain form meets few names, or
+    none, of a network in training form.
     """
     keys = list(keys)
 

@@ -57,10 +57,11 @@ def list_models(pattern: str | Iterable[str] = "", include_timm: bool = False) -
 def create_model(name: str, pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """Build a network by name, in training form: refold's where it has one, else timm's.
 
-    The keywords are timm's: ``num_classes``, ``in_chans``, ``drop_rate``, ``global_pool``, ``features_only``,
-    ``out_indices``, ``pretrained_cfg_overlay`` ...; one that is None counts as not given. ``pretrained``
-    loads the published weights. The network remembers how it was built in ``architecture``, a dictionary
-    of ``name`` and ``arguments`` that JSON can hold; with an argument that JSON cannot hold, such as a
+    A name with a tag, such as ``repvgg_a0.rvgg_in1k``, is always timm's. The keywords are timm's:
+    ``num_classes``, ``in_chans``, ``drop_rate``, ``global_pool``, ``features_only``, ``out_indices``,
+    ``pretrained_cfg_overlay`` ...; one that is None counts as not given. ``pretrained`` loads the
+    published weights. The network remembers how it was built in ``architecture``, a dictionary of
+    ``name`` and ``arguments`` that JSON can hold; with an argument that JSON cannot hold, such as a
     class, it has none.
 
     Raises ``UnknownModel`` with the nearest names where nobody has the name, ``CheckpointError`` where
@@ -80,8 +81,8 @@ def create_model(name: str, pretrained: bool = False, **kwargs: Any) -> nn.Modul
     except RefoldError:
         raise
     except Exception as error:
-        if not pretrained:
-            raise
+        if not pretrained or isinstance(error, TypeError):
+            raise  # not the weights' fault
         reason = next(iter(str(error).splitlines()), type(error).__name__).rstrip(".")
         raise CheckpointError(
             f"The pretrained weights of {name} could not be loaded ({reason}); check the network connection, "
