@@ -107,6 +107,15 @@ def test_sum_keeps_what_groups_it_can():
     assert sum_branches([grouped, new_convolution(12, 12, (1, 1), groups=3)]).groups == 1
 
 
+def test_sum_writes_no_more_taps_than_it_needs():
+    """A dilated kernel beside a single tap, or another of its dilation, stays dilated."""
+    dilated = new_convolution(4, 4, (3,), padding=((2, 2),), dilation=(2,))
+    wider = new_convolution(4, 4, (3,), padding=((4, 4),), dilation=(4,))
+    for second, taps in ((identity(4, 1, dilated.weight), 3), (dilated, 3), (wider, 5)):
+        summed = sum_branches([dilated, second])
+        assert (summed.kernel_size, summed.dilation) == ((taps,), (2,))
+
+
 @for_random(convolutions(axes=1, in_channels=2), convolutions(axes=1, in_channels=2), examples=300)
 def test_branches_that_share_no_size_are_refused(first, second):
     """A sum or concatenation is refused only where the branches differ in size or step."""

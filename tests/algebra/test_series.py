@@ -236,6 +236,24 @@ def test_groups_in_series(first_groups, second_groups, groups):
     assert_series(first, second)
 
 
+@pytest.mark.parametrize(
+    ("first", "second", "taps", "dilation"),
+    [
+        ((3, 2), (1, 1), 3, 2),
+        ((1, 1), (3, 2), 3, 2),
+        ((1, 3), (3, 2), 3, 2),
+        ((3, 2), (2, 4), 5, 2),
+        ((1, 2), (1, 3), 1, 1),
+    ],
+)
+def test_series_writes_no_more_taps_than_it_needs(first, second, taps, dilation):
+    """Kernels given as (taps, dilation): a common spacing of the taps stays a dilation."""
+    pair = [new_convolution(4, 4, (k,), dilation=(d,)) for k, d in (first, second)]
+    folded = series(*pair)
+    assert (folded.kernel_size, folded.dilation) == ((taps,), (dilation,))
+    assert_series(*pair)
+
+
 @for_random(convolutions(), st.booleans())
 def test_identity_is_neutral(convolution, is_first):
     ones = (
