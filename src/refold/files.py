@@ -1,0 +1,66 @@
+"""Writing files so that either the whole new file is there or the old state is."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from refold.errors import InputError
+
+PathLike = str | os.PathLike[str]
+
+
+def check_writable(path: PathLike) -> Path:
+    """The path, if a file can be written there as far as can be told; for finding out before long work.
+
+    Raises `InputError` where ``path`` is a folder or its folder does not exist.
+    """
+    target = Path(path)
+    if target.is_dir():
+        raise InputError(f"'{target}' is a folder; give the path of a file to write.")
+    if not target.parent.is_dir():
+        raise InputError(
+            f"'{target}' cannot be written: the folder '{target.parent}' does not exist; create it first."
+        )
+    if not os.access(target.parent, os.W_OK):
+        raise InputError(f"'{target}' cannot be written: the folder '{target.parent}' is read-only.")
+    return target
+
+
+@contextmanager
+def written_aside(path: PathLike) -> Iterator[Path]:
+    """Give a path to write to, and rename it to ``path`` once the block ends without an error.
+
+    If the block raises, or is interrupted, nothing stays and a file that was at ``path`` is untouched.
+    Raises `InputError` where ``path`` cannot be written.
+    """
+    target = check_writable(path)
+    aside = target.with_name(f".{target.name}.{os.getpid()}.part")
+    try:
+        try:
+            aside.touch()
+            mode = aside.stat().st_mode
+            yield aside
+            # Some writers make their files private; the user's own default holds instead.
+            aside.chmod(mode)
+            aside.replace(target)
+        finally:
+            aside.unlink(missing_ok=True)
+    except OSError as error:
+        raise InputError(f"'{target}' cannot be written: {error.strerror or error}.") from error
+
+
+def write_text(path: PathLike, text: str) -> None:
+    """Write ``text`` as UTF-8, aside and renamed; raises `InputError` where ``path`` cannot be written."""
+    with written_aside(path) as aside:
+        aside.write_text(text, encoding="utf-8")
+
+
+def make_folder(path: PathLike) -> Path:
+    """Make a folder and its parents if they are missing; raises `InputError` where that is not possible."""
+    folder = Path(path)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"The folder '{folder}' cannot be made: {error.strerror or error}.") from error
+    return folder

@@ -1,0 +1,31 @@
+"""Settings and fixtures for every test."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+
+# Several test processes share the cores: more threads would wait for each other.
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def randomised() -> Callable[[nn.Module], nn.Module]:
+    """Give the batch norms of a model statistics as if it had been trained, and put it in eval mode."""
+
+    def randomise(model: nn.Module) -> nn.Module:
+        generator = torch.Generator().manual_seed(0)
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                for tensor, shift in (
+                    (module.running_mean, -0.5),
+                    (module.running_var, 0.5),
+                    (module.weight, 0.5),
+                    (module.bias, -0.5),
+                ):
+                    assert tensor is not None
+                    tensor.data.copy_(torch.rand(tensor.shape, generator=generator) + shift)
+        return model.eval()
+
+    return randomise
