@@ -1,1 +1,60 @@
 """Convolutional networks that train with many branches and run with one."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from refold.errors import (
+    CheckpointError,
+    InputError,
+    NotEquivalent,
+    NotFoldable,
+    RefoldError,
+    UnknownModel,
+)
+
+# Imported at once, so that the name means the function: importing the package `refold.export` later would put
+# the package in its place.
+from refold.export import export
+
+if TYPE_CHECKING:
+    from refold.checkpoints import load, save
+    from refold.folding import FoldReport, Proof, fold, verify
+    from refold.models import create_model, list_models, load_checkpoint
+
+__all__ = [
+    "CheckpointError",
+    "FoldReport",
+    "InputError",
+    "NotEquivalent",
+    "NotFoldable",
+    "Proof",
+    "RefoldError",
+    "UnknownModel",
+    "create_model",
+    "export",
+    "fold",
+    "list_models",
+    "load",
+    "load_checkpoint",
+    "save",
+    "verify",
+]
+
+# Loaded when first used: torch and timm take seconds to import, and `refold --help` needs neither.
+_HOME = {
+    **dict.fromkeys(("load", "save"), "refold.checkpoints"),
+    **dict.fromkeys(("FoldReport", "Proof", "fold", "verify"), "refold.folding"),
+    **dict.fromkeys(("create_model", "list_models", "load_checkpoint"), "refold.models"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'refold' has no attribute '{name}'")
+    value = getattr(import_module(_HOME[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(set(globals()) | set(__all__))

@@ -1,0 +1,289 @@
+"""Self-describing checkpoints: weights, architecture, form and provenance in one safetensors file."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, load_model, save_model
+from torch import Tensor, nn
+
+from refold.errors import CheckpointError, InputError
+from refold.files import PathLike, written_aside
+from refold.folding import fold
+from refold.models import create_model, load_checkpoint
+
+Form = Literal["training", "plain"]
+FORMS: tuple[Form, ...] = ("training", "plain")
+
+_METADATA_KEY = "refold"
+_DEFAULT_INPUT_SIZE = (3, 224, 224)
+
+
+@dataclass(frozen=True)
+class Card:
+    """What a checkpoint says about its network.
+
+    ``architecture`` is a name for `refold.create_model`, with its ``arguments``, or None for a network that
+    was built otherwise; ``model_class`` is its Python class. ``preprocessing`` speaks timm's terms
+    (``input_size`` as channels, height, width; ``mean``, ``std``, ``interpolation``). ``fold`` is the report
+    of the fold that made a plain network, ``provenance`` whatever the writer wanted to keep.
+    """
+
+    form: Form
+    model_class: str
+    architecture: str | None = None
+    arguments: dict[str, Any] = field(default_factory=dict)
+    class_names: list[str] | None = None
+    preprocessing: dict[str, Any] | None = None
+    fold: dict[str, Any] | None = None
+    provenance: dict[str, Any] = field(default_factory=dict)
+    refold_version: str = field(default_factory=lambda: version("refold"))
+
+    @property
+    def title(self) -> str:
+        """The architecture's name, or the class of a network that has none."""
+        return self.architecture or self.model_class
+
+
+def save(
+    model: nn.Module,
+    path: PathLike,
+    *,
+    class_names: Sequence[str] | None = None,
+    preprocessing: Mapping[str, Any] | None = None,
+    provenance: Mapping[str, Any] | None = None,
+) -> None:
+    """Write a network, in training or in plain form, to one self-describing safetensors file.
+
+    Tensors keep their dtype. Class names, preprocessing and provenance that are not given are taken over from
+    the checkpoint that the model was loaded from.
+    Raises `InputError` where ``path`` cannot be written and `CheckpointError` where an architecture argument
+    or the provenance has no JSON form.
+    """
+    card = _describe(model, class_names, preprocessing, provenance)
+    try:
+        metadata = {_METADATA_KEY: json.dumps(dataclasses.asdict(card))}
+    except TypeError as error:
+        raise CheckpointError(
+            f"The description of {card.title} cannot be written as JSON ({error}); "
+            "use plain values: numbers, strings, lists."
+        ) from error
+    with written_aside(path) as aside:
+        try:
+            save_model(model, str(aside), metadata=metadata)
+        except SafetensorError as error:
+            raise InputError(f"'{path}' cannot be written: {error}.") from error
+
+
+def load(
+    path: PathLike,
+    architecture: str | Callable[..., nn.Module] | None = None,
+    *,
+    form: Form | None = None,
+    allow_pickle: bool = False,
+    **arguments: Any,
+) -> nn.Module:
+    """Build the network that a checkpoint holds, in the form it holds, in eval mode on the CPU.
+
+    A file of `refold.save` needs nothing more, unless the network is of the user's own class: then
+    ``architecture`` is the class, or any callable that builds it. A foreign checkpoint (a ``.pth`` of the
+    official repositories or of timm) needs ``architecture``, a model name. ``arguments`` go to
+    `refold.create_model` or to the callable, over those that the file records. ``form`` states what the
+    caller expects. Nothing is unpickled beyond tensors and plain containers unless ``allow_pickle`` says so.
+    The network carries the file's `Card` as its attribute ``card``.
+
+    Raises `CheckpointError` where the file cannot be read, has another form or does not fit the architecture.
+    """
+    if form is not None and form not in FORMS:
+        raise InputError(f"form is '{form}'; expected 'training', 'plain' or None.")
+    if not Path(path).is_file():
+        raise CheckpointError(f"There is no checkpoint file '{path}'; check the path.")
+    card = read_card(path)
+    if card is None:
+        return _load_foreign(path, architecture, form, allow_pickle, arguments)
+    if form is not None and card.form != form:
+        raise CheckpointError(_wrong_form(path, card, form))
+    model = _build(card, architecture, arguments, path)
+    if card.form == "plain":
+        model = fold(model, example_input(model, card=card), prove=False)
+    _fill(model, path, card)
+    model.card = card  # type: ignore[assignment]  # nn.Module types its attributes as tensors and modules
+    return model.eval()
+
+
+def read_card(path: PathLike) -> Card | None:
+    """Read what a checkpoint says about itself; None for a file that `refold.save` did not write.
+
+    Raises `CheckpointError` where a safetensors file is damaged or its description is not understood.
+    """
+    if Path(path).suffix != ".safetensors":
+        return None
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            text = (file.metadata() or {}).get(_METADATA_KEY)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(
+            f"'{path}' is no readable safetensors file ({error}); it may be truncated: copy or save it again."
+        ) from error
+    if text is None:
+        return None
+    try:
+        return Card(**json.loads(text))
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"The description in '{path}' is not understood by refold {version('refold')} ({error}); "
+            "it may come from a newer version."
+        ) from error
+
+
+def example_input(
+    model: nn.Module, input_size: Sequence[int] | None = None, *, card: Card | None = None
+) -> Tensor:
+    """One random image ``(1, channels, height, width)`` in the model's dtype and on its device.
+
+    The size is ``input_size`` (channels, height, width) if given, else that of the checkpoint's
+    preprocessing, of the model's ``pretrained_cfg`` or 224 x 224 with the model's ``in_chans``.
+    """
+    card = card or getattr(model, "card", None)
+    if input_size is None and card is not None and card.preprocessing is not None:
+        input_size = card.preprocessing.get("input_size")
+    if input_size is None:
+        configured = getattr(model, "pretrained_cfg", None) or {}
+        _, height, width = configured.get("input_size", _DEFAULT_INPUT_SIZE)
+        input_size = (getattr(model, "in_chans", None) or _input_channels(model), height, width)
+    reference = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
+    generator = torch.Generator().manual_seed(0)
+    image = torch.randn(1, *input_size, generator=generator)
+    return image.to(device=reference.device, dtype=reference.dtype)
+
+
+def _input_channels(model: nn.Module) -> int:
+    first = next((module for module in model.modules() if isinstance(module, nn.Conv2d)), None)
+    return _DEFAULT_INPUT_SIZE[0] if first is None else first.in_channels
+
+
+def _describe(
+    model: nn.Module,
+    class_names: Sequence[str] | None,
+    preprocessing: Mapping[str, Any] | None,
+    provenance: Mapping[str, Any] | None,
+) -> Card:
+    known: Card | None = getattr(model, "card", None)
+    architecture = getattr(model, "architecture", None) or {"name": None, "arguments": {}}
+    report = getattr(model, "fold_report", None)
+    folded = None
+    if report is not None:
+        # A network that was rebuilt from a plain file keeps the report, and the proof, of the fold that made
+        # it.
+        folded = known.fold if known is not None and known.form == "plain" else report.to_dict()
+    if known is not None:
+        class_names = known.class_names if class_names is None else class_names
+        preprocessing = known.preprocessing if preprocessing is None else preprocessing
+        provenance = known.provenance if provenance is None else provenance
+    return Card(
+        form="training" if report is None else "plain",
+        model_class=type(model).__name__,
+        architecture=architecture["name"],
+        arguments=copy.deepcopy(dict(architecture["arguments"])),
+        class_names=None if class_names is None else list(class_names),
+        preprocessing=None if preprocessing is None else dict(preprocessing),
+        fold=folded,
+        provenance=dict(provenance or {}),
+    )
+
+
+def _build(
+    card: Card,
+    architecture: str | Callable[..., nn.Module] | None,
+    arguments: dict[str, Any],
+    path: PathLike,
+) -> nn.Module:
+    if callable(architecture):
+        model: nn.Module = architecture(**arguments)
+        return model
+    name = architecture or card.architecture
+    if name is None:
+        raise CheckpointError(
+            f"'{path}' holds a network of class {card.model_class}, not one of refold.create_model; "
+            "give the class: refold.load(path, architecture=...)."
+        )
+    return create_model(name, **{**card.arguments, **arguments})
+
+
+def _fill(model: nn.Module, path: PathLike, card: Card) -> None:
+    """Give the model the file's dtypes and values; every tensor must be there and have its shape."""
+    written = load_file(path)
+    expected = model.state_dict(keep_vars=True)
+    for key, tensor in expected.items():
+        if key not in written:
+            continue  # one of several names of a shared tensor, or missing: told apart below
+        if written[key].shape != tensor.shape:
+            raise CheckpointError(
+                f"'{path}' does not fit {card.title}: '{key}' has shape "
+                f"{tuple(written[key].shape)}, expected {tuple(tensor.shape)}; "
+                "build it with the arguments of the checkpoint, such as num_classes."
+            )
+        tensor.data = tensor.data.to(written[key].dtype)
+    try:
+        load_model(model, path)
+    except RuntimeError as error:
+        strangers = sorted(written.keys() ^ expected.keys())
+        raise CheckpointError(
+            f"'{path}' does not fit {card.title} in {card.form} form: {len(strangers)} tensor names differ, "
+            f"such as '{strangers[0]}'; was it built with other arguments or by another version "
+            f"(the file: {card.refold_version})?"
+        ) from error
+
+
+def _load_foreign(
+    path: PathLike,
+    architecture: str | Callable[..., nn.Module] | None,
+    form: Form | None,
+    allow_pickle: bool,
+    arguments: dict[str, Any],
+) -> nn.Module:
+    if architecture is None:
+        raise CheckpointError(
+            f"'{path}' was not written by refold.save, so it does not name its network; give the "
+            "architecture, such as architecture='repvgg_a0' (--architecture on the command line)."
+        )
+    if form == "plain":
+        raise CheckpointError(
+            f"'{path}' was not written by refold.save and is read as a training form; load it with "
+            "form='training' and fold it."
+        )
+    model = architecture(**arguments) if callable(architecture) else create_model(architecture, **arguments)
+    if allow_pickle:
+        load_checkpoint(model, _unpickle(path))
+    else:
+        load_checkpoint(model, path)
+    return model.eval()
+
+
+def _unpickle(path: PathLike) -> Any:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=False)
+    except Exception as error:  # unpickling runs code of the file, which may raise anything
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise CheckpointError(f"'{path}' cannot be unpickled ({reason}); it may be truncated.") from error
+
+
+def _wrong_form(path: PathLike, card: Card, expected: Form) -> str:
+    if card.form == "plain":
+        return (
+            f"'{path}' holds the plain form of {card.title}, the training form is expected here: a fold "
+            "cannot be undone, so load the checkpoint that was saved before folding."
+        )
+    return (
+        f"'{path}' holds the training form of {card.title}, the plain form is expected here: "
+        f"fold it first (refold fold '{path}' -o plain.safetensors)."
+    )
