@@ -1,0 +1,139 @@
+"""ONNX files, run by ONNX Runtime on the CPU."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from math import prod
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import onnx
+import onnxruntime
+import torch
+from torch import Tensor, nn
+
+from refold.errors import InputError
+from refold.export import Contents
+
+if TYPE_CHECKING:
+    from refold.export import Session
+
+_FLOATING = {
+    onnx.TensorProto.FLOAT,
+    onnx.TensorProto.FLOAT16,
+    onnx.TensorProto.BFLOAT16,
+    onnx.TensorProto.DOUBLE,
+}
+_RELABELLING = {"Constant", "Flatten", "Identity", "Reshape", "Squeeze", "Unsqueeze"}
+
+
+def write(model: nn.Module, arguments: tuple[Tensor, ...], path: Path, *, dynamic_batch: bool) -> None:
+    """Write one self-contained ONNX file; with ``dynamic_batch`` the first axis of every input is ``batch``.
+
+    Raises `InputError` where the model cannot be converted.
+    """
+    shapes: tuple[Any, ...] | None = None
+    if dynamic_batch:
+        batch = torch.export.Dim("batch")
+        # An axis that has one element in the example would be taken for a constant.
+        arguments = tuple(
+            torch.cat([argument, argument]) if argument.dim() else argument for argument in arguments
+        )
+        shapes = tuple({0: batch} if argument.dim() else None for argument in arguments)
+    names = ["image"] if len(arguments) == 1 else [f"input_{index}" for index in range(len(arguments))]
+    try:
+        with _quiet():
+            torch.onnx.export(
+                model,
+                arguments,
+                path,
+                dynamo=True,
+                verbose=False,
+                input_names=names,
+                dynamic_shapes=shapes,
+                external_data=False,
+            )
+        onnx.checker.check_model(str(path), full_check=True)
+    except OSError:
+        raise
+    except Exception as error:
+        hint = "; a fixed batch size (dynamic_batch=False) may help" if dynamic_batch else ""
+        raise InputError(
+            f"{type(model).__name__} cannot be converted to ONNX: {_first_line(error)}{hint}."
+        ) from error
+
+
+def contents(path: Path) -> Contents:
+    """Count what an ONNX file holds; an axis without a fixed size, such as the batch, counts as one."""
+    graph = onnx.shape_inference.infer_shapes(onnx.load(str(path))).graph
+    parameters = {tensor.name: tensor for tensor in graph.initializer if tensor.data_type in _FLOATING}
+    shapes = {value.name: _shape(value) for value in (*graph.value_info, *graph.output, *graph.input)}
+    shapes |= {tensor.name: tuple(tensor.dims) for tensor in graph.initializer}
+    operators = Counter(node.op_type for node in graph.node if node.op_type not in _RELABELLING)
+    return Contents(
+        parameters=sum(prod(tensor.dims) for tensor in parameters.values()),
+        macs=sum(_macs(node, shapes) for node in graph.node),
+        operators=dict(operators.most_common()),
+    )
+
+
+def _shape(value: Any) -> tuple[int, ...]:
+    return tuple(axis.dim_value or 1 for axis in value.type.tensor_type.shape.dim)
+
+
+def _macs(node: Any, shapes: dict[str, tuple[int, ...]]) -> int:
+    if node.op_type not in ("Conv", "Gemm", "MatMul"):
+        return 0
+    written, weight = prod(shapes[node.output[0]]), shapes[node.input[1]]
+    if node.op_type == "Conv":
+        return written * prod(weight[1:])
+    transposed = any(attribute.name == "transB" and attribute.i for attribute in node.attribute)
+    return written * (weight[-1] if transposed or len(weight) == 1 else weight[-2])
+
+
+def open(path: Path, *, threads: int | None = None) -> Session:
+    """Load an ONNX file in ONNX Runtime, with ``threads`` threads if given.
+
+    Raises `InputError` where ONNX Runtime cannot load or run the file.
+    """
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    if threads is not None:
+        options.intra_op_num_threads = threads
+        options.inter_op_num_threads = 1
+    try:
+        session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except Exception as error:
+        raise InputError(
+            f"ONNX Runtime cannot load '{path}': {_first_line(error)}; export a float32 model "
+            "(model.float()) if the operators do not exist for this dtype."
+        ) from error
+    names = [value.name for value in session.get_inputs()]
+
+    def run(*arguments: Tensor) -> list[Tensor]:
+        feed = {name: argument.numpy() for name, argument in zip(names, arguments, strict=True)}
+        return [torch.from_numpy(output) for output in session.run(None, feed)]
+
+    return run
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return (lines[0] if lines else type(error).__name__).strip().rstrip(".")
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """The exporter warns about itself; what concerns the user arrives as an exception."""
+    previous = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(previous)
