@@ -1,0 +1,145 @@
+"""Images and their split; what cannot be used is named."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from refold.errors import InputError
+from refold.training.data import (
+    Images,
+    TransformedImages,
+    bundled_digits,
+    class_folders,
+    read_image,
+    read_into_memory,
+    transforms,
+)
+
+
+@pytest.fixture
+def make(tmp_path: Path) -> Callable[..., Path]:
+    """Write small images into class folders: ``make({"a": 5, "b": 5})`` gives their root."""
+
+    def write(classes: dict[str, int], size: tuple[int, int] = (20, 12)) -> Path:
+        generator = np.random.default_rng(0)
+        for name, number in classes.items():
+            folder = tmp_path / "data" / name
+            folder.mkdir(parents=True)
+            for index in range(number):
+                pixels = generator.integers(0, 255, (size[1], size[0], 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(folder / f"{index}.png")
+        return tmp_path / "data"
+
+    return write
+
+
+def test_digits_are_split_by_class_and_seed() -> None:
+    first, again, other = bundled_digits(0), bundled_digits(0), bundled_digits(1)
+    assert (len(first.training), len(first.held_out)) == (1438, 359)
+    assert first.class_names == [str(digit) for digit in range(10)]
+    assert not first.mirror
+    counts = np.bincount(first.held_out.targets)
+    everything = np.bincount([*first.training.targets, *first.held_out.targets])
+    assert (abs(counts - 0.2 * everything) <= 1).all()
+
+    def pixels(images: Images) -> list[bytes]:
+        return [read_image(source).tobytes() for source in images.sources]
+
+    assert pixels(first.held_out) == pixels(again.held_out) != pixels(other.held_out)
+    # The grey values 0 … 16 span the whole range.
+    values = np.concatenate([np.asarray(source).ravel() for source in first.training.sources])
+    assert (values.min(), values.max()) == (0, 255)
+
+
+def test_class_folders_hold_out_a_fifth_of_each_class(make: Callable[..., Path]) -> None:
+    root = make({"cat": 10, "dog": 20, ".hidden": 3})
+    images = class_folders(root)
+    assert images.class_names == ["cat", "dog"]
+    assert (len(images.training), len(images.held_out)) == (24, 6)
+    assert sorted(images.held_out.targets) == [0, 0, 1, 1, 1, 1]
+    assert not set(images.training.sources) & set(images.held_out.sources)
+    assert all(
+        Path(str(s)).parent.name == images.class_names[t]
+        for s, t in zip(images.held_out.sources, images.held_out.targets, strict=True)
+    )
+
+
+@pytest.mark.parametrize("name", ["val", "valid", "validation", "test"])
+def test_a_split_on_disk_is_kept(make: Callable[..., Path], name: str) -> None:
+    root = make({"train/a": 3, "train/b": 2, f"{name}/a": 1, f"{name}/b": 1})
+    images = class_folders(root)
+    assert images.class_names == ["a", "b"]
+    assert (len(images.training), len(images.held_out)) == (5, 2)
+    assert all("train" in str(source) for source in images.training.sources)
+
+
+def test_folders_that_cannot_be_used(make: Callable[..., Path], tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="There is no folder"):
+        class_folders(tmp_path / "missing")
+    root = make({"train/a": 2, "train/b": 2, "test/a": 1, "test/c": 1})
+    with pytest.raises(InputError, match="The class 'b' is in only one of"):
+        class_folders(root)
+    with pytest.raises(InputError, match="holds no class folders; give"):
+        class_folders(root / "train" / "a")
+    (tmp_path / "one" / "only").mkdir(parents=True)
+    with pytest.raises(InputError, match="only the class 'only'"):
+        class_folders(tmp_path / "one")
+    (tmp_path / "one" / "second").mkdir()
+    with pytest.raises(InputError, match=r"The class folder '.*only' holds no images"):
+        class_folders(tmp_path / "one")
+
+
+def test_a_class_of_one_image_cannot_be_split(make: Callable[..., Path]) -> None:
+    with pytest.raises(InputError, match=r"The class 'rare' of .* has one image"):
+        class_folders(make({"common": 9, "rare": 1}))
+
+
+def test_unreadable_images_are_named(make: Callable[..., Path]) -> None:
+    root = make({"a": 4, "b": 4})
+    truncated, foreign = root / "a" / "1.png", root / "b" / "text.jpg"
+    whole = truncated.read_bytes()
+    for path, content in ((truncated, whole[: len(whole) // 2]), (foreign, b"no image"), (foreign, b"")):
+        path.write_bytes(content)
+        images = class_folders(root)
+        everything = Images([*images.training.sources, *images.held_out.sources], [0] * 8)
+        with pytest.raises(InputError, match="cannot be read") as caught:
+            read_into_memory(everything, 8)
+        assert str(caught.value).startswith(f"The image '{path}' cannot")
+        assert "\n" not in str(caught.value)
+        path.write_bytes(whole)
+
+
+def test_images_are_shrunk_once_and_keep_their_shape(make: Callable[..., Path]) -> None:
+    images = class_folders(make({"a": 3, "b": 3}, size=(40, 20)))
+    seen: list[int] = []
+    held = read_into_memory(images.training, 10, lambda: seen.append(1))
+    assert len(seen) == len(held) == len(images.training)
+    assert {source.size for source in held.sources if isinstance(source, Image.Image)} == {(20, 10)}
+    large = read_into_memory(images.training, 64)
+    assert {source.size for source in large.sources if isinstance(source, Image.Image)} == {(40, 20)}
+
+
+def test_transforms_measure_without_chance_and_mirror_only_if_allowed() -> None:
+    picture = Image.fromarray(np.arange(12 * 20 * 3, dtype=np.uint8).reshape(12, 20, 3))
+    _, measure, preprocessing = transforms(16, mirror=True)
+    images = TransformedImages(Images([picture], [1]), measure)
+    (x, target), (again, _) = images[0], images[0]
+    assert x.shape == tuple(preprocessing["input_size"]) == (3, 16, 16)
+    assert torch.equal(x, again)
+    assert target == 1
+    assert -1 <= x.min() < x.max() <= 1
+
+    step = np.zeros((32, 32, 3), np.uint8)
+    step[:, 16:] = 255
+    for mirror in (True, False):
+        augment, _, _ = transforms(32, mirror)
+        torch.manual_seed(0)
+        rising = {
+            bool(x[:, :, -1].mean() > x[:, :, 0].mean())
+            for x in (augment(Image.fromarray(step)) for _ in range(40))
+        }
+        assert rising == ({True, False} if mirror else {True})
