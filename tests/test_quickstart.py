@@ -1,0 +1,105 @@
+"""The whole path, on the bundled digits and on a user's folder."""
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from rich.console import Console
+
+import refold
+from refold import quickstart
+from refold.errors import InputError
+from refold.quickstart import IN_ENGINE, PLAIN, TRAINING_FORM, Settings, render, run
+
+FILES = ["chart.png", "fold.json", "plain.onnx", "plain.safetensors", "results.json", "training.safetensors"]
+
+
+def quiet() -> Console:
+    return Console(file=io.StringIO(), width=80)
+
+
+@pytest.mark.slow
+def test_digits_reach_the_promised_accuracy_in_every_form(tmp_path: Path) -> None:
+    result = run(Settings(tmp_path / "run"), quiet())
+    assert result.seconds < 180
+    columns = result.columns
+    assert list(columns) == [TRAINING_FORM, PLAIN, IN_ENGINE]
+    assert columns[TRAINING_FORM].accuracy >= 0.97
+    assert {column.accuracy for column in columns.values()} == {columns[TRAINING_FORM].accuracy}
+    assert [column.same_answers for column in columns.values()] == [359] * 3
+    assert result.history[-1].accuracy == columns[TRAINING_FORM].accuracy
+    assert result.proof["distance_float64"] <= 1e-9
+    assert columns[PLAIN].operators.get("batch norm", 0) == 0
+    assert columns[PLAIN].operator_count < columns[TRAINING_FORM].operator_count
+    assert columns[PLAIN].parameters == columns[IN_ENGINE].parameters < columns[TRAINING_FORM].parameters
+    assert columns[PLAIN].macs == columns[IN_ENGINE].macs == columns[TRAINING_FORM].macs
+    assert columns[IN_ENGINE].latency > 0
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == FILES
+
+
+@pytest.fixture
+def colours(tmp_path: Path) -> Path:
+    """Class folders of plain colours, easily told apart."""
+    for name, shade in (("red", (200, 0, 0)), ("green", (0, 200, 0))):
+        (tmp_path / "colours" / name).mkdir(parents=True)
+        for index in range(10):
+            Image.new("RGB", (40, 30), shade).save(tmp_path / "colours" / name / f"{index}.png")
+    return tmp_path / "colours"
+
+
+def test_a_users_folder_leaves_files_that_load(colours: Path, tmp_path: Path) -> None:
+    console = quiet()
+    result = run(Settings(tmp_path / "run", colours, epochs=2, image_size=32, seed=5), console)
+    assert (result.training_images, result.held_out_images) == (16, 4)
+    assert [column.same_answers for column in result.columns.values()] == [4, 4, 4]
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == FILES
+    written = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert written["columns"]["plain"]["macs"] == result.columns[PLAIN].macs
+    assert json.loads((tmp_path / "run" / "fold.json").read_text())["proof"] == written["proof"]
+
+    training = refold.load(result.files["training form"], form="training")
+    plain = refold.load(result.files["plain form"], form="plain")
+    card = training.card
+    assert card.class_names == ["green", "red"]  # type: ignore[union-attr]
+    assert card.provenance["epoch"]["number"] == 2  # type: ignore[index, union-attr]
+    images = torch.randn(3, 3, 32, 32)
+    with torch.no_grad():
+        assert torch.allclose(training(images), plain(images), rtol=1e-3, atol=1e-5)
+    console.print(render(result))
+    assert "same answers" in console.file.getvalue()  # type: ignore[attr-defined]
+
+
+def test_an_interrupted_run_keeps_the_last_good_checkpoint(
+    colours: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(quickstart, "fold", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(Settings(tmp_path / "run", colours, epochs=1, image_size=32), quiet())
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["training.safetensors"]
+    assert refold.load(tmp_path / "run" / "training.safetensors", form="training")
+    monkeypatch.setattr(quickstart, "train", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(Settings(tmp_path / "empty", colours, epochs=1, image_size=32), quiet())
+    assert not (tmp_path / "empty").exists()
+
+
+def test_what_cannot_be_used_is_said_before_anything_is_written(colours: Path, tmp_path: Path) -> None:
+    broken = colours / "red" / "3.png"
+    broken.write_bytes(b"\x89PNG nothing")
+    (tmp_path / "file").touch()
+    for settings, message in (
+        (Settings(tmp_path / "run", tmp_path / "missing"), "There is no folder"),
+        (Settings(tmp_path / "run", colours), r"The image '.*3.png' cannot be read"),
+        (Settings(tmp_path / "run", image_size=4), "at least 8 pixels"),
+        (Settings(tmp_path / "run", epochs=0), "at least 1"),
+        (Settings(tmp_path / "file"), "cannot be made"),
+    ):
+        with pytest.raises(InputError, match=message):
+            run(settings, quiet())
+    assert not (tmp_path / "run").exists()
