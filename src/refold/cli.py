@@ -1,0 +1,296 @@
+"""The command ``refold``: parse, call, print."""
+
+# Heavy imports are inside the commands, so that --help and mistyped options answer at once.
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from refold.errors import InputError, RefoldError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from refold.folding import Cost
+
+app = typer.Typer(
+    help="Convolutional networks that train with many branches and run with one.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+console = Console()
+
+_CHECKPOINT_SUFFIXES = {".safetensors", ".pth", ".pt", ".ckpt", ".bin", ".tar"}
+
+Target = Annotated[
+    str, typer.Argument(metavar="NAME|CHECKPOINT", help="A model name, or a file of refold.save.")
+]
+Checkpoint = Annotated[
+    Path | None,
+    typer.Option(
+        "--checkpoint", help="Weights for the named model: refold's, timm's or the official layout."
+    ),
+]
+InputSize = Annotated[
+    str | None,
+    typer.Option("--input-size", help="Size of the image: 224, 192x256 (height x width) or 3x192x256."),
+]
+NumClasses = Annotated[
+    int | None, typer.Option("--num-classes", help="Number of classes of the named model.")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+
+
+def main() -> None:
+    """Run the command line; every error of refold's is one line on stderr and exit code 2."""
+    try:
+        app()
+    except RefoldError as error:
+        print("refold:", " ".join(str(error).split()), file=sys.stderr)
+        sys.exit(2)
+
+
+@app.callback(invoke_without_command=True)
+def _root(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    if version:
+        from importlib.metadata import version as installed
+
+        print(f"refold {installed('refold')}")
+        raise typer.Exit
+
+
+@app.command("list")
+def list_command(
+    pattern: Annotated[str, typer.Argument(help="A shell-style pattern such as 'repghost*'.")] = "",
+    timm: Annotated[bool, typer.Option("--timm", help="Include the models of timm.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """List the names of models, one a line."""
+    from refold.models import list_models
+
+    names = list_models(pattern, include_timm=timm)
+    if not names:
+        hint = "" if timm else " or --timm to include timm's"
+        wider = f"*{pattern.strip('*')}*"
+        raise InputError(f"No model matches '{pattern}'; try a wider pattern such as '{wider}'{hint}.")
+    print(json.dumps(names, indent=2) if as_json else "\n".join(names))
+
+
+@app.command()
+def profile(
+    target: Target,
+    checkpoint: Checkpoint = None,
+    input_size: InputSize = None,
+    num_classes: NumClasses = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show what one image costs: the training form beside the plain form."""
+    from refold.checkpoints import example_input
+    from refold.folding import count, fold
+
+    model = _network(target, checkpoint, num_classes)
+    example = example_input(model, _parse_size(input_size, model))
+    if hasattr(model, "fold_report"):
+        costs = {"plain": count(model, example)}
+    else:
+        plain = fold(model, example, prove=False)
+        costs = {"training form": count(model, example), "plain": count(plain, example)}
+    size = list(example.shape[1:])
+    if as_json:
+        described = {form: cost.to_dict() for form, cost in costs.items()}
+        print(json.dumps({"model": target, "input_size": size, **described}, indent=2))
+    else:
+        console.print(_cost_table(f"{target}, one image {' x '.join(map(str, size))}", costs))
+
+
+@app.command("fold")
+def fold_command(
+    target: Target,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="The plain checkpoint to write (.safetensors).")
+    ],
+    report: Annotated[Path | None, typer.Option("--report", help="Also write the report as JSON.")] = None,
+    checkpoint: Checkpoint = None,
+    input_size: InputSize = None,
+    num_classes: NumClasses = None,
+) -> None:
+    """Fold a network into its plain form, prove it, and write the plain checkpoint."""
+    from refold.checkpoints import example_input, save
+    from refold.files import check_writable, write_text
+    from refold.folding import fold
+
+    for path in (output, report):
+        if path is not None:
+            check_writable(path)
+    model = _network(target, checkpoint, num_classes)
+    plain: Any = fold(model, example_input(model, _parse_size(input_size, model)))
+    console.print(plain.fold_report)
+    save(plain, output)
+    console.print(f"Plain checkpoint: {escape(str(output))}", soft_wrap=True)
+    if report is not None:
+        write_text(report, plain.fold_report.to_json())
+        console.print(f"Report: {escape(str(report))}", soft_wrap=True)
+
+
+@app.command()
+def verify(
+    reference: Annotated[Path, typer.Argument(help="A checkpoint of refold.save, in either form.")],
+    candidate: Annotated[Path, typer.Argument(help="The checkpoint to compare with it.")],
+    input_size: InputSize = None,
+    as_json: AsJson = False,
+) -> None:
+    """Prove that two checkpoints compute the same function; exit code 2 where they do not."""
+    from refold.checkpoints import example_input, load
+    from refold.folding import verify as verify_networks
+
+    first, second = load(reference), load(candidate)
+    proof = verify_networks(first, second, example_input(first, _parse_size(input_size, first)))
+    if as_json:
+        print(json.dumps(proof.to_dict(), indent=2))
+        return
+    table = Table(title=f"{reference.name} and {candidate.name} compute the same", title_justify="left")
+    table.add_column("")
+    table.add_column("distance", justify="right")
+    table.add_row("both in float64", f"{proof.distance_float64:.1e}")
+    for name, distance in (
+        (reference.name, proof.original_distance),
+        (candidate.name, proof.folded_distance),
+    ):
+        if distance is not None:
+            table.add_row(f"{name} in its own dtype, from float64", f"{distance:.1e}")
+    console.print(table)
+
+
+@app.command("export")
+def export_command(
+    target: Target,
+    output: Annotated[Path, typer.Option("--output", "-o", help="The file to write, such as net.onnx.")],
+    engine: Annotated[str, typer.Option("--engine", help="The inference engine.")] = "onnxruntime",
+    keep_branches: Annotated[
+        bool, typer.Option("--no-fold", help="Export the branches as they are.")
+    ] = False,
+    fixed_batch: Annotated[bool, typer.Option("--fixed-batch", help="Fix the batch size to one.")] = False,
+    checkpoint: Checkpoint = None,
+    input_size: InputSize = None,
+    num_classes: NumClasses = None,
+    as_json: AsJson = False,
+) -> None:
+    """Export a network for an inference engine, folded first, and check the file by running it."""
+    from refold.checkpoints import example_input
+    from refold.export import export
+    from refold.files import check_writable
+
+    check_writable(output)
+    model = _network(target, checkpoint, num_classes)
+    result = export(
+        model,
+        output,
+        example_input(model, _parse_size(input_size, model)),
+        engine=engine,
+        dynamic_batch=not fixed_batch,
+        fold=not keep_branches,
+    )
+    if as_json:
+        print(json.dumps(result.to_dict(), indent=2))
+        return
+    table = Table.grid(padding=(0, 2))
+    table.add_row("file", f"{escape(result.path)} ({result.bytes / 1e6:.2f} MB)")
+    table.add_row("form", result.form)
+    table.add_row("operators", ", ".join(f"{n} {kind}" for kind, n in result.contents.operators.items()))
+    batches = ", ".join(map(str, result.batch_sizes))
+    table.add_row(
+        "checked",
+        f"batch sizes {batches}: |Δ| ≤ {result.max_difference:.2e}, outputs up to {result.output_scale:.3g}",
+    )
+    console.print(table)
+
+
+@app.command()
+def quickstart(
+    data: Annotated[
+        Path | None,
+        typer.Option("--data", help="Your own images, one folder a class, instead of the digits."),
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="The run's folder [default: runs/quickstart-TIME].")
+    ] = None,
+    epochs: Annotated[int | None, typer.Option("--epochs", help="[default: what fits the data]")] = None,
+    image_size: Annotated[int, typer.Option("--image-size", help="Side of the images in pixels.")] = 48,
+    threads: Annotated[
+        int, typer.Option("--threads", help="PyTorch threads; a small network gains little from more.")
+    ] = 1,
+    seed: Annotated[int, typer.Option("--seed", help="Seed of the weights, the split and the training.")] = 0,
+) -> None:
+    """Train a multi-branch network, fold it, prove it, export it, and compare the forms in one table."""
+    from refold.quickstart import Settings, default_output, render, render_files, run
+
+    folder = output or default_output()
+    try:
+        result = run(Settings(folder, data, epochs, image_size, seed, threads), console)
+    except KeyboardInterrupt:
+        kept = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+        left = f"; {folder} holds {', '.join(kept)}" if kept else ""
+        print(f"refold: stopped{left}.", file=sys.stderr)
+        raise typer.Exit(130) from None
+    console.print(render(result))
+    console.print(render_files(result), soft_wrap=True)
+
+
+def _network(target: str, checkpoint: Path | None, num_classes: int | None) -> nn.Module:
+    """Load a checkpoint file, or create a named model and fill it from ``checkpoint``."""
+    from refold.checkpoints import load
+    from refold.models import create_model, load_checkpoint
+
+    arguments: dict[str, Any] = {} if num_classes is None else {"num_classes": num_classes}
+    path = Path(target)
+    if path.is_file() or path.suffix in _CHECKPOINT_SUFFIXES:
+        if checkpoint is not None:
+            raise InputError(f"'{target}' is a checkpoint already; leave --checkpoint out or name a model.")
+        return load(path, **arguments)
+    model = create_model(target, **arguments)
+    if checkpoint is not None:
+        load_checkpoint(model, checkpoint)
+    return model.eval()
+
+
+def _parse_size(text: str | None, model: nn.Module) -> list[int] | None:
+    if text is None:
+        return None
+    from refold.checkpoints import example_input
+
+    try:
+        sides = [int(side) for side in text.lower().split("x")]
+    except ValueError:
+        sides = []
+    if not 1 <= len(sides) <= 3 or min(sides) < 1:
+        raise InputError(f"The input size '{text}' is not understood; give 224, 192x256 or 3x192x256.")
+    if len(sides) == 1:
+        sides *= 2
+    return sides if len(sides) == 3 else [example_input(model).shape[1], *sides]
+
+
+def _cost_table(title: str, costs: dict[str, Cost]) -> Table:
+    table = Table(title=title)
+    table.add_column("")
+    for form in costs:
+        table.add_column(form, justify="right")
+    table.add_row("parameters", *(f"{cost.parameters:,}" for cost in costs.values()))
+    table.add_row("multiply-accumulates", *(f"{cost.macs:,}" for cost in costs.values()))
+    table.add_row("activations", *(f"{cost.activations:,}" for cost in costs.values()))
+    table.add_row("operators", *(f"{cost.operator_count:,}" for cost in costs.values()), end_section=True)
+    kinds = dict.fromkeys(kind for cost in costs.values() for kind in cost.operators)
+    for kind in kinds:
+        table.add_row(kind, *(str(cost.operators.get(kind, 0)) for cost in costs.values()))
+    return table
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,193 @@
+"""The command line: what it prints, what it writes, and one line and exit code 2 for every mistake."""
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import refold
+from refold import cli
+from refold.checkpoints import read_card
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Run:
+    """Run the command in an empty folder: exit code, stdout, stderr."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "100")
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["refold", *map(str, arguments)])
+        # Rich looks up the stream when it is made, capsys replaces it for every test.
+        monkeypatch.setattr(cli, "console", cli.Console(width=100))
+        with pytest.raises(SystemExit) as left:
+            cli.main()
+        captured = capsys.readouterr()
+        return int(left.value.code or 0), captured.out, captured.err
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def checkpoint(
+    randomised: Callable[[nn.Module], nn.Module], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """A training-form checkpoint."""
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("checkpoint") / "net.safetensors"
+    net = randomised(refold.create_model("repghostnet_050", num_classes=4))
+    refold.save(net, path, preprocessing={"input_size": [3, 48, 48]})
+    return path
+
+
+def test_list(call: Run) -> None:
+    code, out, err = call("list", "repghost*")
+    assert (code, err) == (0, "")
+    assert out.split() == refold.list_models("repghost*")
+    assert json.loads(call("list", "repvgg_a*", "--json")[1]) == refold.list_models("repvgg_a*")
+    assert "resnet50" not in call("list")[1].split()
+    assert "resnet50" in call("list", "--timm")[1].split()
+
+
+def test_profile_shows_both_forms(call: Run, checkpoint: Path) -> None:
+    code, out, _ = call("profile", checkpoint, "--json")
+    profile = json.loads(out)
+    assert code == 0
+    assert profile["input_size"] == [3, 48, 48]
+    assert profile["training form"]["operators"]["batch norm"] == 112
+    assert "batch norm" not in profile["plain"]["operators"]
+    assert profile["plain"]["macs"] <= profile["training form"]["macs"]
+    code, out, _ = call("profile", "repghostnet_050", "--input-size", "64x96", "--num-classes", "7")
+    assert code == 0
+    assert "3 x 64 x 96" in out
+    assert re.search(r"batch norm +│ +112 +│ +0 ", out)
+
+
+def test_fold_verify_and_export(call: Run, checkpoint: Path, tmp_path: Path) -> None:
+    code, out, err = call("fold", checkpoint, "-o", "plain.safetensors", "--report", "report.json")
+    assert (code, err) == (0, "")
+    assert "plain.safetensors" in out
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["proof"]["distance_float64"] <= 1e-9
+    card: Any = read_card(tmp_path / "plain.safetensors")
+    assert card.form == "plain"
+    assert card.preprocessing == {"input_size": [3, 48, 48]}
+
+    code, out, _ = call("verify", checkpoint, "plain.safetensors", "--json")
+    assert code == 0
+    assert json.loads(out)["distance_float64"] <= 1e-5  # the plain weights were rounded to float32
+    assert "compute the same" in call("verify", checkpoint, "plain.safetensors")[1]
+
+    assert "training form" not in json.loads(call("profile", "plain.safetensors", "--json")[1])
+    code, out, _ = call("export", "plain.safetensors", "-o", "net.onnx", "--json")
+    assert code == 0
+    assert json.loads(out)["form"] == "plain"
+    assert (tmp_path / "net.onnx").stat().st_size == json.loads(out)["bytes"]
+    assert "|Δ|" in call("export", checkpoint, "-o", "branches.onnx", "--no-fold", "--fixed-batch")[1]
+
+
+def test_a_named_model_is_filled_from_a_foreign_checkpoint(
+    call: Run, checkpoint: Path, tmp_path: Path
+) -> None:
+    net = refold.load(checkpoint)
+    torch.save(net.state_dict(), tmp_path / "weights.pth")
+    arguments = ("repghostnet_050", "--checkpoint", "weights.pth", "--num-classes", 4, "--input-size", 48)
+    assert call("fold", *arguments, "-o", "plain.safetensors")[0] == 0
+    images = torch.randn(2, 3, 48, 48)
+    plain = refold.load(tmp_path / "plain.safetensors", form="plain")
+    with torch.no_grad():
+        assert torch.allclose(plain(images), net(images), rtol=1e-3, atol=1e-5)
+
+
+def test_other_weights_are_not_the_same_function(call: Run, checkpoint: Path, tmp_path: Path) -> None:
+    other = refold.load(checkpoint)
+    with torch.no_grad():
+        next(p for name, p in other.named_parameters() if name.endswith("fc.bias")).add_(0.1)
+    refold.save(other, tmp_path / "other.safetensors")
+    code, out, err = call("verify", checkpoint, "other.safetensors")
+    assert (code, out) == (2, "")
+    assert "do not compute the same function" in err
+
+
+def test_every_mistake_is_one_line_and_exit_code_2(call: Run, checkpoint: Path, tmp_path: Path) -> None:
+    (tmp_path / "cut.safetensors").write_bytes(checkpoint.read_bytes()[:5000])
+    (tmp_path / "foreign.safetensors").write_bytes(b"not a checkpoint at all")
+    torch.save(nn.Linear(2, 2).state_dict(), tmp_path / "linear.pth")
+    (tmp_path / "one" / "class").mkdir(parents=True)
+    before = sorted(tmp_path.iterdir())
+    for arguments, message in (
+        (("profile", "repghostnet_05"), "repghostnet_050"),
+        (("list", "nosuch*"), "No model matches 'nosuch*'"),
+        (("profile", "missing.safetensors"), "There is no checkpoint file 'missing.safetensors'"),
+        (("profile", "cut.safetensors"), "may be truncated"),
+        (("fold", "foreign.safetensors", "-o", "x.safetensors"), "no readable safetensors file"),
+        (("fold", "linear.pth", "-o", "x.safetensors"), "does not name its network"),
+        (("fold", "repvgg_a0", "--checkpoint", "linear.pth", "-o", "x"), "linear.pth"),
+        (("fold", checkpoint, "--num-classes", "9", "-o", "x.safetensors"), "expected (9, "),
+        (("fold", checkpoint, "--checkpoint", "linear.pth", "-o", "x"), "is a checkpoint already"),
+        (("fold", checkpoint, "--input-size", "1x48x48", "-o", "x"), "cannot run on"),
+        (("fold", checkpoint, "--input-size", "big", "-o", "x"), "The input size 'big' is not understood"),
+        (("fold", checkpoint, "-o", "missing/x.safetensors"), "the folder 'missing' does not exist"),
+        (("fold", checkpoint, "-o", "x.safetensors", "--report", "one"), "'one' is a folder"),
+        (("export", checkpoint, "-o", "one"), "'one' is a folder"),
+        (("export", checkpoint, "-o", "x.onnx", "--engine", "abacus"), "There is no engine 'abacus'"),
+        (("quickstart", "--data", "missing"), "There is no folder 'missing'"),
+        (("quickstart", "--data", "one"), "only the class 'class'"),
+        (("quickstart", "-o", "linear.pth"), "cannot be made"),
+    ):
+        code, _, err = call(*arguments)
+        assert code == 2, arguments
+        assert err.startswith("refold: "), err
+        assert err.count("\n") == 1, err
+        assert message in err, (arguments, err)
+        assert sorted(tmp_path.iterdir()) == before, arguments
+
+
+def test_ctrl_c_says_what_is_left_and_exits_with_130(
+    call: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(settings: Any, _: object) -> None:
+        settings.output.mkdir()
+        (settings.output / "training.safetensors").touch()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("refold.quickstart.run", interrupted)
+    code, _, err = call("quickstart", "-o", "run")
+    assert code == 130
+    assert err == "refold: stopped; run holds training.safetensors.\n"
+
+
+def test_help_and_version_need_no_torch() -> None:
+    script = (
+        "import sys; sys.argv = ['refold', {!r}]\n"
+        "from refold.cli import main\n"
+        "try: main()\n"
+        "except SystemExit as e: assert not e.code\n"
+        "assert 'torch' not in sys.modules and 'timm' not in sys.modules"
+    )
+    for option, expected in (("--help", "quickstart"), ("--version", "refold 0")):
+        done = subprocess.run(
+            [sys.executable, "-c", script.format(option)], capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        assert expected in done.stdout
+
+
+def test_the_public_names_are_there() -> None:
+    for name in refold.__all__:
+        assert callable(getattr(refold, name)), name
+    assert set(refold.__all__) <= set(dir(refold))
+    import_module("refold.export.onnxruntime")
+    assert refold.export is not sys.modules["refold.export"], "the name stays the function"
+    with pytest.raises(AttributeError, match="no attribute 'deploy'"):
+        _ = refold.deploy  # type: ignore[attr-defined]
