@@ -22,6 +22,13 @@ def scale_outputs(convolution: Convolution, scale: Tensor, shift: Tensor | None)
     return replace(convolution, weight=weight, bias=_add_biases([bias, shift]))
 
 
+def is_channelwise(convolution: Convolution) -> bool:
+    """Whether it only scales and shifts each channel."""
+    one_tap = convolution.weight[:, 0].numel() == convolution.weight.numel() == convolution.groups
+    still = not any(map(any, convolution.padding)) and all(s == 1 for s in convolution.stride)
+    return one_tap and still and convolution.out_channels == convolution.groups
+
+
 def fold_batch_norm(
     convolution: Convolution,
     mean: Tensor,
@@ -144,6 +151,8 @@ def series(first: Convolution, second: Convolution) -> Convolution:
             raise NotFoldable("the second convolution pads with zeros, but the first adds a shift there")
         if _reaches_beyond(first, axis, padding):
             raise NotFoldable("the second convolution pads with zeros where the first still sees the image")
+    if is_channelwise(second):
+        return scale_outputs(first, second.weight.flatten(), second.bias)
     groups = gcd(first.groups, second.groups)
     first, second = with_groups(first, groups), with_groups(second, groups)
     steps = [s * d for s, d in zip(first.stride, second.dilation, strict=True)]

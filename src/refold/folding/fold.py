@@ -1,0 +1,275 @@
+"""`fold` and `verify`: the whole way from any model to a plain one that is proved to compute the same."""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils._pytree import tree_leaves, tree_map
+
+from refold.errors import InputError, NotFoldable
+from refold.folding.cost import count
+from refold.folding.edits import Edits, Extent, edits_of
+from refold.folding.planning import Plan, Planner, Region
+from refold.folding.precision import to_float64
+from refold.folding.proof import (
+    LARGEST_DISTANCE,
+    Proof,
+    evaluating,
+    outputs,
+    own_distances,
+    prove_float64,
+    prove_region,
+    require_close,
+    require_same,
+    sensitivity,
+)
+from refold.folding.reasons import operator_kind, reason_left
+from refold.folding.recognition import is_batch_norm
+from refold.folding.report import FoldedRegion, FoldReport
+from refold.folding.rewriting import write
+from refold.folding.tracing import Arguments, Untraced, copy_tensors, find_units, first_line
+
+
+def fold(model: nn.Module, example_input: Any, *, prove: bool = True) -> nn.Module:
+    """A plain network that computes what `model` computes in evaluation mode, every linear part one layer.
+
+    `example_input` is what the model is called with: a tensor, `[batch, channels, *size]` as a rule, or the tuple of
+    positional arguments. The model is left untouched; the result keeps its class, dtype, device and methods, is in
+    evaluation mode, and carries a `FoldReport` as `fold_report`. With `prove` (the default) every region is proved in
+    float64, borders included, at two sizes, and then the whole network.
+
+    Raises `InputError` where the model does not run on the example, `NotEquivalent` where the proof fails.
+    """
+    arguments = as_arguments(example_input)
+    _require_runs(model, arguments)
+    with evaluating(model):
+        work = _runnable_work(model, arguments, prove)
+        proof = _prove_whole(model, work, arguments) if prove else None
+        _settle(model, work)
+        if proof is not None:
+            original, folded = _own_distances(model, work.model, arguments)
+            proof = replace(proof, original_distance=original, folded_distance=folded)
+            require_close(proof)
+        before, after = count(model, arguments[0]), count(work.model, arguments[0])
+    name, notes = type(model).__name__, _notes(model) + work.notes
+    report = FoldReport(name, work.folded, work.left, before, after, proof, notes)
+    work.model.fold_report = report  # type: ignore[assignment]
+    return work.model
+
+
+def verify(reference: nn.Module, candidate: nn.Module, example_input: Any) -> Proof:
+    """Measure how far `candidate` is from `reference`, both in evaluation mode, on `example_input` (as for `fold`).
+
+    Two float64 networks must agree to 1e-9 of the largest output; in lower precision the candidate may be no further
+    from the float64 result than 4 times the distance of the reference run in the same dtype.
+
+    Raises `NotEquivalent`, which carries the proof, where they do not; `InputError` where one of them does not run.
+    """
+    arguments = as_arguments(example_input)
+    for model in (reference, candidate):
+        _require_runs(model, arguments)
+    inputs = _proof_inputs(reference, arguments)
+    distance = prove_float64(reference, candidate, inputs)
+    original, folded = _own_distances(reference, candidate, arguments)
+    proof = Proof(distance, _shapes(inputs), original, folded)
+    if original is None:
+        require_same(proof)
+    require_close(proof)
+    return proof
+
+
+def as_arguments(example_input: Any) -> Arguments:
+    """The call that an example input stands for."""
+    return (example_input if isinstance(example_input, tuple) else (example_input,)), {}
+
+
+@dataclass
+class _Work:
+    """One attempt to fold: the copy that is edited, and the account of it."""
+
+    model: nn.Module
+    arguments: Arguments
+    prove: bool
+    extent: Extent
+    proved: list[float] = field(default_factory=list)
+    folded: list[FoldedRegion] = field(default_factory=list)
+    left: list[tuple[str, str]] = field(default_factory=list)
+    made: list[tuple[nn.Module, torch.dtype]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def run(self) -> None:
+        units, untraced = find_units(self.model, self.arguments)
+        held = Counter(id(module) for unit in units for module in set(unit.module.modules()))
+        shared = {identity for identity, times in held.items() if times > 1}
+        outcomes = []
+        for unit in units:
+            planner = Planner(unit)
+            plan = planner.plan()
+            regions = self._proved_regions(planner, plan)
+            edits = edits_of(planner, regions, shared, self.extent)
+            self.made += [(module, unit.kinds[region.root][0]) for module, region in edits.made]
+            self.folded += [_describe(planner, region) for region in edits.applied]
+            outcomes.append((planner, edits))
+        self.left = _left(outcomes, untraced)
+        called = {_name(planner, node) for planner, _ in outcomes for node in _batch_norms(planner)}
+        for planner, edits in outcomes:
+            self.model = write(self.model, planner.unit, edits)
+        uncalled = [n for n, m in self.model.named_modules() if isinstance(m, _BatchNorm) and n not in called]
+        self.left += [(name, "it does not run on the example input") for name in uncalled]
+
+    def _proved_regions(self, planner: Planner, plan: Plan) -> list[Region]:
+        if not self.prove:
+            return plan.regions
+        kept = []
+        for region in plan.regions:
+            try:
+                self.proved.append(prove_region(region, planner.constants))
+                kept.append(region)
+            except NotFoldable as refusal:
+                planner.refusals.update(dict.fromkeys(region.operators, str(refusal)))
+        return kept
+
+
+def _require_runs(model: nn.Module, arguments: Arguments) -> None:
+    try:
+        outputs(model, arguments)
+    except Exception as error:
+        shapes = (
+            ", ".join(str(tuple(v.shape)) for v in tree_leaves(arguments) if isinstance(v, Tensor)) or "none"
+        )
+        raise InputError(
+            f"{type(model).__name__} cannot run on the example input (shape {shapes}): {first_line(error)}; "
+            "give an input that its forward pass accepts."
+        ) from error
+
+
+def _notes(model: nn.Module) -> list[str]:
+    if any(module.training for module in model.modules()):
+        return ["the model was in training mode; what it computes in evaluation mode was folded"]
+    return []
+
+
+def _shared_copy(model: nn.Module) -> nn.Module:
+    """A copy of all modules that still holds the same tensors, so that folding needs no second set of weights."""
+    tensors = [*model.parameters(), *model.buffers()]
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
+
+
+def _settle(original: nn.Module, work: _Work) -> None:
+    """Round the new layers once to the dtype of the model, and give the result its own copy of every other tensor."""
+    for module, dtype in work.made:
+        module.to(dtype)
+    shared = {id(tensor) for tensor in [*original.parameters(), *original.buffers()]}
+    copies: dict[int, Tensor] = {}
+    for module in work.model.modules():
+        for store in (module._parameters, module._buffers):
+            for name, tensor in store.items():
+                if tensor is not None and id(tensor) in shared:
+                    store[name] = copies.setdefault(id(tensor), copy.deepcopy(tensor))  # type: ignore[assignment]
+
+
+def _runnable_work(model: nn.Module, arguments: Arguments, prove: bool) -> _Work:
+    """Fold as much as leaves a network that runs: code around a folded block may ask for what is no longer there."""
+    notes: list[str] = []
+    for extent in Extent:
+        work = _Work(_shared_copy(model).eval(), arguments, prove, extent, notes=notes)
+        work.run()
+        try:
+            outputs(work.model, to_float64(arguments), float64=True)
+            break
+        except Exception as error:
+            notes.append(f"less was folded: the rewritten network did not run ({first_line(error)})")
+    return work
+
+
+def _prove_whole(model: nn.Module, work: _Work, arguments: Arguments) -> Proof:
+    """Prove the network in float64; the new layers are still in float64."""
+    inputs = _proof_inputs(model, arguments)
+    distance = prove_float64(model, work.model, inputs)
+    proof = Proof(distance, _shapes(inputs), regions=len(work.proved), worst_region=max([0.0, *work.proved]))
+    if distance > LARGEST_DISTANCE:
+        proof = replace(proof, sensitivity=sensitivity(model, inputs))
+        work.notes.append(
+            f"the network amplifies rounding: the last bit of its input changes its output by {proof.sensitivity:.0e}, "
+            "so that only its regions, one by one, can be proved to better than that"
+        )
+    require_same(proof)
+    return proof
+
+
+def _proof_inputs(reference: nn.Module, arguments: Arguments) -> list[Arguments]:
+    """The example, and random input of another size where the network accepts one."""
+    other = _another_size(arguments)
+    try:
+        outputs(reference, other)
+    except Exception:
+        return [arguments]  # many networks accept one size only
+    return [arguments, other]
+
+
+def _shapes(inputs: list[Arguments]) -> tuple[str, ...]:
+    def named(arguments: Arguments) -> str:
+        return " ".join("×".join(map(str, v.shape)) for v in tree_leaves(arguments) if isinstance(v, Tensor))
+
+    return tuple(named(arguments) for arguments in inputs)
+
+
+def _another_size(arguments: Arguments) -> Arguments:
+    """Random input, as large across and about three quarters as high: networks with five halvings take such sizes."""
+    generator = torch.Generator().manual_seed(1)
+
+    def resized(value: Any) -> Any:
+        if not isinstance(value, Tensor) or not value.is_floating_point():
+            return value
+        shape = list(value.shape)
+        if value.dim() >= 3:
+            step = 32 if shape[-2] > 64 else 1
+            shape[-2] = max(step, shape[-2] * 3 // 4 // step * step)
+        return torch.randn(shape, generator=generator).to(value)
+
+    return tree_map(resized, copy_tensors(arguments))  # type: ignore[no-any-return]
+
+
+def _own_distances(
+    reference: nn.Module, candidate: nn.Module, arguments: Arguments
+) -> tuple[float | None, float | None]:
+    return own_distances(reference, candidate, arguments) or (None, None)
+
+
+def _describe(planner: Planner, region: Region) -> FoldedRegion:
+    kinds = Counter(operator_kind(node, planner) for node in region.operators)
+    convolution = region.convolution
+    size = "×".join(map(str, convolution.kernel_size))
+    kind = f"{size} convolution" if size else "linear"
+    if region.rescales:
+        kind = type(planner.unit.attribute(str(region.source.target))).__name__
+    groups = f", {convolution.groups} groups" if convolution.groups > 1 and not region.rescales else ""
+    channels = f"{convolution.in_channels} to {convolution.out_channels} channels"
+    path = planner.unit.full_path(region.root.meta["scope"][-1][0] if region.root.meta["scope"] else "")
+    return FoldedRegion(path, dict(kinds), f"{kind}, {channels}{groups}")
+
+
+def _left(outcomes: list[tuple[Planner, Edits]], untraced: list[Untraced]) -> list[tuple[str, str]]:
+    """Every batch norm that stays and every module that was not looked into, with the reason."""
+    left = [(item.path or "the whole model", item.reason) for item in untraced]
+    for planner, edits in outcomes:
+        folded = {node for region in edits.applied for node in region.operators}
+        remaining = [node for node in _batch_norms(planner) if node not in folded]
+        left += [(_name(planner, node), reason_left(node, planner)) for node in remaining]
+    return list(dict.fromkeys(left))
+
+
+def _batch_norms(planner: Planner) -> list[fx.Node]:
+    return [node for node in planner.unit.graph.nodes if is_batch_norm(node, planner.constants)]
+
+
+def _name(planner: Planner, node: fx.Node) -> str:
+    if node.op == "call_module":
+        return planner.unit.full_path(str(node.target))
+    return planner.unit.full_path(node.meta["scope"][-1][0] if node.meta["scope"] else "")

@@ -1,0 +1,317 @@
+"""Choose what becomes one convolution: the regions of a graph that are linear in one value, where folding them pays."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import torch
+from torch import fx
+
+from refold.algebra import (
+    Convolution,
+    concatenate,
+    identity,
+    is_channelwise,
+    scale_outputs,
+    series,
+    side_by_side,
+    slice_outputs,
+    sum_branches,
+    widen_inputs,
+)
+from refold.errors import NotFoldable
+from refold.folding.constants import Constants
+from refold.folding.operators import (
+    Linear,
+    Map,
+    Same,
+    Slice,
+    Sum,
+    inputs_of,
+)
+from refold.folding.recognition import linear_operator, scalable_module
+from refold.folding.tracing import Unit, checks
+
+_MOST_SOURCES = 16
+"""How far back a purely linear chain is followed: beyond, the search would grow with the square of its length."""
+
+Price = tuple[int, int]
+"""Multiply-accumulates, then operators: what a choice costs, in the order that decides."""
+
+
+@dataclass(frozen=True)
+class Branch:
+    """A value as a convolution of the channels of its source from `first` on; None is the identity of all of them."""
+
+    convolution: Convolution | None
+    first: int = 0
+
+
+@dataclass(frozen=True)
+class Region:
+    """The operators between `source` and `root` that together are one convolution of `source`."""
+
+    source: fx.Node
+    root: fx.Node
+    operators: dict[fx.Node, Linear]
+    """In the order they run, `root` the last."""
+    nodes: frozenset[fx.Node]
+    """The operators and the helpers between them, such as the call of `chunk` behind its items."""
+    convolution: Convolution
+    rescales: bool = False
+    """Whether `source` is a convolution layer of another kind, whose outputs `convolution` only scales and shifts."""
+
+
+@dataclass
+class Plan:
+    """What to fold in one unit, and why the rest is left."""
+
+    regions: list[Region] = field(default_factory=list)
+    refusals: dict[fx.Node, str] = field(default_factory=dict)
+
+
+class Planner:
+    """Plans one unit. Only shapes are looked at (tensors on the meta device) until a region is chosen."""
+
+    def __init__(self, unit: Unit) -> None:
+        self.unit = unit
+        self.constants = Constants(unit)
+        self.refusals: dict[fx.Node, str] = {}
+        self.order = {node: index for index, node in enumerate(unit.graph.nodes)}
+        self.checks = checks(unit.graph)
+        self.operators = {n: op for n in unit.graph.nodes if (op := self._recognise(n)) is not None}
+        self._branches: dict[tuple[fx.Node, fx.Node, bool], Branch | NotFoldable] = {}
+
+    def plan(self) -> Plan:
+        """Choose for every value that something non-linear needs, from the last to the first, how to compute it."""
+        plan = Plan(refusals=self.refusals)
+        demanded: set[fx.Node] = set()
+        for node in reversed(self.unit.graph.nodes):
+            if node.op == "output" or (node in demanded and node not in self.operators):
+                demanded.update(node.all_input_nodes)
+            elif node in demanded:
+                source = self._best_source(node)
+                if source is None:
+                    demanded.update(inputs_of(self.operators[node]))
+                    continue
+                demanded.add(source)
+                region = self._region(node, source)
+                if region is not None:
+                    plan.regions.append(region)
+        plan.regions.reverse()
+        return plan
+
+    def _recognise(self, node: fx.Node) -> Linear | None:
+        if node in self.unit.barriers:
+            self.refusals[node] = "a tensor that it reads is changed in place while others read it"
+            return None
+        if node not in self.unit.shapes or not self.constants.varies(node):
+            return None
+        try:
+            return linear_operator(node, self.constants)
+        except NotFoldable as refusal:
+            self.refusals[node] = str(refusal)
+            return None
+
+    def closure(self, root: fx.Node) -> list[fx.Node]:
+        """The linear operators that `root` depends on through linear operators alone, in the order they run."""
+        found, waiting = {root}, [root]
+        while waiting:
+            for node in inputs_of(self.operators[waiting.pop()]):
+                if node in self.operators and node not in found:
+                    found.add(node)
+                    waiting.append(node)
+        return sorted(found, key=self.order.__getitem__)
+
+    def _best_source(self, root: fx.Node) -> fx.Node | None:
+        """From which value to compute `root` with one convolution; None to run its own operator."""
+        region = self.closure(root)
+        inside = set(region)
+        sources: dict[fx.Node, list[fx.Node]] = {}
+        price: dict[fx.Node, Price] = {}
+        choice: fx.Node | None = None
+        for node in region:
+            sources[node] = self._sources(node, sources)
+            inputs = inputs_of(self.operators[node])
+            best = _total([self._own_price(node), *(price.get(i, (0, 0)) for i in inputs)])
+            choice = None
+            for source in sources[node][1:]:
+                emitted = self._emission_price(node, source)
+                if emitted is not None:
+                    cost = _total([emitted, price.get(source, (0, 0))])
+                    if cost < best:
+                        best, choice = cost, source
+                    elif cost[0] > best[0] > 0:
+                        self.refusals.setdefault(
+                            node,
+                            f"as one convolution it would take {cost[0]:,} multiply-accumulates, not {best[0]:,}",
+                        )
+            used_elsewhere = any(user not in inside and user not in self.checks for user in node.users)
+            price[node] = (0, 0) if node is not root and used_elsewhere else best
+        if choice is not None and self._raises_cost(root, choice, inside):
+            return None
+        return choice
+
+    def _sources(self, node: fx.Node, known: dict[fx.Node, list[fx.Node]]) -> list[fx.Node]:
+        """The values of which `node` may be a linear function, itself first, then from the nearest on."""
+        common: list[fx.Node] | None = None
+        for value in inputs_of(self.operators[node]):
+            reachable = known.get(value, [value])
+            common = reachable if common is None else [s for s in common if s in set(reachable)]
+        return [node, *(common or [])][:_MOST_SOURCES]
+
+    def _own_price(self, node: fx.Node) -> Price:
+        operator = self.operators[node]
+        if isinstance(operator, (Same, Slice)):
+            return (0, 0)
+        if isinstance(operator, Map) and operator.multiplies:
+            return (self._multiplications(node, operator.build(torch.device("meta"))), 1)
+        return (0, max(1, len(inputs_of(operator)) - 1) if isinstance(operator, Sum) else 1)
+
+    def _multiplications(self, node: fx.Node, convolution: Convolution) -> int:
+        taps = math.prod(convolution.kernel_size)
+        read = convolution.weight.shape[1] if convolution.spatial_axes else convolution.in_channels
+        return math.prod(self.unit.shapes[node]) * read * taps
+
+    def _emission_price(self, node: fx.Node, source: fx.Node) -> Price | None:
+        """What `node` costs as one convolution of `source`; None where it is none, or reads only a part of it."""
+        try:
+            branch = self.branch(node, source, structure_only=True)
+        except NotFoldable as refusal:
+            self.refusals.setdefault(node, str(refusal))
+            return None
+        if branch.convolution is None or self._rescales(source, node, branch.convolution):
+            return (0, 0)
+        shape, axes = self.unit.shapes[source], branch.convolution.spatial_axes
+        channels = shape[1] if axes else shape[-1]
+        if branch.first or branch.convolution.in_channels != channels or (axes and len(shape) != axes + 2):
+            return None
+        layers = 1 if branch.convolution.has_symmetric_padding else 2
+        return (self._multiplications(node, branch.convolution), layers)
+
+    def _rescales(self, source: fx.Node, root: fx.Node, convolution: Convolution) -> bool:
+        """Whether the source is a layer that can take up the convolution in its own weight, for nobody else to see."""
+        if not is_channelwise(convolution) or scalable_module(source, self.constants) is None:
+            return False
+        between = self.between(source, root)
+        readers = {user for node in (source, *between[:-1]) for user in node.users}
+        return readers <= {*between, *self.checks}
+
+    def _raises_cost(self, root: fx.Node, source: fx.Node, inside: set[fx.Node]) -> bool:
+        """Whether the convolution costs more than all that it replaces, each operator counted once."""
+        emitted = self._emission_price(root, source)
+        replaced = [self._own_price(node) for node in self.between(source, root)]
+        assert emitted is not None
+        if emitted[0] <= _total(replaced)[0]:
+            return False
+        self.refusals[root] = (
+            f"as one convolution it would take {emitted[0]:,} multiply-accumulates, not {_total(replaced)[0]:,}"
+        )
+        return True
+
+    def between(self, source: fx.Node, root: fx.Node) -> list[fx.Node]:
+        """The operators through which `root` depends on `source`, in the order they run."""
+        found, waiting = {root}, [root]
+        while waiting:
+            for node in inputs_of(self.operators[waiting.pop()]):
+                if node is not source and node not in found:
+                    found.add(node)
+                    waiting.append(node)
+        return sorted(found, key=self.order.__getitem__)
+
+    def _region(self, root: fx.Node, source: fx.Node) -> Region | None:
+        """The chosen region with its convolution computed; None where nothing has to run (an identity)."""
+        convolution = self.branch(root, source).convolution
+        if convolution is None:
+            return None
+        operators = {node: self.operators[node] for node in self.between(source, root)}
+        nodes, waiting = {root}, [root]
+        while waiting:
+            for node in waiting.pop().all_input_nodes:
+                if node is not source and node not in nodes and self.constants.varies(node):
+                    nodes.add(node)
+                    waiting.append(node)
+        rescales = self._rescales(source, root, convolution)
+        return Region(source, root, operators, frozenset(nodes), convolution, rescales)
+
+    def branch(self, node: fx.Node, source: fx.Node, structure_only: bool = False) -> Branch:
+        """`node` as a convolution of `source`. Raises NotFoldable where there is no exact one."""
+        key = (node, source, structure_only)
+        if key not in self._branches:
+            try:
+                self._branches[key] = self._compose(node, source, structure_only)
+            except NotFoldable as refusal:
+                self._branches[key] = refusal
+        found = self._branches[key]
+        if isinstance(found, NotFoldable):
+            raise found
+        return found
+
+    def _compose(self, node: fx.Node, source: fx.Node, structure_only: bool) -> Branch:
+        if node is source:
+            return Branch(None)
+        device = torch.device("meta" if structure_only else "cpu")
+        operator = self.operators[node]
+        inner = [self.branch(value, source, structure_only) for value in inputs_of(operator)]
+        if isinstance(operator, Same):
+            return inner[0]
+        if isinstance(operator, Map):
+            convolution = operator.build(device)
+            if inner[0].convolution is not None:
+                convolution = series(inner[0].convolution, convolution)
+            return Branch(convolution, inner[0].first)
+        like = torch.empty(0, dtype=torch.float64, device=device)
+        if isinstance(operator, Sum):
+            return self._sum(inner, operator, source, like)
+        axes = operator.spatial_axes
+        known = [self._explicit(branch, source, axes, like) for branch in inner]
+        if isinstance(operator, Slice):
+            convolution, first = slice_outputs(known[0], operator.start, operator.stop)
+            return Branch(convolution, inner[0].first + first)
+        return _concatenated(known, [branch.first for branch in inner])
+
+    def _explicit(self, branch: Branch, source: fx.Node, axes: int, like: torch.Tensor) -> Convolution:
+        """The branch with its identity written out, in a layout with so many spatial axes."""
+        if branch.convolution is None:
+            shape = self.unit.shapes[source]
+            return identity(shape[1] if axes else shape[-1], axes, like)
+        if branch.convolution.spatial_axes != axes:
+            raise NotFoldable("the channels of its inputs lie along different axes")
+        return branch.convolution
+
+    def _sum(self, inner: list[Branch], operator: Sum, source: fx.Node, like: torch.Tensor) -> Branch:
+        layouts = {b.convolution.spatial_axes for b in inner if b.convolution is not None}
+        axes = layouts.pop() if layouts else len(self.unit.shapes[source]) - 2
+        if not 0 <= axes <= 3:
+            raise NotFoldable("its input has more axes than a convolution")
+        known = [self._explicit(branch, source, axes, like) for branch in inner]
+        scaled = [
+            c if f == 1.0 else scale_outputs(c, c.weight.new_full((c.out_channels,), f), None)
+            for c, f in zip(known, operator.factors, strict=True)
+        ]
+        aligned, first = _common_inputs(scaled, [branch.first for branch in inner])
+        return Branch(sum_branches(aligned) if len(aligned) > 1 else aligned[0], first)
+
+
+def _total(prices: Iterable[Price]) -> Price:
+    listed = list(prices)
+    return sum(p[0] for p in listed), sum(p[1] for p in listed)
+
+
+def _common_inputs(convolutions: list[Convolution], firsts: list[int]) -> tuple[list[Convolution], int]:
+    """The same functions, all reading the smallest range of channels that holds those of each, and its start."""
+    start = min(firsts)
+    stop = max(f + c.in_channels for f, c in zip(firsts, convolutions, strict=True))
+    return [
+        widen_inputs(c, f - start, stop - start) for f, c in zip(firsts, convolutions, strict=True)
+    ], start
+
+
+def _concatenated(convolutions: list[Convolution], firsts: list[int]) -> Branch:
+    ends = [f + c.in_channels for f, c in zip(firsts, convolutions, strict=True)]
+    if firsts[1:] == ends[:-1]:
+        return Branch(side_by_side(convolutions), firsts[0])
+    aligned, first = _common_inputs(convolutions, firsts)
+    return Branch(concatenate(aligned), first)

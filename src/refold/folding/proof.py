@@ -1,0 +1,231 @@
+"""Prove that two ways to compute a value agree: one region on random inputs, and whole networks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_leaves, tree_map
+
+from refold.errors import NotEquivalent, NotFoldable
+from refold.folding.constants import Constants, apply
+from refold.folding.layers import rescaled
+from refold.folding.planning import Region
+from refold.folding.precision import in_float64, to_float64
+from refold.folding.tracing import Arguments, copy_tensors, first_line, plain_mode
+
+LARGEST_DISTANCE = 1e-9
+"""In float64, the largest difference relative to the largest output that counts as rounding."""
+LARGEST_RATIO = 4.0
+"""In the model's own dtype: how much further from the float64 result than the original the folded model may be."""
+
+
+@dataclass(frozen=True)
+class Proof:
+    """How far a network is from its reference.
+
+    `distance_float64` is the largest difference of any output, relative to the largest output, both networks
+    computed in float64; `inputs` are the shapes they were run on. `original_distance` and `folded_distance` are the
+    distances (relative, root mean square) of both, run in their own dtype, from the float64 result of the reference;
+    None where that dtype is float64. `regions` is how many parts were proved one by one, `worst_region` their largest
+    distance. `sensitivity`, measured where `distance_float64` is more than rounding, is how far the reference moves
+    when the last bit of its input changes.
+    """
+
+    distance_float64: float
+    inputs: tuple[str, ...]
+    original_distance: float | None = None
+    folded_distance: float | None = None
+    regions: int = 0
+    worst_region: float = 0.0
+    sensitivity: float | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The same numbers as plain JSON-able values."""
+        return {**asdict(self), "inputs": list(self.inputs)}
+
+
+def prove_region(region: Region, constants: Constants) -> float:
+    """The largest relative difference in float64 on random inputs of two sizes, borders included.
+
+    Raises NotFoldable where it is more than rounding, or the original operators do not run on such inputs.
+    """
+    generator = torch.Generator().manual_seed(0)
+    worst = 0.0
+    device = constants.unit.kinds[region.root][1]
+    for shape in _probe_shapes(region, constants):
+        x = torch.randn(shape, dtype=torch.float64, generator=generator)
+        try:
+            expected = _run_operators(region, constants, x.to(device)).cpu()
+        except Exception as error:
+            raise NotFoldable(f"its operators do not run on a {shape} input ({first_line(error)})") from error
+        worst = max(worst, distance(expected, region.convolution(x)))
+    if region.rescales:
+        worst = max(worst, _rescaling_distance(region, constants, generator))
+    if not worst <= LARGEST_DISTANCE:
+        raise NotFoldable(f"the proof failed: the results differ by {worst:.1e}")
+    return worst
+
+
+def distance(expected: Tensor, found: Tensor) -> float:
+    """The largest difference relative to the largest expected value; infinite for other shapes and for nan."""
+    if expected.shape != found.shape:
+        return float("inf")
+    if expected.numel() == 0:
+        return 0.0
+    expected, found = expected.detach().double(), found.detach().double()
+    difference, scale = float((expected - found).abs().max()), float(expected.abs().max())
+    if difference != difference or scale != scale:
+        return float("inf")
+    return difference / scale if scale else difference
+
+
+def prove_float64(reference: nn.Module, candidate: nn.Module, inputs: list[Arguments]) -> float:
+    """The largest relative difference of any output of two networks, both computed in float64."""
+    worst = 0.0
+    for arguments in inputs:
+        expected, found = (
+            outputs(model, to_float64(arguments), float64=True) for model in (reference, candidate)
+        )
+        if len(expected) != len(found):
+            return float("inf")
+        worst = max([worst, *(distance(e, f) for e, f in zip(expected, found, strict=True))])
+    return worst
+
+
+def own_distances(
+    reference: nn.Module, candidate: nn.Module, arguments: Arguments
+) -> tuple[float, float] | None:
+    """How far both networks, run in their own dtype, are from the reference run in float64; None for float64.
+
+    Relative, root mean square over all outputs.
+    """
+    own = outputs(reference, arguments)
+    if all(value.dtype == torch.float64 or not value.is_floating_point() for value in own):
+        return None
+    truth = outputs(reference, to_float64(arguments), float64=True)
+    return _spread(truth, own), _spread(truth, outputs(candidate, arguments))
+
+
+def sensitivity(reference: nn.Module, inputs: list[Arguments]) -> float:
+    """How far the outputs of a network move, in float64, when each input value moves by its last bit.
+
+    No rewriting can come closer: an unstable network turns any rounding into a visible difference.
+    """
+    generator = torch.Generator().manual_seed(2)
+
+    def nudged(value: Any) -> Any:
+        if not isinstance(value, Tensor) or not value.is_floating_point():
+            return value
+        noise = torch.randn(value.shape, generator=generator, dtype=torch.float64).to(value.device)
+        return value.double() * (1 + torch.finfo(torch.float64).eps * noise)
+
+    worst = 0.0
+    for arguments in inputs:
+        expected = outputs(reference, to_float64(arguments), float64=True)
+        found = outputs(reference, tree_map(nudged, arguments), float64=True)
+        worst = max([worst, *(distance(e, f) for e, f in zip(expected, found, strict=True))])
+    return worst
+
+
+def require_same(proof: Proof) -> None:
+    """Raise NotEquivalent where two networks differ in float64 by more than rounding explains."""
+    allowed = max(LARGEST_DISTANCE, 10 * (proof.sensitivity or 0.0))
+    if not proof.distance_float64 <= allowed:
+        raise NotEquivalent(
+            f"the networks differ by {proof.distance_float64:.1e} of the largest output in float64, "
+            f"more than {allowed:.0e}: they do not compute the same function.",
+            proof,
+        )
+
+
+def require_close(proof: Proof) -> None:
+    """Raise NotEquivalent where the second network, in its own dtype, is much further from the truth than the first."""
+    if proof.original_distance is None or proof.folded_distance is None:
+        return
+    # The floor is for an original that happens to be exact: one rounding step of float32.
+    allowed = LARGEST_RATIO * max(proof.original_distance, torch.finfo(torch.float32).eps)
+    if not proof.folded_distance <= allowed:
+        raise NotEquivalent(
+            f"the second network is {proof.folded_distance:.1e} from the float64 result, more than "
+            f"{LARGEST_RATIO:g} times the {proof.original_distance:.1e} of the first: "
+            "they do not compute the same function.",
+            proof,
+        )
+
+
+def outputs(model: nn.Module, arguments: Arguments, float64: bool = False) -> list[Tensor]:
+    """All tensors that the model returns in evaluation mode; its training flags are left as they were."""
+    with evaluating(model), plain_mode(), in_float64() if float64 else plain_mode():
+        result = model(*copy_tensors(arguments[0]), **copy_tensors(arguments[1]))
+    return [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Hold every module in evaluation mode, each flag put back as it was."""
+    flags = [(module, module.training) for module in model.modules()]
+    try:
+        for module, _ in flags:
+            module.training = False
+        yield
+    finally:
+        for module, training in flags:
+            module.training = training
+
+
+def _spread(truth: list[Tensor], found: list[Tensor]) -> float:
+    if [t.shape for t in truth] != [f.shape for f in found]:
+        return float("inf")
+    difference = sum(
+        float((t.double() - f.double()).square().sum()) for t, f in zip(truth, found, strict=True)
+    )
+    scale = sum(float(t.double().square().sum()) for t in truth)
+    return float((difference / scale) ** 0.5) if scale else float(difference**0.5)
+
+
+def _probe_shapes(region: Region, constants: Constants) -> list[tuple[int, ...]]:
+    """Two small inputs, not square and of odd and even sizes, in which every tap meets the border."""
+    own, convolution = constants.unit.shapes[region.source], region.convolution
+    if convolution.spatial_axes == 0:
+        return [
+            (*(min(size, 3 + i) for i, size in enumerate(own[:-1])), own[-1]),
+            (*(1,) * (len(own) - 1), own[-1]),
+        ]
+    reach = [d * (k - 1) + 1 for d, k in zip(convolution.dilation, convolution.kernel_size, strict=True)]
+    first = tuple(extent + 4 + 3 * i for i, extent in enumerate(reach))
+    second = tuple(extent + 7 - 2 * i for i, extent in enumerate(reach))
+    return [(2, own[1], *first), (1, own[1], *second)]
+
+
+def _run_operators(region: Region, constants: Constants, x: Tensor) -> Tensor:
+    values: dict[fx.Node, Any] = {region.source: x}
+
+    def value(node: fx.Node) -> Any:
+        return values[node] if node in values else constants.evaluate(node)
+
+    with in_float64(), torch.no_grad():
+        for node in constants.unit.graph.nodes:
+            if node in region.nodes:
+                args, kwargs = fx.node.map_arg((node.args, node.kwargs), value)
+                if node.op == "call_module":
+                    values[node] = constants.unit.attribute(str(node.target))(*args, **kwargs)
+                else:
+                    values[node] = apply(node, args, kwargs)
+    result = values[region.root]
+    assert isinstance(result, Tensor)
+    return result
+
+
+def _rescaling_distance(region: Region, constants: Constants, generator: torch.Generator) -> float:
+    """How far the rescaled layer is from the original one followed by the scale and shift."""
+    original = constants.unit.attribute(str(region.source.target))
+    own = constants.unit.shapes[region.source.all_input_nodes[0]]
+    x = torch.randn(own, dtype=torch.float64, generator=generator).to(constants.unit.kinds[region.root][1])
+    with in_float64(), torch.no_grad():
+        expected = region.convolution(original(x).cpu())
+        return distance(expected, rescaled(original, region.convolution).to(x.device)(x).cpu())

@@ -1,0 +1,50 @@
+"""Say in one sentence why an operator was left."""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+
+from refold.folding.operators import Map
+from refold.folding.planning import Planner
+from refold.folding.recognition import is_batch_norm
+
+_META = torch.device("meta")
+
+
+def operator_kind(node: fx.Node, planner: Planner) -> str:
+    """What the operator is, in words: "convolution", "batch norm", "add", or the name of its module or function."""
+    if is_batch_norm(node, planner.constants):
+        return "batch norm"
+    operator = planner.operators.get(node)
+    if isinstance(operator, Map) and operator.multiplies:
+        return "convolution" if operator.build(_META).spatial_axes else "linear"
+    if node.op == "call_module":
+        return type(planner.unit.attribute(str(node.target))).__name__
+    if node.op in ("placeholder", "output"):
+        return f"the {'input' if node.op == 'placeholder' else 'output'} of the model"
+    name = getattr(node.target, "__name__", str(node.target))
+    return {"iadd": "add", "cat": "concatenation", "getitem": "slice"}.get(name, name)
+
+
+def reason_left(node: fx.Node, planner: Planner) -> str:
+    """Why a batch norm stays."""
+    if node in planner.refusals:
+        return planner.refusals[node]
+    before = node.all_input_nodes[0]
+    after = [user for user in node.users if user not in planner.checks]
+    before_kind = operator_kind(before, planner)
+    readers = [user for user in before.users if user not in planner.checks]
+    if before in planner.operators and len(readers) > 1:
+        return f"the {before_kind} before it is used by {len(readers)} operators"
+    for user in after:
+        if user in planner.refusals:
+            return f"{planner.refusals[user]} ({operator_kind(user, planner)})"
+    if len(after) > 1:
+        return f"it follows {_article(before_kind)} and is used by {len(after)} operators"
+    follower = operator_kind(after[0], planner) if after else "nothing"
+    return f"it stands between {_article(before_kind)} and {_article(follower)}, not next to a convolution"
+
+
+def _article(kind: str) -> str:
+    return kind if kind.startswith(("the ", "nothing")) else f"{'an' if kind[0] in 'aeiou' else 'a'} {kind}"

@@ -1,0 +1,110 @@
+"""What a fold did: each region, what was left and why, the cost before and after, and the proof."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from refold.folding.cost import Cost
+from refold.folding.proof import Proof
+
+if TYPE_CHECKING:
+    from rich.console import Group
+
+
+@dataclass(frozen=True)
+class FoldedRegion:
+    """One part of the network that became one layer: where, the operators it had, and the layer."""
+
+    path: str
+    operators: dict[str, int]
+    layer: str
+
+
+@dataclass
+class FoldReport:
+    """The account of one fold. `left` names every batch norm that remains, and every part not looked into, and why."""
+
+    model: str
+    regions: list[FoldedRegion]
+    left: list[tuple[str, str]]
+    before: Cost
+    after: Cost
+    proof: Proof | None
+    notes: list[str] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The same facts as plain JSON-able values."""
+        return {
+            "model": self.model,
+            "notes": self.notes,
+            "regions": [asdict(region) for region in self.regions],
+            "left": [{"name": name, "reason": reason} for name, reason in self.left],
+            "before": self.before.to_dict(),
+            "after": self.after.to_dict(),
+            "proof": None if self.proof is None else self.proof.to_dict(),
+        }
+
+    def to_json(self) -> str:
+        """The report as JSON text."""
+        return json.dumps(self.to_dict(), indent=2)
+
+    def __rich__(self) -> Group:
+        from rich.console import Group
+
+        parts: list[Any] = [_cost_table(self)]
+        if self.left:
+            parts.append(_left_table(self.left))
+        parts += [_proof_line(self.proof), *self.notes]
+        return Group(*parts)
+
+
+def _cost_table(report: FoldReport) -> Any:
+    from rich.table import Table
+
+    table = Table(title=f"{report.model}: {len(report.regions)} regions folded", title_justify="left")
+    for name in ("", "before", "after"):
+        table.add_column(name, justify="right" if name else "left")
+    before, after = report.before, report.after
+    rows = [
+        ("parameters", before.parameters, after.parameters),
+        ("multiply-accumulates", before.macs, after.macs),
+        ("activations", before.activations, after.activations),
+        ("operators", before.operator_count, after.operator_count),
+    ]
+    kinds = list(dict.fromkeys([*before.operators, *after.operators]))
+    changed = [k for k in kinds if before.operators.get(k, 0) != after.operators.get(k, 0)]
+    rows += [(f"  {kind}", before.operators.get(kind, 0), after.operators.get(kind, 0)) for kind in changed]
+    for name, old, new in rows:
+        table.add_row(name, f"{old:,}", f"{new:,}")
+    return table
+
+
+def _left_table(left: list[tuple[str, str]]) -> Any:
+    from rich.table import Table
+
+    table = Table(title="left as it was", title_justify="left")
+    table.add_column("how many", justify="right")
+    table.add_column("first of them")
+    table.add_column("why")
+    counts = Counter(reason for _, reason in left)
+    for reason, count in counts.most_common():
+        table.add_row(str(count), next(name for name, why in left if why == reason), reason)
+    return table
+
+
+def _proof_line(proof: Proof | None) -> str:
+    if proof is None:
+        return "not proved, as asked"
+    line = (
+        f"proved: {proof.regions} regions to {proof.worst_region:.0e}, the network to {proof.distance_float64:.0e} "
+        f"in float64, on {' and '.join(proof.inputs)}"
+    )
+    if proof.original_distance is not None and proof.folded_distance is not None:
+        line += (
+            f"; in its own dtype {proof.folded_distance:.1e} from the float64 result "
+            f"(before folding {proof.original_distance:.1e})"
+        )
+    return line
