@@ -65,6 +65,7 @@ def test_a_users_folder_leaves_files_that_load(colours: Path, tmp_path: Path) ->
     card = training.card
     assert card.class_names == ["green", "red"]  # type: ignore[union-attr]
     assert card.provenance["epoch"]["number"] == 2  # type: ignore[index, union-attr]
+    assert plain.card.provenance == card.provenance  # type: ignore[union-attr]
     images = torch.randn(3, 3, 32, 32)
     with torch.no_grad():
         assert torch.allclose(training(images), plain(images), rtol=1e-3, atol=1e-5)
@@ -78,7 +79,7 @@ def test_an_interrupted_run_keeps_the_last_good_checkpoint(
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(quickstart, "fold", interrupted)
+    monkeypatch.setattr(quickstart, "example_input", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run(Settings(tmp_path / "run", colours, epochs=1, image_size=32), quiet())
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["training.safetensors"]

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from refold.bench import measure_latency, torch_threads
 from refold.bench.chart import training_and_comparison_chart
-from refold.checkpoints import example_input, save
+from refold.checkpoints import example_input, load, save
 from refold.errors import InputError
 from refold.export import Contents, export, get_engine
 from refold.files import make_folder, write_text
@@ -132,15 +132,17 @@ def _run(settings: Settings, console: Console) -> Result:
             "results": folder / "results.json",
             "chart": folder / "chart.png",
         }
-        _, transform, preprocessing = transforms(settings.image_size, images.mirror)
+        _, transform, _ = transforms(settings.image_size, images.mirror)
         held_out = TransformedImages(images.held_out, transform)
-        net, history = _train(images, settings, files["training form"], console)
+        history = _train(images, settings, files["training form"], console)
 
-        example = example_input(net, preprocessing["input_size"])
+        # What is folded is what was saved; class names and provenance go along into the plain file.
+        net = load(files["training form"], form="training")
+        example = example_input(net)
         with console.status("Folding, and proving the fold"):
             plain: Any = fold(net, example)
         console.print(plain.fold_report)
-        save(plain, files["plain form"], class_names=images.class_names, preprocessing=preprocessing)
+        save(plain, files["plain form"])
         write_text(files["fold report"], plain.fold_report.to_json())
         with console.status("Exporting to ONNX, and running the file against PyTorch"):
             exported = export(plain, files["ONNX"], example, engine=ENGINE)
@@ -182,9 +184,7 @@ def _in_memory(images: LabelledImages, image_size: int, console: Console) -> Lab
     return dataclasses.replace(images, training=parts[0], held_out=parts[1])
 
 
-def _train(
-    images: LabelledImages, settings: Settings, path: Path, console: Console
-) -> tuple[nn.Module, list[Epoch]]:
+def _train(images: LabelledImages, settings: Settings, path: Path, console: Console) -> list[Epoch]:
     """Train; the checkpoint is renewed after every epoch, so an interrupted run leaves the last good one."""
     augment, measure, preprocessing = transforms(settings.image_size, images.mirror)
     seen = round(_IMAGES_SHOWN / len(images.training))
@@ -213,7 +213,7 @@ def _train(
                 },
             )
 
-        history = train(
+        return train(
             net.to(device),
             TransformedImages(images.training, augment),
             TransformedImages(images.held_out, measure),
@@ -222,7 +222,6 @@ def _train(
             on_batch=lambda: progress.advance(task),
             on_epoch=keep,
         )
-    return net.cpu().eval(), history
 
 
 def _compare(
