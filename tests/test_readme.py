@@ -1,0 +1,42 @@
+"""The README's commands and its Python are true."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import typer.main
+
+from refold.cli import app
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+
+
+def test_python_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (example,) = blocks("python")
+    exec(compile(example, "README.md", "exec"), {})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["net.onnx", "plain.safetensors"]
+
+
+def test_the_first_two_commands_set_up_and_run() -> None:
+    first, second = (block.strip().split(" && ") for block in blocks("sh")[:2])
+    assert first == ["python3 -m venv .venv", ".venv/bin/pip install .", ".venv/bin/refold quickstart"]
+    assert second[:2] == ["python3 -m venv .venv", ".venv/bin/pip install '.[dev]'"]
+    assert second[2].startswith(".venv/bin/pytest")
+    # .ci/run takes the second one from here.
+    assert len([line for line in README.splitlines() if re.match("python3 -m venv .*pytest", line)]) == 1
+
+
+def test_command_line_examples_parse() -> None:
+    commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+    lines = [line.partition(" #")[0] for line in blocks("sh")[2].splitlines()]
+    assert {shlex.split(line)[1] for line in lines} == set(commands)
+    for line in lines:
+        name, *arguments = shlex.split(line)[1:]
+        commands[name].make_context(name, arguments)
