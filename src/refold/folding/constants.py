@@ -33,6 +33,17 @@ class Constants:
         """Whether the value depends on the input of the unit."""
         return isinstance(value, fx.Node) and value in self._varying
 
+    def operations(self, node: fx.Node) -> int:
+        """How many operators run, on every call, to compute the constants that `node` reads."""
+        found: set[fx.Node] = set()
+        waiting = [node]
+        while waiting:
+            for value in waiting.pop().all_input_nodes:
+                if value not in self._varying and value not in found:
+                    found.add(value)
+                    waiting.append(value)
+        return sum(value.op in ("call_function", "call_method") for value in found)
+
     def value(self, node: fx.Node) -> Tensor:
         """The constant tensor at `node`, float64 on the CPU. Raises NotFoldable where there is none."""
         if node in self._varying:

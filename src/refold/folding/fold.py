@@ -28,6 +28,7 @@ from refold.folding.proof import (
     require_close,
     require_same,
     sensitivity,
+    shared_copy,
 )
 from refold.folding.reasons import operator_kind, reason_left
 from refold.folding.recognition import is_batch_norm
@@ -155,12 +156,6 @@ def _notes(model: nn.Module) -> list[str]:
     return []
 
 
-def _shared_copy(model: nn.Module) -> nn.Module:
-    """A copy of all modules that still holds the same tensors, so that folding needs no second set of weights."""
-    tensors = [*model.parameters(), *model.buffers()]
-    return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
-
-
 def _settle(original: nn.Module, work: _Work) -> None:
     """Round the new layers once to the dtype of the model, and give the result its own copy of every other tensor."""
     for module, dtype in work.made:
@@ -178,7 +173,7 @@ def _runnable_work(model: nn.Module, arguments: Arguments, prove: bool) -> _Work
     """Fold as much as leaves a network that runs: code around a folded block may ask for what is no longer there."""
     notes: list[str] = []
     for extent in Extent:
-        work = _Work(_shared_copy(model).eval(), arguments, prove, extent, notes=notes)
+        work = _Work(shared_copy(model).eval(), arguments, prove, extent, notes=notes)
         work.run()
         try:
             outputs(work.model, to_float64(arguments), float64=True)

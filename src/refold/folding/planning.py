@@ -82,7 +82,8 @@ class Planner:
         self.order = {node: index for index, node in enumerate(unit.graph.nodes)}
         self.checks = checks(unit.graph)
         self.operators = {n: op for n in unit.graph.nodes if (op := self._recognise(n)) is not None}
-        self._branches: dict[tuple[fx.Node, fx.Node, bool], Branch | NotFoldable] = {}
+        self._shapes: dict[tuple[fx.Node, fx.Node], Branch | NotFoldable] = {}
+        self._values: dict[tuple[fx.Node, fx.Node], Branch | NotFoldable] = {}
 
     def plan(self) -> Plan:
         """Choose for every value that something non-linear needs, from the last to the first, how to compute it."""
@@ -166,9 +167,11 @@ class Planner:
         operator = self.operators[node]
         if isinstance(operator, (Same, Slice)):
             return (0, 0)
+        constants = self.constants.operations(node)
         if isinstance(operator, Map) and operator.multiplies:
-            return (self._multiplications(node, operator.build(torch.device("meta"))), 1)
-        return (0, max(1, len(inputs_of(operator)) - 1) if isinstance(operator, Sum) else 1)
+            return (self._multiplications(node, operator.build(torch.device("meta"))), 1 + constants)
+        own = max(1, len(inputs_of(operator)) - 1) if isinstance(operator, Sum) else 1
+        return (0, own + constants)
 
     def _multiplications(self, node: fx.Node, convolution: Convolution) -> int:
         taps = math.prod(convolution.kernel_size)
@@ -224,6 +227,7 @@ class Planner:
     def _region(self, root: fx.Node, source: fx.Node) -> Region | None:
         """The chosen region with its convolution computed; None where nothing has to run (an identity)."""
         convolution = self.branch(root, source).convolution
+        self._values.clear()  # each region holds its own weights; those of its branches are not needed again
         if convolution is None:
             return None
         operators = {node: self.operators[node] for node in self.between(source, root)}
@@ -238,13 +242,14 @@ class Planner:
 
     def branch(self, node: fx.Node, source: fx.Node, structure_only: bool = False) -> Branch:
         """`node` as a convolution of `source`. Raises NotFoldable where there is no exact one."""
-        key = (node, source, structure_only)
-        if key not in self._branches:
+        known = self._shapes if structure_only else self._values
+        key = (node, source)
+        if key not in known:
             try:
-                self._branches[key] = self._compose(node, source, structure_only)
+                known[key] = self._compose(node, source, structure_only)
             except NotFoldable as refusal:
-                self._branches[key] = refusal
-        found = self._branches[key]
+                known[key] = refusal
+        found = known[key]
         if isinstance(found, NotFoldable):
             raise found
         return found

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -160,9 +161,17 @@ def require_close(proof: Proof) -> None:
 
 def outputs(model: nn.Module, arguments: Arguments, float64: bool = False) -> list[Tensor]:
     """All tensors that the model returns in evaluation mode; its training flags are left as they were."""
-    with evaluating(model), plain_mode(), in_float64() if float64 else plain_mode():
+    if float64:
+        model = shared_copy(model)  # some layers keep what they compute, which would stay in float64
+    with evaluating(model), plain_mode(), in_float64() if float64 else nullcontext():
         result = model(*copy_tensors(arguments[0]), **copy_tensors(arguments[1]))
     return [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+
+
+def shared_copy(model: nn.Module) -> nn.Module:
+    """A copy of all modules that still holds the same tensors, so that it needs no second set of weights."""
+    tensors = [*model.parameters(), *model.buffers()]
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
 
 
 @contextmanager
