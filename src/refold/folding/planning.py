@@ -37,8 +37,9 @@ from refold.folding.tracing import Unit, checks
 _MOST_SOURCES = 16
 """How far back a purely linear chain is followed: beyond, the search would grow with the square of its length."""
 
-Price = tuple[int, int]
-"""Multiply-accumulates, then operators: what a choice costs, in the order that decides."""
+Price = tuple[int, int, int]
+"""Multiply-accumulates, weights, operators: what a choice costs, in the order that decides."""
+_NOTHING: Price = (0, 0, 0)
 
 
 @dataclass(frozen=True)
@@ -136,22 +137,20 @@ class Planner:
         for node in region:
             sources[node] = self._sources(node, sources)
             inputs = inputs_of(self.operators[node])
-            best = _total([self._own_price(node), *(price.get(i, (0, 0)) for i in inputs)])
+            best = _total([self._own_price(node), *(price.get(i, _NOTHING) for i in inputs)])
             choice = None
             for source in sources[node][1:]:
                 emitted = self._emission_price(node, source)
-                if emitted is not None:
-                    cost = _total([emitted, price.get(source, (0, 0))])
-                    if cost < best:
-                        best, choice = cost, source
-                    elif cost[0] > best[0] > 0:
-                        self.refusals.setdefault(
-                            node,
-                            f"as one convolution it would take {cost[0]:,} multiply-accumulates, not {best[0]:,}",
-                        )
+                if emitted is None:
+                    continue
+                cost = _total([emitted, price.get(source, _NOTHING)])
+                if cost < best:
+                    best, choice = cost, source
+                else:
+                    self._note_cost(node, source, emitted)
             used_elsewhere = any(user not in inside and user not in self.checks for user in node.users)
-            price[node] = (0, 0) if node is not root and used_elsewhere else best
-        if choice is not None and self._raises_cost(root, choice, inside):
+            price[node] = _NOTHING if node is not root and used_elsewhere else best
+        if choice is not None and self._raises_cost(root, choice):
             return None
         return choice
 
@@ -166,17 +165,20 @@ class Planner:
     def _own_price(self, node: fx.Node) -> Price:
         operator = self.operators[node]
         if isinstance(operator, (Same, Slice)):
-            return (0, 0)
+            return _NOTHING
         constants = self.constants.operations(node)
         if isinstance(operator, Map) and operator.multiplies:
-            return (self._multiplications(node, operator.build(torch.device("meta"))), 1 + constants)
+            macs, weights, layers = self._layer_price(node, operator.build(torch.device("meta")))
+            return macs, weights, layers + constants
         own = max(1, len(inputs_of(operator)) - 1) if isinstance(operator, Sum) else 1
-        return (0, own + constants)
+        return 0, 0, own + constants
 
-    def _multiplications(self, node: fx.Node, convolution: Convolution) -> int:
-        taps = math.prod(convolution.kernel_size)
+    def _layer_price(self, node: fx.Node, convolution: Convolution) -> Price:
+        """The price of the layer that computes `convolution`, a linear layer having no groups."""
         read = convolution.weight.shape[1] if convolution.spatial_axes else convolution.in_channels
-        return math.prod(self.unit.shapes[node]) * read * taps
+        taps = read * math.prod(convolution.kernel_size)
+        layers = 1 if convolution.has_symmetric_padding else 2
+        return math.prod(self.unit.shapes[node]) * taps, convolution.out_channels * taps, layers
 
     def _emission_price(self, node: fx.Node, source: fx.Node) -> Price | None:
         """What `node` costs as one convolution of `source`; None where it is none, or reads only a part of it."""
@@ -186,13 +188,12 @@ class Planner:
             self.refusals.setdefault(node, str(refusal))
             return None
         if branch.convolution is None or self._rescales(source, node, branch.convolution):
-            return (0, 0)
+            return _NOTHING
         shape, axes = self.unit.shapes[source], branch.convolution.spatial_axes
         channels = shape[1] if axes else shape[-1]
         if branch.first or branch.convolution.in_channels != channels or (axes and len(shape) != axes + 2):
             return None
-        layers = 1 if branch.convolution.has_symmetric_padding else 2
-        return (self._multiplications(node, branch.convolution), layers)
+        return self._layer_price(node, branch.convolution)
 
     def _rescales(self, source: fx.Node, root: fx.Node, convolution: Convolution) -> bool:
         """Whether the source is a layer that can take up the convolution in its own weight, for nobody else to see."""
@@ -202,17 +203,24 @@ class Planner:
         readers = {user for node in (source, *between[:-1]) for user in node.users}
         return readers <= {*between, *self.checks}
 
-    def _raises_cost(self, root: fx.Node, source: fx.Node, inside: set[fx.Node]) -> bool:
+    def _raises_cost(self, root: fx.Node, source: fx.Node) -> bool:
         """Whether the convolution costs more than all that it replaces, each operator counted once."""
         emitted = self._emission_price(root, source)
-        replaced = [self._own_price(node) for node in self.between(source, root)]
         assert emitted is not None
-        if emitted[0] <= _total(replaced)[0]:
-            return False
-        self.refusals[root] = (
-            f"as one convolution it would take {emitted[0]:,} multiply-accumulates, not {_total(replaced)[0]:,}"
-        )
-        return True
+        return emitted[:2] > _total(self._own_price(node) for node in self.between(source, root))[:2]
+
+    def _note_cost(self, node: fx.Node, source: fx.Node, emitted: Price) -> None:
+        """Note that an exact fold was declined, where it would have removed a layer and not only cheap operators."""
+        replaced = _total(self._own_price(n) for n in self.between(source, node))
+        if emitted[0] > replaced[0] > 0:
+            self.refusals.setdefault(
+                node,
+                f"as one convolution it would take {emitted[0]:,} multiply-accumulates, not {replaced[0]:,}",
+            )
+        elif emitted[:2] > replaced[:2] and replaced[0] > 0:
+            self.refusals.setdefault(
+                node, f"as one convolution it would have {emitted[1]:,} weights, not {replaced[1]:,}"
+            )
 
     def between(self, source: fx.Node, root: fx.Node) -> list[fx.Node]:
         """The operators through which `root` depends on `source`, in the order they run."""
@@ -301,8 +309,8 @@ class Planner:
 
 
 def _total(prices: Iterable[Price]) -> Price:
-    listed = list(prices)
-    return sum(p[0] for p in listed), sum(p[1] for p in listed)
+    macs, weights, operators = map(sum, zip(*prices, strict=True))
+    return macs, weights, operators
 
 
 def _common_inputs(convolutions: list[Convolution], firsts: list[int]) -> tuple[list[Convolution], int]:

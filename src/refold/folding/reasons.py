@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from refold.folding.operators import Map
+from refold.folding.operators import Map, Same
 from refold.folding.planning import Planner
 from refold.folding.recognition import is_batch_norm
 
@@ -32,11 +32,13 @@ def reason_left(node: fx.Node, planner: Planner) -> str:
     if node in planner.refusals:
         return planner.refusals[node]
     before = node.all_input_nodes[0]
-    after = [user for user in node.users if user not in planner.checks]
+    after = _readers(node, planner)
     before_kind = operator_kind(before, planner)
-    readers = [user for user in before.users if user not in planner.checks]
+    readers = _readers(before, planner)
     if before in planner.operators and len(readers) > 1:
         return f"the {before_kind} before it is used by {len(readers)} operators"
+    if refusal is not None:
+        return refusal
     for user in after:
         if user in planner.refusals:
             return f"{planner.refusals[user]} ({operator_kind(user, planner)})"
@@ -46,5 +48,18 @@ def reason_left(node: fx.Node, planner: Planner) -> str:
     return f"it stands between {_article(before_kind)} and {_article(follower)}, not next to a convolution"
 
 
+def _readers(node: fx.Node, planner: Planner) -> list[fx.Node]:
+    """The operators that use a value, seen through those that only pass it on."""
+    readers: list[fx.Node] = []
+    for user in node.users:
+        if isinstance(planner.operators.get(user), Same):
+            readers += _readers(user, planner)
+        elif user not in planner.checks:
+            readers.append(user)
+    return readers
+
+
 def _article(kind: str) -> str:
-    return kind if kind.startswith(("the ", "nothing")) else f"{'an' if kind[0] in 'aeiou' else 'a'} {kind}"
+    return (
+        kind if kind.startswith(("the ", "nothing")) else f"{'an' if kind[0] in 'aeiouAEIOU' else 'a'} {kind}"
+    )
