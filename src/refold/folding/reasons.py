@@ -29,8 +29,9 @@ def operator_kind(node: fx.Node, planner: Planner) -> str:
 
 def reason_left(node: fx.Node, planner: Planner) -> str:
     """Why a batch norm stays."""
-    if node in planner.refusals:
-        return planner.refusals[node]
+    refusal = planner.refusals.get(node)
+    if refusal is not None and node not in planner.operators:
+        return refusal
     before = node.all_input_nodes[0]
     after = _readers(node, planner)
     before_kind = operator_kind(before, planner)
