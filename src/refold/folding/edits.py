@@ -13,7 +13,7 @@ from refold.errors import NotFoldable
 from refold.folding.layers import layer, require_fit, rescaled
 from refold.folding.operators import Map, Same, inputs_of
 from refold.folding.planning import Planner, Region
-from refold.folding.tracing import Key, Scope, Unit
+from refold.folding.tracing import Key, Scope, Unit, fixed_arguments
 
 
 class Extent(Enum):
@@ -56,7 +56,7 @@ def edits_of(planner: Planner, regions: Iterable[Region], shared: set[int], exte
     groups: dict[frozenset[object], list[tuple[Region, _Draft]]] = defaultdict(list)
     for candidate in regions:
         plan = _draft(planner, candidate)
-        groups[plan.signature()].append((candidate, plan))
+        groups[plan.signature(unit)].append((candidate, plan))
     totals = _totals(unit)
     edits = Edits()
     for members in groups.values():
@@ -89,9 +89,11 @@ class _DraftRewire:
     nodes: frozenset[fx.Node]
     emits: bool
 
-    def signature(self) -> object:
+    def signature(self, unit: Unit) -> object:
+        path = self.scope[-1][0] if self.scope else ""
         keys = frozenset(relative_key(node, self.scope) for node in self.nodes)
-        return (self.scope[-1:] and self.scope[-1][0], keys, relative_key(self.root, self.scope), self.emits)
+        fixed = fixed_arguments(unit.module.get_submodule(path), unit.calls[self.scope])
+        return path, repr(sorted(fixed.items())), keys, relative_key(self.root, self.scope), self.emits
 
 
 @dataclass(frozen=True)
@@ -100,8 +102,8 @@ class _Draft:
     """Paths of layers to replace: True by the new layer, False by nothing."""
     rewires: tuple[_DraftRewire, ...]
 
-    def signature(self) -> frozenset[object]:
-        return frozenset([*self.slots.items(), *(rewire.signature() for rewire in self.rewires)])
+    def signature(self, unit: Unit) -> frozenset[object]:
+        return frozenset([*self.slots.items(), *(rewire.signature(unit) for rewire in self.rewires)])
 
 
 def relative_key(node: fx.Node, scope: Scope) -> Key:

@@ -16,17 +16,16 @@ from refold.errors import InputError, NotFoldable
 from refold.folding.cost import count
 from refold.folding.edits import Edits, Extent, edits_of
 from refold.folding.planning import Plan, Planner, Region
-from refold.folding.precision import to_float64
 from refold.folding.proof import (
     LARGEST_DISTANCE,
     Proof,
-    evaluating,
     outputs,
     own_distances,
     prove_float64,
     prove_region,
     require_close,
     require_same,
+    require_stable,
     sensitivity,
     shared_copy,
 )
@@ -34,7 +33,7 @@ from refold.folding.reasons import operator_kind, reason_left
 from refold.folding.recognition import is_batch_norm
 from refold.folding.report import FoldedRegion, FoldReport
 from refold.folding.rewriting import write
-from refold.folding.tracing import Arguments, Untraced, copy_tensors, find_units, first_line
+from refold.folding.tracing import Arguments, Untraced, copy_tensors, find_units, first_line, plain_mode
 
 
 def fold(model: nn.Module, example_input: Any, *, prove: bool = True) -> nn.Module:
@@ -47,21 +46,8 @@ def fold(model: nn.Module, example_input: Any, *, prove: bool = True) -> nn.Modu
 
     Raises `InputError` where the model does not run on the example, `NotEquivalent` where the proof fails.
     """
-    arguments = as_arguments(example_input)
-    _require_runs(model, arguments)
-    with evaluating(model):
-        work = _runnable_work(model, arguments, prove)
-        proof = _prove_whole(model, work, arguments) if prove else None
-        _settle(model, work)
-        if proof is not None:
-            original, folded = _own_distances(model, work.model, arguments)
-            proof = replace(proof, original_distance=original, folded_distance=folded)
-            require_close(proof)
-        before, after = count(model, arguments[0]), count(work.model, arguments[0])
-    name, notes = type(model).__name__, _notes(model) + work.notes
-    report = FoldReport(name, work.folded, work.left, before, after, proof, notes)
-    work.model.fold_report = report  # type: ignore[assignment]
-    return work.model
+    with plain_mode():
+        return _fold(model, as_arguments(example_input), prove)
 
 
 def verify(reference: nn.Module, candidate: nn.Module, example_input: Any) -> Proof:
@@ -72,7 +58,32 @@ def verify(reference: nn.Module, candidate: nn.Module, example_input: Any) -> Pr
 
     Raises `NotEquivalent`, which carries the proof, where they do not; `InputError` where one of them does not run.
     """
-    arguments = as_arguments(example_input)
+    with plain_mode():
+        return _verify(reference, candidate, as_arguments(example_input))
+
+
+def as_arguments(example_input: Any) -> Arguments:
+    """The call that an example input stands for."""
+    return (example_input if isinstance(example_input, tuple) else (example_input,)), {}
+
+
+def _fold(model: nn.Module, arguments: Arguments, prove: bool) -> nn.Module:
+    _require_runs(model, arguments)
+    work = _runnable_work(model, arguments, prove)
+    proof = _prove_whole(model, work, arguments) if prove else None
+    _settle(model, work)
+    if proof is not None:
+        original, folded = _own_distances(model, work.model, arguments)
+        proof = replace(proof, original_distance=original, folded_distance=folded)
+        require_close(proof)
+    before, after = (count(shared_copy(network), arguments[0]) for network in (model, work.model))
+    name, notes = type(model).__name__, _notes(model) + work.notes
+    report = FoldReport(name, work.folded, work.left, before, after, proof, notes)
+    work.model.fold_report = report  # type: ignore[assignment]
+    return work.model
+
+
+def _verify(reference: nn.Module, candidate: nn.Module, arguments: Arguments) -> Proof:
     for model in (reference, candidate):
         _require_runs(model, arguments)
     inputs = _proof_inputs(reference, arguments)
@@ -81,13 +92,9 @@ def verify(reference: nn.Module, candidate: nn.Module, example_input: Any) -> Pr
     proof = Proof(distance, _shapes(inputs), original, folded)
     if original is None:
         require_same(proof)
+    require_stable(proof)
     require_close(proof)
     return proof
-
-
-def as_arguments(example_input: Any) -> Arguments:
-    """The call that an example input stands for."""
-    return (example_input if isinstance(example_input, tuple) else (example_input,)), {}
 
 
 @dataclass
@@ -121,8 +128,14 @@ class _Work:
         called = {_name(planner, node) for planner, _ in outcomes for node in _batch_norms(planner)}
         for planner, edits in outcomes:
             self.model = write(self.model, planner.unit, edits)
-        uncalled = [n for n, m in self.model.named_modules() if isinstance(m, _BatchNorm) and n not in called]
-        self.left += [(name, "it does not run on the example input") for name in uncalled]
+        opaque = [item.path for item in untraced]
+        for name, module in self.model.named_modules():
+            if isinstance(module, _BatchNorm) and name not in called and name:
+                alone = name.rpartition(".")[0] in opaque
+                reason = (
+                    "the code around it cannot be traced" if alone else "it does not run on the example input"
+                )
+                self.left.append((name, reason))
 
     def _proved_regions(self, planner: Planner, plan: Plan) -> list[Region]:
         if not self.prove:
@@ -160,13 +173,17 @@ def _settle(original: nn.Module, work: _Work) -> None:
     """Round the new layers once to the dtype of the model, and give the result its own copy of every other tensor."""
     for module, dtype in work.made:
         module.to(dtype)
-    shared = {id(tensor) for tensor in [*original.parameters(), *original.buffers()]}
-    copies: dict[int, Tensor] = {}
+    shared = {id(parameter) for parameter in original.parameters()}
+    copies: dict[int, nn.Parameter] = {}
     for module in work.model.modules():
-        for store in (module._parameters, module._buffers):
-            for name, tensor in store.items():
-                if tensor is not None and id(tensor) in shared:
-                    store[name] = copies.setdefault(id(tensor), copy.deepcopy(tensor))  # type: ignore[assignment]
+        for name, parameter in module._parameters.items():
+            if parameter is not None and id(parameter) in shared:
+                module._parameters[name] = copies.setdefault(id(parameter), copy.deepcopy(parameter))
+    # Running the example may have changed what the forward pass itself keeps, a counter for example.
+    before = dict(original.named_buffers())
+    for name, buffer in work.model.named_buffers():
+        if name in before and before[name].shape == buffer.shape:
+            buffer.copy_(before[name])
 
 
 def _runnable_work(model: nn.Module, arguments: Arguments, prove: bool) -> _Work:
@@ -176,7 +193,7 @@ def _runnable_work(model: nn.Module, arguments: Arguments, prove: bool) -> _Work
         work = _Work(shared_copy(model).eval(), arguments, prove, extent, notes=notes)
         work.run()
         try:
-            outputs(work.model, to_float64(arguments), float64=True)
+            outputs(work.model, arguments, float64=True)
             break
         except Exception as error:
             notes.append(f"less was folded: the rewritten network did not run ({first_line(error)})")
@@ -261,7 +278,8 @@ def _left(outcomes: list[tuple[Planner, Edits]], untraced: list[Untraced]) -> li
 
 
 def _batch_norms(planner: Planner) -> list[fx.Node]:
-    return [node for node in planner.unit.graph.nodes if is_batch_norm(node, planner.constants)]
+    constants = planner.constants
+    return [n for n in planner.unit.graph.nodes if constants.varies(n) and is_batch_norm(n, constants)]
 
 
 def _name(planner: Planner, node: fx.Node) -> str:

@@ -30,6 +30,14 @@ def function_operator(call: Call) -> Linear | None:
 
 
 _CHUNKS = {torch.chunk, torch.split, torch.tensor_split, "chunk", "split", "tensor_split"}
+_CHUNK_SIZES = (
+    "chunks",
+    "split_size_or_sections",
+    "split_size",
+    "indices_or_sections",
+    "sections",
+    "indices",
+)
 
 
 def _function_convolution(call: Call) -> Map | None:
@@ -233,15 +241,18 @@ def _item(call: Call) -> Slice | None:
 
 def _chunk_item(call: Call, chunks: fx.Node, index: int) -> Slice | None:
     """One item of `chunk` or `split`: the channels before it are those that the earlier items have."""
-    if chunks.target not in _CHUNKS or not isinstance(chunks.args[0], fx.Node):
+    if chunks.target not in _CHUNKS:
         return None
-    source = chunks.args[0]
-    axis: Any = chunks.args[2] if len(chunks.args) > 2 else chunks.kwargs.get("dim", 0)
+    split = Call(chunks, call.constants)
+    source = split.argument(0, "input", chunks.kwargs.get("tensor"))
+    axis = split.argument(2, "dim", 0)
+    sizes = next(
+        (chunks.kwargs[name] for name in _CHUNK_SIZES if name in chunks.kwargs), None
+    ) or split.argument(1, "")
     shape, own = call.shape(source), call.shape(call.node)
     axes = _layout(axis, len(shape))
     if axes is None:
         return None
-    sizes = chunks.args[1] if len(chunks.args) > 1 else next(iter(chunks.kwargs.values()))
     total = shape[axis]
     ends = _chunk_ends(str(getattr(chunks.target, "__name__", chunks.target)), sizes, total)
     if ends is None:

@@ -15,8 +15,13 @@ from torch.utils._pytree import tree_map
 @contextmanager
 def in_float64() -> Iterator[None]:
     """Compute every torch function in float64, lower floating-point arguments being widened as they are used."""
-    with _Float64():
-        yield
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with _Float64():
+            yield
+    finally:
+        torch.set_default_dtype(default)
 
 
 def to_float64(values: Any) -> Any:
@@ -27,9 +32,11 @@ def to_float64(values: Any) -> Any:
 def _widen(value: Any) -> Any:
     if isinstance(value, Tensor) and value.is_floating_point() and value.dtype != torch.float64:
         return value.double()
-    if isinstance(value, torch.dtype) and value.is_floating_point:
-        return torch.float64
-    return value
+    return _widen_type(value)
+
+
+def _widen_type(value: Any) -> Any:
+    return torch.float64 if isinstance(value, torch.dtype) and value.is_floating_point else value
 
 
 class _Float64(TorchFunctionMode):
@@ -37,10 +44,14 @@ class _Float64(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if getattr(func, "__name__", "") == "__get__":
+        name = getattr(func, "__name__", "")
+        if name == "__get__":
             return _widen_type(func(*args, **kwargs))
-        return func(*tree_map(_widen, args), **tree_map(_widen, kwargs))
+        if _writes(name, kwargs):  # widening would write to a copy
+            return func(*args, **kwargs)
+        return tree_map(_widen, func(*tree_map(_widen, args), **tree_map(_widen, kwargs)))
 
 
-def _widen_type(value: Any) -> Any:
-    return torch.float64 if isinstance(value, torch.dtype) and value.is_floating_point else value
+def _writes(name: str, kwargs: dict[str, Any]) -> bool:
+    in_place = name.endswith("_") and not name.endswith("__")
+    return in_place or name == "__setitem__" or kwargs.get("out") is not None or kwargs.get("inplace") is True

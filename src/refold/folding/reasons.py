@@ -40,6 +40,8 @@ def reason_left(node: fx.Node, planner: Planner) -> str:
         return f"the {before_kind} before it is used by {len(readers)} operators"
     if refusal is not None:
         return refusal
+    if before in planner.refusals:
+        return f"{planner.refusals[before]} (the {before_kind} before it)"
     for user in after:
         if user in planner.refusals:
             return f"{planner.refusals[user]} ({operator_kind(user, planner)})"

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import fx, nn
+from torch.nn.modules.conv import _ConvNd
 
 from refold.folding.edits import Edits, Rewire, relative_key
-from refold.folding.plain_class import become_plain
-from refold.folding.tracing import Key, Scope, Unit, checks, has_hooks, trace
+from refold.folding.plain_class import become_plain, require_fixed
+from refold.folding.tracing import Arguments, Key, Scope, Unit, checks, fixed_arguments, has_hooks, trace
 
 
 @dataclass
@@ -93,14 +94,13 @@ def _rewrite(model: nn.Module, unit: Unit, job: _Job) -> nn.Module:
     for rewire in within:
         _rewire(graph, module, rewire, here)
     _clean(graph, module, removable)
-    if job.path or unit.path:
-        simple = None if has_hooks(module) else _simplified(graph, module, unit.calls[job.scope])
-        if simple is not None:
-            _replace(model, module, simple.eval())
-            return model
-    elif (only := _only_layer(graph, module)) is not None and not has_hooks(module):
-        return only
-    become_plain(module, graph)
+    whole = module is model
+    simple = None if has_hooks(module) else _simplified(graph, module, unit.calls[job.scope])
+    if simple is not None and (not whole or isinstance(simple, (_ConvNd, nn.Linear))):
+        _replace(model, module, simple.eval())
+        return simple if whole else model
+    _require_fixed_arguments(graph, fixed_arguments(module, unit.calls[job.scope]))
+    become_plain(module, graph, keep_methods=whole)
     return model
 
 
@@ -161,29 +161,25 @@ def _clean(graph: fx.Graph, module: nn.Module, removable: set[fx.Node]) -> None:
     graph.lint()
 
 
-def _only_layer(graph: fx.Graph, module: nn.Module) -> nn.Module | None:
-    """The one layer that the graph calls, where it does nothing else."""
-    layers = _chain(graph)
-    return module.get_submodule(layers[0]) if layers is not None and len(layers) == 1 else None
+def _require_fixed_arguments(graph: fx.Graph, fixed: dict[str, Any]) -> None:
+    """Let the graph refuse any other value of an argument that was fixed while it was traced."""
+    for node in graph.nodes:
+        if node.op == "placeholder" and not node.users and node.target in fixed:
+            with graph.inserting_after(node):
+                graph.call_function(require_fixed, (node, fixed[node.target], node.target))
 
 
-def _simplified(graph: fx.Graph, module: nn.Module, arguments: Any) -> nn.Module | None:
-    """The simplest module for the graph: one layer, a sequence of them, or a module with the graph as its code."""
+def _simplified(graph: fx.Graph, module: nn.Module, arguments: Arguments) -> nn.Module | None:
+    """One layer, or a sequence of them, where the graph is no more than that."""
     layers = _chain(graph)
-    called_with_one = len(arguments[0]) == 1 and not arguments[1]
-    if layers is None or not called_with_one:
-        return fx.GraphModule(module, graph, type(module).__name__)
-    if len(layers) == 1:
-        return module.get_submodule(layers[0])
+    if layers is None or len(arguments[0]) != 1 or arguments[1]:
+        return None
     if not layers:
         return nn.Identity()
-    named: OrderedDict[str, nn.Module] = OrderedDict()
-    for target in layers:
-        name = target.replace(".", "_")
-        if name in named:
-            return fx.GraphModule(module, graph, type(module).__name__)
-        named[name] = module.get_submodule(target)
-    return nn.Sequential(named)
+    if len(layers) == 1:
+        return module.get_submodule(layers[0])
+    named = OrderedDict((target.replace(".", "_"), module.get_submodule(target)) for target in layers)
+    return nn.Sequential(named) if len(named) == len(layers) else None
 
 
 def _chain(graph: fx.Graph) -> list[str] | None:

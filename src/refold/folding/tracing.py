@@ -138,13 +138,15 @@ def find_units(model: nn.Module, arguments: Arguments) -> tuple[list[Unit], list
     """
     units: list[Unit] = []
     untraced: list[Untraced] = []
-    waiting: dict[str, Arguments] = {"": arguments}
+    waiting: dict[str, Arguments | None] = {"": arguments}
     seen = {id(model)}
     while waiting:
         inner: list[str] = []
         for path, given in waiting.items():
             module = model.get_submodule(path)
             try:
+                if given is None:
+                    raise NotFoldable("it is called with different arguments that are no tensors")
                 unit, opaque = _trace_unit(path, module, given)
             except NotFoldable as refusal:
                 untraced.append(Untraced(path, str(refusal)))
@@ -167,8 +169,22 @@ def trace(module: nn.Module, arguments: Arguments, is_leaf: LeafRule) -> tuple[f
     Arguments that are no tensors, and defaults, are taken as fixed. Raises whatever the module's code raises.
     """
     tracer = ScopeTracer(is_leaf)
-    graph = tracer.trace(module, _fixed_arguments(module, arguments))
+    graph = tracer.trace(module, fixed_arguments(module, arguments))
     return graph, tracer.constants
+
+
+def fixed_arguments(module: nn.Module, arguments: Arguments) -> dict[str, Any]:
+    """The arguments of a call, defaults included, that hold no tensor: tracing takes them as they are."""
+    signature = inspect.signature(module.forward)
+    bound = signature.bind(*arguments[0], **arguments[1])
+    fixed = {}
+    for name, parameter in signature.parameters.items():
+        if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+            continue
+        value = bound.arguments.get(name, parameter.default)
+        if not any(isinstance(leaf, (Tensor, fx.Proxy)) for leaf in tree_leaves(value)):
+            fixed[name] = value
+    return fixed
 
 
 def has_hooks(module: nn.Module) -> bool:
@@ -199,6 +215,8 @@ def _trace_unit(path: str, module: nn.Module, arguments: Arguments) -> tuple[Uni
     """Trace one module, its untraceable layers opaque; also those layers and why. Raises NotFoldable."""
     if isinstance(module, torch.jit.ScriptModule):
         raise NotFoldable("it is a TorchScript module")
+    if is_torch_leaf(module):
+        raise NotFoldable("it is a single layer")
     reasons: dict[type[nn.Module], str] = {}
 
     def is_leaf(child: nn.Module, _: str) -> bool:
@@ -207,7 +225,7 @@ def _trace_unit(path: str, module: nn.Module, arguments: Arguments) -> tuple[Uni
     while True:
         tracer = ScopeTracer(is_leaf)
         try:
-            graph = tracer.trace(module, _fixed_arguments(module, arguments))
+            graph = tracer.trace(module, fixed_arguments(module, arguments))
             break
         except Exception as error:
             reason = f"its forward cannot be traced ({first_line(error)})"
@@ -218,6 +236,8 @@ def _trace_unit(path: str, module: nn.Module, arguments: Arguments) -> tuple[Uni
     try:
         _observe(unit)
     except Exception as error:
+        if isinstance(error, NotFoldable):
+            raise
         raise NotFoldable(f"its graph cannot be run on the example ({first_line(error)})") from error
     opaque = {}
     for node in graph.nodes:
@@ -230,38 +250,29 @@ def _trace_unit(path: str, module: nn.Module, arguments: Arguments) -> tuple[Uni
     return unit, opaque
 
 
-def _fixed_arguments(module: nn.Module, arguments: Arguments) -> dict[str, Any]:
-    signature = inspect.signature(module.forward)
-    bound = signature.bind(*arguments[0], **arguments[1])
-    fixed = {}
-    for name, parameter in signature.parameters.items():
-        if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
-            continue
-        value = bound.arguments.get(name, parameter.default)
-        if not any(isinstance(leaf, (Tensor, fx.Proxy)) for leaf in tree_leaves(value)):
-            fixed[name] = value
-    return fixed
-
-
 def _children(module: nn.Module, path: str) -> list[str]:
-    """Paths of the modules directly inside that can be called; lists and dictionaries of modules cannot."""
+    """Paths of the modules directly inside that have code of their own to trace; lists of modules have none."""
     paths = []
     for name, child in module.named_children():
         inner = f"{path}.{name}" if path else name
         if isinstance(child, (nn.ModuleList, nn.ModuleDict)) and type(child).forward is nn.Module.forward:
             paths += _children(child, inner)
-        else:
+        elif not is_torch_leaf(child):
             paths.append(inner)
     return paths
 
 
-def _capture_arguments(model: nn.Module, arguments: Arguments, paths: Iterable[str]) -> dict[str, Arguments]:
-    """What each of the modules is called with (the first time) when the model runs on `arguments`."""
-    captured: dict[str, Arguments] = {}
+def _capture_arguments(
+    model: nn.Module, arguments: Arguments, paths: Iterable[str]
+) -> dict[str, Arguments | None]:
+    """What each of the modules is called with when the model runs on `arguments`; None where calls differ."""
+    captured: dict[str, Arguments | None] = {}
 
     def hook_for(path: str) -> Callable[..., None]:
-        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            captured.setdefault(path, (copy_tensors(args), copy_tensors(kwargs)))
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            known = captured.setdefault(path, (copy_tensors(args), copy_tensors(kwargs)))
+            if known is not None and _call_shape(module, known) != _call_shape(module, (args, kwargs)):
+                captured[path] = None
 
         return hook
 
@@ -276,6 +287,11 @@ def _capture_arguments(model: nn.Module, arguments: Arguments, paths: Iterable[s
         for hook in hooks:
             hook.remove()
     return captured
+
+
+def _call_shape(module: nn.Module, arguments: Arguments) -> str:
+    """The part of a call that tracing takes as fixed."""
+    return repr(sorted(fixed_arguments(module, arguments).items()))
 
 
 @contextmanager
@@ -300,8 +316,21 @@ def _observe(unit: Unit) -> None:
     bound.apply_defaults()
     observer = _Observer(unit)
     with plain_mode():
-        observer.run(*[copy_tensors(bound.arguments[p]) for p in _parameter_names(unit)])
+        found = observer.run(*[copy_tensors(bound.arguments[p]) for p in _parameter_names(unit)])
+        expected = unit.module(*copy_tensors(unit.arguments[0]), **copy_tensors(unit.arguments[1]))
+    if not _agree(_tensors(expected), _tensors(found)):
+        raise NotFoldable("its code takes another way when it is traced")
     unit.barriers = observer.barriers()
+
+
+def _agree(expected: list[Tensor], found: list[Tensor]) -> bool:
+    """Whether two runs of the same operators gave the same, up to the order in which threads add."""
+    if [e.shape for e in expected] != [f.shape for f in found]:
+        return False
+    return all(
+        torch.allclose(e, f, rtol=1e-2, atol=1e-3, equal_nan=True)
+        for e, f in zip(expected, found, strict=True)
+    )
 
 
 def _parameter_names(unit: Unit) -> list[str]:
@@ -351,7 +380,8 @@ class _Observer(fx.Interpreter):
         for mutation, operand in self.mutations:
             members = {m for m in self.alias[operand] if self.order[m] < self.order[mutation]}
             readers = {user for member in members for user in member.users} & self.readers
-            if readers - members - {mutation}:
+            arrived = self.unit.path and any(member.op == "placeholder" for member in members)
+            if readers - members - {mutation} or arrived:  # code outside this unit may read what arrived, too
                 found |= members | readers
         return found
 
