@@ -113,7 +113,7 @@ class _Work:
 
     def run(self) -> None:
         units, untraced = find_units(self.model, self.arguments)
-        held = Counter(id(module) for unit in units for module in set(unit.module.modules()))
+        held = Counter(identity for unit in units for identity in unit.called_modules())
         shared = {identity for identity, times in held.items() if times > 1}
         outcomes = []
         for unit in units:

@@ -12,7 +12,17 @@ from torch.nn.modules.conv import _ConvNd
 
 from refold.folding.edits import Edits, Rewire, relative_key
 from refold.folding.plain_class import become_plain, require_fixed
-from refold.folding.tracing import Arguments, Key, Scope, Unit, checks, fixed_arguments, has_hooks, trace
+from refold.folding.tracing import (
+    Arguments,
+    Key,
+    Scope,
+    Unit,
+    checks,
+    fixed_arguments,
+    has_hooks,
+    rebind,
+    trace,
+)
 
 
 @dataclass
@@ -88,6 +98,14 @@ def _rewrite(model: nn.Module, unit: Unit, job: _Job) -> nn.Module:
     def here(node: fx.Node) -> fx.Node:
         return found[_identity(relative_key(node, job.scope), unit.module)]
 
+    for changer, operand in unit.rebound:
+        if all(node.meta["scope"][: len(job.scope)] == job.scope for node in (changer, operand)):
+            pair = [
+                found.get(_identity(relative_key(node, job.scope), unit.module))
+                for node in (changer, operand)
+            ]
+            if pair[0] is not None and pair[1] is not None:
+                rebind(pair[0], pair[1])
     within = [r for r in job.rewires if r.scope[: len(job.scope)] == job.scope]
     # Assertions go too: they were met on the example, and what they look at may go.
     removable = checks(graph) | {here(node) for rewire in within for node in rewire.nodes}

@@ -107,6 +107,8 @@ class Unit:
     kinds: dict[fx.Node, tuple[torch.dtype, torch.device]] = field(default_factory=dict)
     barriers: set[fx.Node] = field(default_factory=set)
     """Operators that read a tensor which is changed in place while others read it too: left alone."""
+    rebound: list[tuple[fx.Node, fx.Node]] = field(default_factory=list)
+    """(operator, operand): the operator changed the operand in place, and whoever read that later reads its result."""
 
     def attribute(self, target: str) -> Any:
         """The module or tensor that `target` names in this unit."""
@@ -116,6 +118,12 @@ class Unit:
         for name in target.split("."):
             value = getattr(value, name)
         return value
+
+    def called_modules(self) -> set[int]:
+        """The ids of all modules that the graph calls or was traced through."""
+        paths = {str(node.target) for node in self.graph.nodes if node.op == "call_module"}
+        paths |= {scope[-1][0] for scope in self.calls if scope}
+        return {id(self.module), *(id(self.module.get_submodule(path)) for path in paths)}
 
     def full_path(self, path: str) -> str:
         """The path in the whole model of a path in this unit."""
@@ -134,7 +142,7 @@ def find_units(model: nn.Module, arguments: Arguments) -> tuple[list[Unit], list
     """The largest traceable parts of `model` (all of it, mostly) and the modules that do not trace.
 
     A layer that cannot be traced, or that has hooks, becomes one opaque operator,
-    and its children units of their own.
+    and what is inside units of their own.
     """
     units: list[Unit] = []
     untraced: list[Untraced] = []
@@ -155,7 +163,10 @@ def find_units(model: nn.Module, arguments: Arguments) -> tuple[list[Unit], list
             units.append(unit)
             for target, reason in opaque.items():
                 untraced.append(Untraced(unit.full_path(target), reason))
-                inner += _children(module.get_submodule(target), unit.full_path(target))
+                child, inside = module.get_submodule(target), unit.full_path(target)
+                inner += (
+                    [inside] if has_hooks(child) and not is_torch_leaf(child) else _children(child, inside)
+                )
         fresh = {id(model.get_submodule(path)): path for path in reversed(inner)}
         paths = [path for key, path in fresh.items() if key not in seen]
         seen |= set(fresh)
@@ -317,9 +328,12 @@ def _observe(unit: Unit) -> None:
     observer = _Observer(unit)
     with plain_mode():
         found = observer.run(*[copy_tensors(bound.arguments[p]) for p in _parameter_names(unit)])
-        expected = unit.module(*copy_tensors(unit.arguments[0]), **copy_tensors(unit.arguments[1]))
+        expected = unit.module.forward(*copy_tensors(unit.arguments[0]), **copy_tensors(unit.arguments[1]))
     if not _agree(_tensors(expected), _tensors(found)):
         raise NotFoldable("its code takes another way when it is traced")
+    unit.rebound = observer.rebound
+    for changer, operand in unit.rebound:
+        rebind(changer, operand)
     unit.barriers = observer.barriers()
 
 
@@ -331,6 +345,13 @@ def _agree(expected: list[Tensor], found: list[Tensor]) -> bool:
         torch.allclose(e, f, rtol=1e-2, atol=1e-3, equal_nan=True)
         for e, f in zip(expected, found, strict=True)
     )
+
+
+def rebind(changer: fx.Node, operand: fx.Node) -> None:
+    """Let what reads `operand` after `changer` has changed it in place read the result, which is the same tensor."""
+    for user in list(operand.users):
+        if user > changer:
+            user.replace_input_with(operand, changer)
 
 
 def _parameter_names(unit: Unit) -> list[str]:
@@ -347,6 +368,7 @@ class _Observer(fx.Interpreter):
         self.alias: dict[fx.Node, set[fx.Node]] = {}
         self.mutations: list[tuple[fx.Node, fx.Node]] = []
         self.readers: set[fx.Node] = set()
+        self.rebound: list[tuple[fx.Node, fx.Node]] = []
 
     def fetch_attr(self, target: str) -> Any:
         return self.unit.attribute(target)
@@ -363,6 +385,8 @@ class _Observer(fx.Interpreter):
         for node, tensors in inputs.items():
             if [t._version for t in tensors] != versions[node]:
                 self.mutations.append((n, node))
+                if result is tensors[0]:
+                    self.rebound.append((n, node))
             if any(t.untyped_storage().data_ptr() in storages for t in tensors):
                 self.alias[n] |= self.alias[node]
         for node in self.alias[n]:
