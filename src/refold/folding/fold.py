@@ -191,8 +191,8 @@ def _runnable_work(model: nn.Module, arguments: Arguments, prove: bool) -> _Work
     notes: list[str] = []
     for extent in Extent:
         work = _Work(shared_copy(model).eval(), arguments, prove, extent, notes=notes)
-        work.run()
         try:
+            work.run()
             outputs(work.model, arguments, float64=True)
             break
         except Exception as error:

@@ -99,13 +99,13 @@ def _rewrite(model: nn.Module, unit: Unit, job: _Job) -> nn.Module:
         return found[_identity(relative_key(node, job.scope), unit.module)]
 
     for changer, operand in unit.rebound:
-        if all(node.meta["scope"][: len(job.scope)] == job.scope for node in (changer, operand)):
-            pair = [
-                found.get(_identity(relative_key(node, job.scope), unit.module))
-                for node in (changer, operand)
-            ]
-            if pair[0] is not None and pair[1] is not None:
-                rebind(pair[0], pair[1])
+        own = (
+            found.get(_identity(relative_key(changer, job.scope), unit.module))
+            if _inside(changer, job)
+            else None
+        )
+        if own is not None:
+            rebind(own, own.all_input_nodes[changer.meta["operands"].index(operand)])
     within = [r for r in job.rewires if r.scope[: len(job.scope)] == job.scope]
     # Assertions go too: they were met on the example, and what they look at may go.
     removable = checks(graph) | {here(node) for rewire in within for node in rewire.nodes}
@@ -120,6 +120,12 @@ def _rewrite(model: nn.Module, unit: Unit, job: _Job) -> nn.Module:
     _require_fixed_arguments(graph, fixed_arguments(module, unit.calls[job.scope]))
     become_plain(module, graph, keep_methods=whole)
     return model
+
+
+def _inside(node: fx.Node, job: _Job) -> bool:
+    """Whether the operator is seen in the job's graph, and not hidden in a module that stays closed."""
+    scope = node.meta["scope"]
+    return scope[: len(job.scope)] == job.scope and _paths_below(job.scope, {scope}) <= job.inside
 
 
 def _identity(key: Key, root: nn.Module) -> Any:

@@ -386,6 +386,7 @@ class _Observer(fx.Interpreter):
             if [t._version for t in tensors] != versions[node]:
                 self.mutations.append((n, node))
                 if result is tensors[0]:
+                    n.meta["operands"] = n.all_input_nodes
                     self.rebound.append((n, node))
             if any(t.untyped_storage().data_ptr() in storages for t in tensors):
                 self.alias[n] |= self.alias[node]
