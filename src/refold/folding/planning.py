@@ -85,6 +85,8 @@ class Planner:
         self.operators = {n: op for n in unit.graph.nodes if (op := self._recognise(n)) is not None}
         self._shapes: dict[tuple[fx.Node, fx.Node], Branch | NotFoldable] = {}
         self._values: dict[tuple[fx.Node, fx.Node], Branch | NotFoldable] = {}
+        self._own_prices: dict[fx.Node, Price] = {}
+        self._emission_prices: dict[tuple[fx.Node, fx.Node], Price | None] = {}
 
     def plan(self) -> Plan:
         """Choose for every value that something non-linear needs, from the last to the first, how to compute it."""
@@ -146,8 +148,6 @@ class Planner:
                 cost = _total([emitted, price.get(source, _NOTHING)])
                 if cost < best:
                     best, choice = cost, source
-                else:
-                    self._note_cost(node, source, emitted)
             used_elsewhere = any(user not in inside and user not in self.checks for user in node.users)
             price[node] = _NOTHING if node is not root and used_elsewhere else best
         if choice is not None and self._raises_cost(root, choice):
@@ -163,6 +163,12 @@ class Planner:
         return [node, *(common or [])][:_MOST_SOURCES]
 
     def _own_price(self, node: fx.Node) -> Price:
+        """What running the node's own operator costs."""
+        if node not in self._own_prices:
+            self._own_prices[node] = self._price_operator(node)
+        return self._own_prices[node]
+
+    def _price_operator(self, node: fx.Node) -> Price:
         operator = self.operators[node]
         if isinstance(operator, (Same, Slice)):
             return _NOTHING
@@ -182,6 +188,13 @@ class Planner:
 
     def _emission_price(self, node: fx.Node, source: fx.Node) -> Price | None:
         """What `node` costs as one convolution of `source`; None where it is none, or reads only a part of it."""
+        if (node, source) not in self._emission_prices:
+            emitted = self._emission_prices[node, source] = self._price_emission(node, source)
+            if emitted is not None:
+                self._note_cost(node, source, emitted)
+        return self._emission_prices[node, source]
+
+    def _price_emission(self, node: fx.Node, source: fx.Node) -> Price | None:
         try:
             branch = self.branch(node, source, structure_only=True)
         except NotFoldable as refusal:
