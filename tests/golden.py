@@ -39,12 +39,13 @@ def drawn_weights(module: nn.Module, gain: float = 1.0) -> dict[str, Tensor]:
 
 
 def golden_input(record: dict[str, Any]) -> Tensor:
-    """The input of a record: normal numbers of shape ``input_size`` in float64, as the record checks."""
+    """The input of a record: normal numbers of shape ``input_size`` in float64; most records check them."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(record["input_size"], generator=generator, dtype=torch.float64)
-    drawn = torch.cat([x.flatten()[:4], x.sum().reshape(1)])
-    expected = torch.tensor([float(value) for value in record["input_check"]], dtype=torch.float64)
-    assert torch.allclose(drawn, expected, rtol=1e-12, atol=1e-9), "this torch draws other random numbers"
+    if "input_check" in record:
+        drawn = torch.cat([x.flatten()[:4], x.sum().reshape(1)])
+        expected = torch.tensor([float(value) for value in record["input_check"]], dtype=torch.float64)
+        assert torch.allclose(drawn, expected, rtol=1e-12, atol=1e-9), "this torch draws other random numbers"
     return x
 
 

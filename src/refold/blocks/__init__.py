@@ -2,6 +2,7 @@
 
 from refold.blocks.branches import BranchSum, ConvNorm
 from refold.blocks.ghost import GhostBottleneck, GhostModule, GhostModuleFactory, RepGhostModule
+from refold.blocks.repnext import RepNeXtBlock, RepUnit1, RepUnit2, RepUnit3
 from refold.blocks.repvgg import RepVGGBlock
 
 __all__ = [
@@ -11,5 +12,9 @@ __all__ = [
     "GhostModule",
     "GhostModuleFactory",
     "RepGhostModule",
+    "RepNeXtBlock",
+    "RepUnit1",
+    "RepUnit2",
+    "RepUnit3",
     "RepVGGBlock",
 ]

@@ -16,7 +16,8 @@ def _centred_padding(kernel_size: KernelSize) -> KernelSize:
 class ConvNorm(nn.Module):
     """Convolution without bias, batch norm and, if asked for, ReLU.
 
-    The zero padding is ``kernel_size // 2``, which keeps the map's size for odd kernels at stride 1.
+    The zero padding is ``kernel_size // 2`` if none is given, which keeps the map's size for odd kernels at
+    stride 1. ``eps`` is the batch norm's.
     Maps ``(batch, in_channels, height, width)`` to ``(batch, out_channels, height / stride, width /
     stride)``, rounded up.
     """
@@ -28,8 +29,10 @@ class ConvNorm(nn.Module):
         kernel_size: KernelSize = 1,
         *,
         stride: int = 1,
+        padding: KernelSize | None = None,
         groups: int = 1,
         activation: bool = False,
+        eps: float = 1e-5,
     ) -> None:
         super().__init__()
         self.conv = nn.Conv2d(
@@ -37,11 +40,11 @@ class ConvNorm(nn.Module):
             out_channels,
             kernel_size,
             stride=stride,
-            padding=_centred_padding(kernel_size),
+            padding=_centred_padding(kernel_size) if padding is None else padding,
             groups=groups,
             bias=False,
         )
-        self.bn = nn.BatchNorm2d(out_channels)
+        self.bn = nn.BatchNorm2d(out_channels, eps=eps)
         self.act = nn.ReLU(inplace=True) if activation else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -70,14 +73,15 @@ class BranchSum(nn.Module):
         stride: int = 1,
         groups: int = 1,
         skip: bool = True,
+        eps: float = 1e-5,
     ) -> None:
         super().__init__()
         self.branches = nn.ModuleList(
-            ConvNorm(in_channels, out_channels, kernel_size, stride=stride, groups=groups)
+            ConvNorm(in_channels, out_channels, kernel_size, stride=stride, groups=groups, eps=eps)
             for kernel_size in kernel_sizes
         )
         has_skip = skip and in_channels == out_channels and stride == 1
-        self.skip = nn.BatchNorm2d(in_channels) if has_skip else None
+        self.skip = nn.BatchNorm2d(in_channels, eps=eps) if has_skip else None
 
     def forward(self, x: Tensor) -> Tensor:
         first, *others = self.branches

@@ -20,14 +20,15 @@ class ImageClassifier(nn.Module):
     num_classes)``, or pooled features ``(batch, head_hidden_size)`` where ``num_classes`` is 0.
 
     ``stages`` holds one ``nn.Sequential`` of blocks a resolution; ``feature_channels`` names the modules
-    whose outputs are the features at strides 2, 4, 8, 16 and 32, with their channels.
+    whose outputs are the features at each of ``feature_strides``, with their channels.
 
     Raises ``InputError`` where ``num_classes``, ``in_chans``, ``drop_rate`` or ``global_pool`` cannot be
     used.
     """
 
-    layouts: ClassVar[tuple[Layout, ...]] = ()
+    layouts: tuple[Layout, ...] = ()
     first_convs: ClassVar[tuple[str, ...]] = ()
+    feature_strides: ClassVar[tuple[int, ...]] = (2, 4, 8, 16, 32)
 
     def __init__(
         self,
@@ -50,8 +51,8 @@ class ImageClassifier(nn.Module):
         self.final_conv = final_conv
         self.head = head
         self.feature_info = [
-            {"num_chs": channels, "reduction": 2**level, "module": module}
-            for level, (module, channels) in enumerate(feature_channels.items(), start=1)
+            {"num_chs": channels, "reduction": stride, "module": module}
+            for (module, channels), stride in zip(feature_channels.items(), self.feature_strides, strict=True)
         ]
         self.num_features = num_features
         self.head_hidden_size = head_hidden_size
@@ -148,7 +149,9 @@ def pooled_head(in_features: int, num_classes: int, *, pool_type: str, drop_rate
     return head
 
 
-def check_arguments(num_classes: int, in_chans: int, drop_rate: float, global_pool: str) -> None:
+def check_arguments(
+    num_classes: int, in_chans: int, drop_rate: float, global_pool: str, drop_path_rate: float = 0.0
+) -> None:
     """Raise ``InputError`` for what no classifier can be built with."""
     if num_classes < 0:
         raise InputError(
@@ -156,8 +159,9 @@ def check_arguments(num_classes: int, in_chans: int, drop_rate: float, global_po
         )
     if in_chans < 1:
         raise InputError(f"in_chans is {in_chans}; give the number of image channels, 1 or more.")
-    if not 0 <= drop_rate < 1:
-        raise InputError(f"drop_rate is {drop_rate}; give a probability from 0 up to, but not including, 1.")
+    for name, rate in (("drop_rate", drop_rate), ("drop_path_rate", drop_path_rate)):
+        if not 0 <= rate < 1:
+            raise InputError(f"{name} is {rate}; give a probability from 0 up to, but not including, 1.")
     if global_pool not in POOLINGS:
         raise InputError(f"global_pool is {global_pool!r}; choose one of {', '.join(map(repr, POOLINGS))}.")
     if not global_pool and num_classes:

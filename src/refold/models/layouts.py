@@ -10,17 +10,28 @@ class Layout:
     """A way of naming a network's weights, as the substitutions that turn its names into refold's.
 
     ``renames`` are pairs of a regular expression and its replacement, applied to each name one after the
-    other.
+    other. ``unused`` is a pair of patterns: where a weight fits the second, those that fit the first are left
+    out, because the official network holds but does not read them.
     """
 
     name: str
     renames: tuple[tuple[str, str], ...] = ()
+    unused: tuple[str, str] | None = None
 
     def rename(self, key: str) -> str:
         """The refold name of one weight; a name that no pattern fits comes back as it is."""
         for pattern, replacement in self.renames:
             key = re.sub(pattern, replacement, key)
         return key
+
+    def rename_all(self, keys: Iterable[str]) -> dict[str, str]:
+        """The refold names of all weights but the unused ones, each with the name it came from."""
+        keys = list(keys)
+        if self.unused is not None:
+            unused, beside = self.unused
+            if any(re.search(beside, key) for key in keys):
+                keys = [key for key in keys if not re.search(unused, key)]
+        return {self.rename(key): key for key in keys}
 
 
 OWN_LAYOUT = Layout("refold")

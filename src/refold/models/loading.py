@@ -52,7 +52,7 @@ def load_checkpoint(
         weights = _unwrap(_read(Path(source)), described)
     own = {key: value.shape for key, value in network.state_dict().items() if isinstance(value, Tensor)}
     layout = recognise(weights, _layouts(network), own)
-    original = {layout.rename(key): key for key in weights}
+    original = layout.rename_all(weights)
     renamed = {new: weights[key] for new, key in original.items()}
     missing = [key for key in own if key not in renamed and not key.endswith("num_batches_tracked")]
     unexpected = [key for key in renamed if key not in own]
@@ -75,7 +75,7 @@ def load_checkpoint(
 def rename_weights(weights: Mapping[str, Any], network: nn.Module) -> dict[str, Any]:
     """The same weights under the network's own names, from whichever known layout they are in."""
     layout = recognise(weights, _layouts(network), network.state_dict())
-    return {layout.rename(key): value for key, value in weights.items()}
+    return {new: weights[key] for new, key in layout.rename_all(weights).items()}
 
 
 def _layouts(network: nn.Module) -> tuple[Layout, ...]:

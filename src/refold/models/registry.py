@@ -13,17 +13,19 @@ from timm.models import PretrainedCfg, build_model_with_cfg, get_arch_pretrained
 from torch import nn
 
 from refold.errors import CheckpointError, RefoldError, UnknownModel
-from refold.models import ghostnet, repghostnet, repvgg
+from refold.models import ghostnet, repghostnet, repnext, repvgg
 from refold.models.classifier import ImageClassifier
 from refold.models.ghostnet import GhostNet
 from refold.models.loading import rename_weights
 from refold.models.repghostnet import RepGhostNet
+from refold.models.repnext import RepNeXt
 from refold.models.repvgg import RepVGG
 
-_FAMILIES: tuple[tuple[type[RepVGG] | type[GhostNet], Mapping[str, Any]], ...] = (
+_FAMILIES: tuple[tuple[type[RepVGG] | type[GhostNet] | type[RepNeXt], Mapping[str, Any]], ...] = (
     (RepVGG, repvgg.NETWORKS),
     (GhostNet, ghostnet.NETWORKS),
     (RepGhostNet, repghostnet.NETWORKS),
+    (RepNeXt, repnext.NETWORKS),
 )
 _NETWORKS = {name: (network, row) for network, rows in _FAMILIES for name, row in rows.items()}
 
@@ -102,7 +104,7 @@ def _build_own(name: str, pretrained: bool, **kwargs: Any) -> nn.Module:
         pretrained,
         pretrained_cfg=cfg,
         pretrained_filter_fn=rename_weights,
-        feature_cfg={"flatten_sequential": True},
+        feature_cfg={"flatten_sequential": True, "out_indices": tuple(range(len(network.feature_strides)))},
         **kwargs,
     )
     return built

@@ -1,0 +1,227 @@
+"""RepNeXt: the official logits in training and plain form, the paper's sizes in each of its three forms."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from golden import assert_golden_logits, drawn_weights, golden_input, golden_record, golden_state_dict
+from refold.algebra import Convolution, fold_shortcut, side_by_side
+from refold.blocks import RepUnit1, RepUnit2, RepUnit3
+from refold.errors import CheckpointError, InputError
+from refold.folding.cost import count
+from refold.folding.fold import fold
+from refold.models import create_model, list_models, load_checkpoint
+from refold.models.repnext import RepNeXt, RepNeXtTable
+
+# Parameters (M) and multiply-accumulates (G) in training form, folded, and with folded shortcuts.
+PUBLISHED = {
+    "repnext_u3_t": ((28.65, 4.473), (28.57, 4.456), (51.55, 8.202)),
+    "repnext_u3_s": ((50.36, 8.712), (50.18, 8.684), (92.09, 16.138)),
+    "repnext_u3_b": ((88.77, 15.392), (88.53, 15.355), (162.74, 28.531)),
+}
+
+
+def test_there_is_no_first_unit_where_three_does_not_divide_the_channels() -> None:
+    assert list_models("repnext*") == [
+        "repnext_u1_s",
+        "repnext_u1_t",
+        "repnext_u2_b",
+        "repnext_u2_s",
+        "repnext_u2_t",
+        "repnext_u3_b",
+        "repnext_u3_s",
+        "repnext_u3_t",
+    ]
+
+
+def size(network: nn.Module) -> tuple[float, float]:
+    cost = count(network.to("meta"), torch.empty(1, 3, 224, 224, device="meta"))
+    return round(cost.parameters / 1e6, 2), round(cost.macs / 1e9, 3)
+
+
+def value_of(convolution: nn.Conv2d) -> Convolution:
+    return Convolution(
+        convolution.weight,
+        convolution.bias,
+        convolution.stride,
+        tuple((padding, padding) for padding in convolution.padding),
+        convolution.dilation,
+        convolution.groups,
+    )
+
+
+def layer_of(value: Convolution) -> nn.Conv2d:
+    """The convolution as a layer that holds these very tensors."""
+    layer = nn.Conv2d(
+        value.in_channels,
+        value.out_channels,
+        value.kernel_size,
+        padding=tuple(before for before, _ in value.padding),
+        groups=value.groups,
+        bias=value.bias is not None,
+        device="meta",
+    )
+    layer.weight = nn.Parameter(value.weight)
+    if value.bias is not None:
+        layer.bias = nn.Parameter(value.bias)
+    return layer
+
+
+def without_shortcuts(plain: nn.Module) -> nn.Module:
+    """The folded network with every block a chain of three convolutions (the paper's figure 4)."""
+    for stage in plain.stages:
+        for index, block in enumerate(stage):
+            if hasattr(block, "expand"):
+                chain = [value_of(layer) for layer in (block.unit, block.expand, block.project)]
+                first, second, third = map(layer_of, fold_shortcut(chain))
+                stage[index] = nn.Sequential(first, second, block.act, third)
+    return plain
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "repnext_u3_t",
+        pytest.param("repnext_u3_s", marks=pytest.mark.slow),
+        pytest.param("repnext_u3_b", marks=pytest.mark.slow),
+    ],
+)
+def test_each_form_has_the_papers_size(name: str) -> None:
+    network = create_model(name).eval()
+    plain = fold(network, torch.zeros(1, 3, 64, 64), prove=False)
+    training, regular, full = PUBLISHED[name]
+    assert size(network) == training
+    assert size(plain.to("meta")) == regular
+    assert size(without_shortcuts(plain)) == full
+
+
+@pytest.mark.parametrize("unit", ["u1", "u2", "u3"])
+def test_folding_gives_one_depthwise_convolution_where_it_costs_no_more(unit: str) -> None:
+    network = create_model(f"repnext_{unit}_t", num_classes=5).double()
+    network.load_state_dict(drawn_weights(network, gain=0.7))
+    plain = fold(network, torch.zeros(1, 3, 64, 32, dtype=torch.float64), prove=False)
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in plain.modules())
+    units = [module.unit for module in plain.modules() if hasattr(module, "unit")]
+    assert len(units) == 18
+    if unit == "u1":
+        # One 7x7 kernel for all channels would take more multiply-accumulates than 3x3, 5x5 and 7x7 on thirds.
+        assert count(plain, torch.zeros(1, 3, 64, 64, dtype=torch.float64)).macs < 4.41e9 * (64 / 224) ** 2
+        for module in [module for module in plain.modules() if hasattr(module, "unit")]:
+            module.unit = one_convolution(module.unit)
+    for module in [module for module in plain.modules() if hasattr(module, "unit")]:
+        assert isinstance(module.unit, nn.Conv2d)
+        assert (module.unit.kernel_size, module.unit.groups) == ((7, 7), module.unit.in_channels)
+    x = torch.randn(2, 3, 64, 96, dtype=torch.float64)
+    with torch.no_grad():
+        expected = network.eval()(x)
+        assert (plain(x) - expected).abs().max() <= 1e-9 * expected.std()
+        assert (without_shortcuts(plain)(x) - expected).abs().max() <= 1e-9 * expected.std()
+
+
+def one_convolution(unit: nn.Module) -> nn.Conv2d:
+    """The folded RepUnit1 as one convolution (eq. 2)."""
+    return layer_of(side_by_side([value_of(conv) for conv in unit.convs]))
+
+
+def test_golden_logits_in_training_and_plain_form() -> None:
+    record = golden_record("repnext_u3_s")
+    network = create_model("repnext_u3_s").double().eval()
+    loaded = load_checkpoint(network, golden_state_dict(record))
+    assert (loaded.layout, loaded.missing, loaded.unexpected) == ("official RepNeXt", (), ())
+    x = golden_input(record)
+    plain = fold(network, torch.zeros(1, 3, 32, 32, dtype=torch.float64), prove=False)
+    for form, expected in ((network, record["train"]["used_params"]), (plain, record["regular"]["params"])):
+        assert sum(parameter.numel() for parameter in form.parameters()) == expected
+        with torch.no_grad():
+            assert_golden_logits(form(x), record, relative=1e-9)
+
+
+def official(weights: dict[str, Tensor], stage: int, block: int) -> dict[str, Tensor]:
+    prefix = f"stages.{stage}.{block}."
+    return {key: value for key, value in weights.items() if key.startswith(prefix)}
+
+
+def test_the_units_own_plain_convolution_is_left_out_beside_its_branches_alone() -> None:
+    record = golden_record("repnext_u3_s")
+    weights = {key: torch.empty(shape) for key, shape in record["state_dict"]}
+    network = create_model("repnext_u3_s")
+    weights.pop("stages.1.2.feature.dwconv3.weight")
+    with pytest.raises(CheckpointError) as raised:
+        load_checkpoint(network, weights)
+    assert "it lacks 1 of" in str(raised.value)
+    assert "(stages.1.3.unit.branches.2.conv.weight)" in str(raised.value)
+    assert "unknown" not in str(raised.value)
+    plain = {key: value for key, value in weights.items() if "dwconv" not in key and ".norm" not in key}
+    with pytest.raises(CheckpointError, match=r"is in plain \(folded\) form"):
+        load_checkpoint(network, plain)
+
+
+@pytest.mark.parametrize("name", ["repnext_u1_t", "repnext_u2_t", "repnext_u3_t"])
+def test_it_starts_as_the_official_code_does(name: str) -> None:
+    network = create_model(name)
+    for key, parameter in network.named_parameters():
+        if parameter.ndim > 1:
+            assert 0.015 < parameter.std().item() < 0.025, key
+            assert parameter.abs().max() <= 2
+        else:
+            assert set(parameter.unique().tolist()) <= {0.0, 1.0}, key
+
+
+def test_stochastic_depth_rises_over_the_blocks_and_acts_in_training_alone() -> None:
+    network = create_model("repnext_u3_t", drop_path_rate=0.5, num_classes=0)
+    blocks = [module for module in network.modules() if hasattr(module, "drop_path")]
+    rates = [getattr(block.drop_path, "drop_prob", 0.0) for block in blocks]
+    assert rates == pytest.approx([0.5 * index / 17 for index in range(18)])
+    x = torch.randn(64, 768, 1, 1)
+    last = blocks[-1].eval()
+    assert torch.equal(last(x), last(x))
+    last.train()
+    with torch.no_grad():
+        last.unit.requires_grad_(False)
+        skipped = (last(x) - last.act(x)).abs().amax((1, 2, 3)) == 0
+    assert 10 < skipped.sum() < 54
+    with pytest.raises(InputError, match=r"drop_path_rate is 1\.5"):
+        create_model("repnext_u3_t", drop_path_rate=1.5)
+
+
+@pytest.mark.parametrize("size", [(32, 32), (33, 95), (64, 160)])
+def test_sizes_of_images(size: tuple[int, int]) -> None:
+    network = create_model("repnext_u1_t", in_chans=1, num_classes=7).eval()
+    with torch.no_grad():
+        assert network(torch.randn(1, 1, *size)).shape == (1, 7)
+        assert network.forward_features(torch.randn(1, 1, *size)).shape[2:] == (size[0] // 32, size[1] // 32)
+
+
+UNITS = [RepUnit1, RepUnit2, RepUnit3]
+
+
+def small(unit: type[nn.Module], **arguments: object) -> RepNeXt:
+    return RepNeXt(RepNeXtTable(unit, (1, 2, 1, 1), (6, 12, 24, 48)), num_classes=5, **arguments)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("unit", UNITS)
+def test_a_training_step_reaches_every_weight_with_and_without_checkpointing(unit: type[nn.Module]) -> None:
+    network = small(unit).double()
+    x = torch.randn(4, 3, 64, 64, dtype=torch.float64)
+    gradients = []
+    for enable in (False, True):
+        network.zero_grad()
+        network.set_grad_checkpointing(enable)
+        network(x).square().sum().backward()
+        gradients.append({key: parameter.grad.clone() for key, parameter in network.named_parameters()})
+    for key, gradient in gradients[0].items():
+        assert gradient.abs().sum() > 0, key
+        assert torch.allclose(gradient, gradients[1][key]), key
+    torch.optim.AdamW(network.parameters()).step()
+    assert network(x).isfinite().all()
+
+
+@pytest.mark.parametrize("unit", UNITS)
+def test_it_exports_for_any_batch(unit: type[nn.Module]) -> None:
+    network = small(unit, drop_path_rate=0.1).eval()
+    batch = torch.export.Dim("batch", min=1, max=64)
+    x = torch.randn(2, 3, 64, 96)
+    program = torch.export.export(network, (x,), dynamic_shapes=({0: batch},))
+    other = torch.randn(3, 3, 64, 96)
+    assert torch.allclose(program.module()(other), network(other), atol=1e-6)
