@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from refold.errors import InputError, NotFoldable
 from refold.folding.cost import count
 from refold.folding.edits import Edits, Extent, edits_of
-from refold.folding.planning import Plan, Planner, Region
+from refold.folding.planning import Planner, Region
 from refold.folding.proof import (
     LARGEST_DISTANCE,
     Proof,
@@ -33,7 +33,8 @@ from refold.folding.reasons import operator_kind, reason_left
 from refold.folding.recognition import is_batch_norm
 from refold.folding.report import FoldedRegion, FoldReport
 from refold.folding.rewriting import write
-from refold.folding.tracing import Arguments, Untraced, copy_tensors, find_units, first_line, plain_mode
+from refold.folding.tracing import Arguments, copy_tensors, first_line, plain_mode
+from refold.folding.units import Untraced, find_units
 
 
 def fold(model: nn.Module, example_input: Any, *, prove: bool = True) -> nn.Module:
@@ -110,38 +111,33 @@ class _Work:
     left: list[tuple[str, str]] = field(default_factory=list)
     made: list[tuple[nn.Module, torch.dtype]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    outcomes: list[tuple[Planner, Edits]] = field(default_factory=list)
 
-    def run(self) -> None:
+    def plan(self) -> None:
+        """Choose and prove the regions of every unit, and say what is left."""
         units, untraced = find_units(self.model, self.arguments)
         held = Counter(identity for unit in units for identity in unit.called_modules())
         shared = {identity for identity, times in held.items() if times > 1}
-        outcomes = []
         for unit in units:
             planner = Planner(unit)
-            plan = planner.plan()
-            regions = self._proved_regions(planner, plan)
+            regions = self._proved_regions(planner, planner.plan())
             edits = edits_of(planner, regions, shared, self.extent)
             self.made += [(module, unit.kinds[region.root][0]) for module, region in edits.made]
             self.folded += [_describe(planner, region) for region in edits.applied]
-            outcomes.append((planner, edits))
-        self.left = _left(outcomes, untraced)
-        called = {_name(planner, node) for planner, _ in outcomes for node in _batch_norms(planner)}
-        for planner, edits in outcomes:
-            self.model = write(self.model, planner.unit, edits)
-        opaque = [item.path for item in untraced]
-        for name, module in self.model.named_modules():
-            if isinstance(module, _BatchNorm) and name not in called and name:
-                alone = name.rpartition(".")[0] in opaque
-                reason = (
-                    "the code around it cannot be traced" if alone else "it does not run on the example input"
-                )
-                self.left.append((name, reason))
+            self.outcomes.append((planner, edits))
+        self.left = _left(self.outcomes, untraced) + _unseen(self.model, self.outcomes, untraced)
 
-    def _proved_regions(self, planner: Planner, plan: Plan) -> list[Region]:
+    def write(self) -> None:
+        """Put the edits into the copy."""
+        for planner, edits in self.outcomes:
+            self.model = write(self.model, planner.unit, edits)
+        self.outcomes.clear()
+
+    def _proved_regions(self, planner: Planner, regions: list[Region]) -> list[Region]:
         if not self.prove:
-            return plan.regions
+            return regions
         kept = []
-        for region in plan.regions:
+        for region in regions:
             try:
                 self.proved.append(prove_region(region, planner.constants))
                 kept.append(region)
@@ -191,8 +187,9 @@ def _runnable_work(model: nn.Module, arguments: Arguments, prove: bool) -> _Work
     notes: list[str] = []
     for extent in Extent:
         work = _Work(shared_copy(model).eval(), arguments, prove, extent, notes=notes)
+        work.plan()
         try:
-            work.run()
+            work.write()
             outputs(work.model, arguments, float64=True)
             break
         except Exception as error:
@@ -269,12 +266,30 @@ def _describe(planner: Planner, region: Region) -> FoldedRegion:
 
 def _left(outcomes: list[tuple[Planner, Edits]], untraced: list[Untraced]) -> list[tuple[str, str]]:
     """Every batch norm that stays and every module that was not looked into, with the reason."""
-    left = [(item.path or "the whole model", item.reason) for item in untraced]
+    replaced = {planner.unit.full_path(path) for planner, edits in outcomes for path in edits.slots}
+    left = [(item.path or "the whole model", item.reason) for item in untraced if item.path not in replaced]
     for planner, edits in outcomes:
         folded = {node for region in edits.applied for node in region.operators}
         remaining = [node for node in _batch_norms(planner) if node not in folded]
         left += [(_name(planner, node), reason_left(node, planner)) for node in remaining]
     return list(dict.fromkeys(left))
+
+
+def _unseen(
+    model: nn.Module, outcomes: list[tuple[Planner, Edits]], untraced: list[Untraced]
+) -> list[tuple[str, str]]:
+    """The batch norms that are in no graph, and why."""
+    seen = {_name(planner, node) for planner, _ in outcomes for node in _batch_norms(planner)}
+    opaque = {item.path for item in untraced}
+    found = []
+    for name, module in model.named_modules():
+        if isinstance(module, _BatchNorm) and name not in seen and name:
+            alone = name.rpartition(".")[0] in opaque
+            reason = (
+                "the code around it cannot be traced" if alone else "it does not run on the example input"
+            )
+            found.append((name, reason))
+    return found
 
 
 def _batch_norms(planner: Planner) -> list[fx.Node]:

@@ -19,7 +19,7 @@ from refold.folding.maps import (
     linear,
     zero_padding_map,
 )
-from refold.folding.operators import Call, Concatenation, Linear, Map, Same, Slice, Sum
+from refold.folding.operators import Call, Concatenation, Flattened, Linear, Map, Restored, Same, Slice, Sum
 
 
 def function_operator(call: Call) -> Linear | None:
@@ -104,6 +104,19 @@ def _function_pad(call: Call) -> Map | None:
 
 def _same(call: Call) -> Same:
     return Same(call.node.all_input_nodes[0])
+
+
+def _flattened(call: Call) -> Flattened | None:
+    source, shape = call.argument(0, "input"), call.shape(call.argument(0, "input"))
+    start, end = call.argument(1, "start_dim", 0), call.argument(2, "end_dim", -1)
+    leading = start == 0 and end in (len(shape) - 2, -2) and len(shape) > 2
+    return Flattened(source) if leading else None
+
+
+def _restored(call: Call) -> Restored | None:
+    source, like = call.argument(0, "input"), call.argument(1, "other")
+    varies = call.constants.varies(source) and call.constants.varies(like)
+    return Restored(source, like) if varies and call.shape(source)[-1] == call.shape(like)[-1] else None
 
 
 def _function_dropout(call: Call) -> Same | None:
@@ -301,11 +314,14 @@ _FUNCTIONS: dict[Any, Callable[[Call], Linear | None]] = {
     **dict.fromkeys((torch.cat, torch.concat, torch.concatenate), _concatenation),
     operator.getitem: _item,
     torch.narrow: _narrow,
+    torch.flatten: _flattened,
 }
 
 
 _METHODS: dict[str, Callable[[Call], Linear | None]] = {
-    **dict.fromkeys(("contiguous",), _same),
+    "contiguous": _same,
+    "flatten": _flattened,
+    **dict.fromkeys(("reshape_as", "view_as"), _restored),
     **dict.fromkeys(("add", "add_"), _plus),
     **dict.fromkeys(("sub", "sub_"), _minus),
     **dict.fromkeys(("mul", "mul_"), _times),

@@ -76,9 +76,10 @@ def rescaled(original: nn.Module, channelwise: Convolution) -> nn.Module:
 
 
 def require_fit(module: nn.Module, dtype: torch.dtype) -> None:
-    """Raise NotFoldable where a weight of the layer is not finite once it is rounded to `dtype`."""
+    """Raise NotFoldable where rounding a weight of the layer to `dtype` loses more than its precision."""
     for name, value in module.named_parameters():
-        if not torch.isfinite(value.to(dtype)).all():
+        lost = (value.to(dtype).to(value.dtype) - value).norm()
+        if not lost <= 4 * torch.finfo(dtype).eps * value.norm():
             raise NotFoldable(f"the folded {name} does not fit {str(dtype).removeprefix('torch.')}")
 
 

@@ -60,7 +60,22 @@ class Slice:
     spatial_axes: int
 
 
-Linear = Same | Map | Sum | Concatenation | Slice
+@dataclass(frozen=True)
+class Flattened:
+    """Its input with all axes before the channels, which are last, made one."""
+
+    input: fx.Node
+
+
+@dataclass(frozen=True)
+class Restored:
+    """Its flattened input with the axes that `like` has."""
+
+    input: fx.Node
+    like: fx.Node
+
+
+Linear = Same | Map | Sum | Concatenation | Slice | Flattened | Restored
 
 
 def inputs_of(operator: Linear) -> tuple[fx.Node, ...]:

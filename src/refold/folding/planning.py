@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 
 import torch
 from torch import fx
@@ -24,8 +24,10 @@ from refold.algebra import (
 from refold.errors import NotFoldable
 from refold.folding.constants import Constants
 from refold.folding.operators import (
+    Flattened,
     Linear,
     Map,
+    Restored,
     Same,
     Slice,
     Sum,
@@ -48,6 +50,8 @@ class Branch:
 
     convolution: Convolution | None
     first: int = 0
+    flattened: bool = False
+    """Whether the axes before the channels, which are last, are one."""
 
 
 @dataclass(frozen=True)
@@ -65,14 +69,6 @@ class Region:
     """Whether `source` is a convolution layer of another kind, whose outputs `convolution` only scales and shifts."""
 
 
-@dataclass
-class Plan:
-    """What to fold in one unit, and why the rest is left."""
-
-    regions: list[Region] = field(default_factory=list)
-    refusals: dict[fx.Node, str] = field(default_factory=dict)
-
-
 class Planner:
     """Plans one unit. Only shapes are looked at (tensors on the meta device) until a region is chosen."""
 
@@ -88,9 +84,9 @@ class Planner:
         self._own_prices: dict[fx.Node, Price] = {}
         self._emission_prices: dict[tuple[fx.Node, fx.Node], Price | None] = {}
 
-    def plan(self) -> Plan:
+    def plan(self) -> list[Region]:
         """Choose for every value that something non-linear needs, from the last to the first, how to compute it."""
-        plan = Plan(refusals=self.refusals)
+        regions: list[Region] = []
         demanded: set[fx.Node] = set()
         for node in reversed(self.unit.graph.nodes):
             if node.op == "output" or (node in demanded and node not in self.operators):
@@ -103,9 +99,8 @@ class Planner:
                 demanded.add(source)
                 region = self._region(node, source)
                 if region is not None:
-                    plan.regions.append(region)
-        plan.regions.reverse()
-        return plan
+                    regions.append(region)
+        return regions[::-1]
 
     def _recognise(self, node: fx.Node) -> Linear | None:
         if node in self.unit.barriers:
@@ -170,7 +165,7 @@ class Planner:
 
     def _price_operator(self, node: fx.Node) -> Price:
         operator = self.operators[node]
-        if isinstance(operator, (Same, Slice)):
+        if isinstance(operator, (Same, Slice, Flattened, Restored)):
             return _NOTHING
         constants = self.constants.operations(node)
         if isinstance(operator, Map) and operator.multiplies:
@@ -204,7 +199,8 @@ class Planner:
             return _NOTHING
         shape, axes = self.unit.shapes[source], branch.convolution.spatial_axes
         channels = shape[1] if axes else shape[-1]
-        if branch.first or branch.convolution.in_channels != channels or (axes and len(shape) != axes + 2):
+        whole = not branch.first and branch.convolution.in_channels == channels
+        if not whole or branch.flattened or (axes and len(shape) != axes + 2):
             return None
         return self._layer_price(node, branch.convolution)
 
@@ -287,16 +283,34 @@ class Planner:
             convolution = operator.build(device)
             if inner[0].convolution is not None:
                 convolution = series(inner[0].convolution, convolution)
-            return Branch(convolution, inner[0].first)
+            return replace(inner[0], convolution=convolution)
         like = torch.empty(0, dtype=torch.float64, device=device)
+        if isinstance(operator, (Flattened, Restored)):
+            return self._reshaped(inner[0], operator, source, like)
+        if len({branch.flattened for branch in inner}) > 1:
+            raise NotFoldable("only some of its inputs are flattened")
         if isinstance(operator, Sum):
             return self._sum(inner, operator, source, like)
         axes = operator.spatial_axes
         known = [self._explicit(branch, source, axes, like) for branch in inner]
         if isinstance(operator, Slice):
             convolution, first = slice_outputs(known[0], operator.start, operator.stop)
-            return Branch(convolution, inner[0].first + first)
-        return _concatenated(known, [branch.first for branch in inner])
+            return replace(inner[0], convolution=convolution, first=inner[0].first + first)
+        convolution, first = _concatenated(known, [branch.first for branch in inner])
+        return replace(inner[0], convolution=convolution, first=first)
+
+    def _reshaped(
+        self, inner: Branch, operator: Flattened | Restored, source: fx.Node, like: torch.Tensor
+    ) -> Branch:
+        """Only the axes before the channels change; they come back as the source has them, or not at all."""
+        convolution = self._explicit(inner, source, 0, like)
+        if inner.flattened is isinstance(operator, Flattened):
+            raise NotFoldable("its axes are reshaped in another way")
+        if isinstance(operator, Restored):
+            model = self.branch(operator.like, source, structure_only=True)
+            if model.flattened or (model.convolution is not None and model.convolution.spatial_axes):
+                raise NotFoldable("its axes are restored to those of another value")
+        return replace(inner, convolution=convolution, flattened=isinstance(operator, Flattened))
 
     def _explicit(self, branch: Branch, source: fx.Node, axes: int, like: torch.Tensor) -> Convolution:
         """The branch with its identity written out, in a layout with so many spatial axes."""
@@ -318,7 +332,8 @@ class Planner:
             for c, f in zip(known, operator.factors, strict=True)
         ]
         aligned, first = _common_inputs(scaled, [branch.first for branch in inner])
-        return Branch(sum_branches(aligned) if len(aligned) > 1 else aligned[0], first)
+        merged = sum_branches(aligned) if len(aligned) > 1 else aligned[0]
+        return replace(inner[0], convolution=merged, first=first)
 
 
 def _total(prices: Iterable[Price]) -> Price:
@@ -335,9 +350,9 @@ def _common_inputs(convolutions: list[Convolution], firsts: list[int]) -> tuple[
     ], start
 
 
-def _concatenated(convolutions: list[Convolution], firsts: list[int]) -> Branch:
+def _concatenated(convolutions: list[Convolution], firsts: list[int]) -> tuple[Convolution, int]:
     ends = [f + c.in_channels for f, c in zip(firsts, convolutions, strict=True)]
     if firsts[1:] == ends[:-1]:
-        return Branch(side_by_side(convolutions), firsts[0])
+        return side_by_side(convolutions), firsts[0]
     aligned, first = _common_inputs(convolutions, firsts)
-    return Branch(concatenate(aligned), first)
+    return concatenate(aligned), first

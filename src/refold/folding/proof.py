@@ -195,7 +195,12 @@ def _call(model: nn.Module, arguments: Arguments) -> list[Tensor]:
 
 def shared_copy(model: nn.Module) -> nn.Module:
     """A copy of all modules and buffers that still holds the same parameters: it needs no second set of weights."""
-    return copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
+    known: dict[int, Any] = {id(parameter): parameter for parameter in model.parameters()}
+    for module in model.modules():
+        for value in vars(module).values():
+            if isinstance(value, Tensor) and value.grad_fn is not None:  # computed from parameters by a hook
+                known[id(value)] = value.detach().clone()
+    return copy.deepcopy(model, known)
 
 
 def _spread(truth: list[Tensor], found: list[Tensor]) -> float:

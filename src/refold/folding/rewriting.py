@@ -11,6 +11,7 @@ from torch import fx, nn
 from torch.nn.modules.conv import _ConvNd
 
 from refold.folding.edits import Edits, Rewire, relative_key
+from refold.folding.observing import rebind
 from refold.folding.plain_class import become_plain, require_fixed
 from refold.folding.tracing import (
     Arguments,
@@ -20,7 +21,6 @@ from refold.folding.tracing import (
     checks,
     fixed_arguments,
     has_hooks,
-    rebind,
     trace,
 )
 
