@@ -80,8 +80,8 @@ def test_what_is_not_one_number_a_channel_is_left(name: str) -> None:
 SUMS: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "+": lambda net, x: net.a(x) + net.b(x) + x,
     "-": lambda net, x: net.a(x) - net.b(x) - x,
-    "sum": lambda net, x: sum([net.a(x), net.b(x), x]),  # type: ignore[return-value]
-    "sum of layers": lambda net, x: sum(branch(x) for branch in (net.a, net.b)),  # type: ignore[misc]
+    "sum": lambda net, x: sum([net.a(x), net.b(x), x]),
+    "sum of layers": lambda net, x: sum(branch(x) for branch in (net.a, net.b)),
     "torch.add": lambda net, x: torch.add(net.a(x), net.b(x), alpha=2),
     "torch.sub": lambda net, x: torch.sub(net.a(x), other=net.b(x), alpha=0.5),
     "x.add": lambda net, x: net.a(x).add(net.b(x)).sub(x),
@@ -117,7 +117,7 @@ def test_concatenated_branches(name: str) -> None:
         c=conv_bn(4, 2, 3),
         bn=nn.BatchNorm2d(10),
     )
-    plain = check_fold(model, images(4), convolutions=1)
+    plain = check_fold(model, images(4), convolutions=1, left=["does not run"])
     assert plain.fold_report.after.operators == ONE_CONVOLUTION
 
 
@@ -215,3 +215,13 @@ def test_slices_that_are_no_parts_of_the_channels_are_left() -> None:
     ]
     for case in cases:
         check_fold(Net(case, body=conv_bn(4, 6)), images(4, [(6, 6)]), convolutions=1)
+
+
+def test_a_norm_behind_a_concatenation_with_something_else_is_left() -> None:
+    """DenseNet: one part of what the norm reads is no convolution."""
+    model = Net(
+        lambda net, x: net.bn(torch.cat([net.a(x), x.relu()], 1)).relu(),
+        a=nn.Conv2d(4, 4, 3, padding=1),
+        bn=nn.BatchNorm2d(8),
+    )
+    check_fold(model, images(4), convolutions=1, batch_norms=1, left=["concatenation"])

@@ -245,6 +245,21 @@ def test_weights_that_do_not_fit_float16_are_left() -> None:
     assert distance(call(model, x).double(), call(plain, x).double()) <= 4e-3
 
 
+def test_weights_that_vanish_in_float16_are_left() -> None:
+    """A norm with a huge variance scales large values down; scaled weights would lose most of their bits."""
+    model = trained(conv_bn(8, 4, 1))
+    model[0].weight.data.normal_(0, 0.05, generator=torch.Generator().manual_seed(0))
+    model[1].running_var.fill_(6e4)
+    model[1].weight.data.fill_(1e-3)
+    model[1].running_mean.zero_()
+    model[1].bias.data.zero_()
+    x = normal(1, 8, 6, 6, dtype=torch.float64).half() * 3000
+    model = nn.Sequential(*model.half(), nn.Hardtanh(), *conv_bn(4, 4, 1).half()).eval()
+    plain: Any = refold.fold(model, x)
+    assert dict(plain.fold_report.left) == {"1": "the folded weight does not fit float16"}
+    assert plain.fold_report.after.batch_norms == 1
+
+
 def test_layers_of_different_dtypes_in_one_model() -> None:
     """A float32 head behind a float16 body, as mixed-precision models are served."""
 

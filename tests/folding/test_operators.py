@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from checking import Net, Parallel, check_fold, conv_bn, images, normal
 from torch import Tensor, nn
-from torch.nn.utils import parametrizations
+from torch.nn.utils import parametrizations, prune
 from torch.nn.utils import parametrize as parametrize_module
 from torchvision.ops import FrozenBatchNorm2d
 
@@ -36,7 +36,7 @@ def test_a_norm_behind_a_classifier_keeps_the_flattened_map_apart() -> None:
 @pytest.mark.parametrize("groups", [1, 2, 4])
 @pytest.mark.parametrize("settings", [{}, {"stride": 2, "output_padding": 1}, {"dilation": 2, "padding": 2}])
 def test_a_transposed_convolution_and_a_norm(groups: int, settings: dict[str, int]) -> None:
-    conv = nn.ConvTranspose2d(4, 8, 3, groups=groups, **settings)  # type: ignore[arg-type]
+    conv = nn.ConvTranspose2d(4, 8, 3, groups=groups, **settings)
     plain = check_fold(nn.Sequential(conv, nn.BatchNorm2d(8), nn.ReLU()), images(4), convolutions=1)
     assert plain.fold_report.after.operators == ONE_CONVOLUTION
     assert type(plain[0]) is nn.ConvTranspose2d
@@ -66,7 +66,7 @@ def test_functions_with_weights_of_the_module() -> None:
         bias=nn.Parameter(torch.randn(4)),
         bn=nn.BatchNorm2d(4),
     )
-    plain = check_fold(model, images(4), convolutions=1)
+    plain = check_fold(model, images(4), convolutions=1, left=["does not run"])
     assert plain.fold_report.after.operators == ONE_CONVOLUTION
     assert set(plain.state_dict()) == {"conv.weight", "conv.bias"}
 
@@ -135,6 +135,19 @@ def test_parametrized_layers(kind: str) -> None:
     assert plain.fold_report.after.operators == ONE_CONVOLUTION
     assert type(plain[0]) is nn.Conv2d
     assert parametrize_module.is_parametrized(conv)
+
+
+@pytest.mark.parametrize("kind", ["weight norm", "spectral norm", "pruned"])
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_weights_computed_by_hooks_are_left(kind: str) -> None:
+    """The older forms compute the weight in a hook before each call."""
+    conv = nn.Conv2d(4, 6, 3)
+    if kind == "pruned":
+        prune.l1_unstructured(conv, "weight", 0.5)
+    else:
+        (torch.nn.utils.weight_norm if kind == "weight norm" else torch.nn.utils.spectral_norm)(conv)
+    model = nn.Sequential(conv, nn.BatchNorm2d(6), nn.ReLU(), *conv_bn(6, 4))
+    check_fold(model, images(4), convolutions=2, batch_norms=1, left=["hooks"])
 
 
 def test_zero_padding_layers_and_functions_merge_with_the_convolution() -> None:
