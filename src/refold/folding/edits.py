@@ -10,8 +10,9 @@ from enum import Enum
 from torch import fx, nn
 
 from refold.errors import NotFoldable
+from refold.folding.distribution import Bundle
 from refold.folding.layers import layer, require_fit, rescaled
-from refold.folding.operators import Map, Same, inputs_of
+from refold.folding.operators import Linear, Map, Same, inputs_of
 from refold.folding.planning import Planner, Region
 from refold.folding.tracing import Key, Scope, Unit, fixed_arguments
 
@@ -41,42 +42,43 @@ class Edits:
 
     slots: dict[str, nn.Module] = field(default_factory=dict)
     rewires: list[Rewire] = field(default_factory=list)
-    applied: list[Region] = field(default_factory=list)
+    applied: list[Bundle] = field(default_factory=list)
     made: list[tuple[nn.Module, Region]] = field(default_factory=list)
     """Every new layer, still in float64, and a region that it stands for."""
 
 
-def edits_of(planner: Planner, regions: Iterable[Region], shared: set[int], extent: Extent) -> Edits:
-    """The edits that put every region into effect; refusals are noted in the planner.
+def edits_of(planner: Planner, bundles: Iterable[Bundle], shared: set[int], extent: Extent) -> Edits:
+    """The edits that put every bundle of regions into effect; refusals are noted in the planner.
 
     A module that is called several times is changed only where every call takes part in the same way. `shared` are
     the ids of modules that other units call too. `extent` is how much of it to do.
     """
     unit = planner.unit
-    groups: dict[frozenset[object], list[tuple[Region, _Draft]]] = defaultdict(list)
-    for candidate in regions:
-        plan = _draft(planner, candidate)
+    groups: dict[frozenset[object], list[tuple[Bundle, _Draft]]] = defaultdict(list)
+    for candidate in bundles:
+        plan = _bundle_draft(planner, candidate)
         groups[plan.signature(unit)].append((candidate, plan))
     totals = _totals(unit)
     edits = Edits()
     for members in groups.values():
-        region, draft = members[0]
+        bundle, draft = members[0]
         try:
             _require_alone(unit, draft, len(members), totals, shared)
             if extent is Extent.NOTHING or (extent is Extent.IN_PLACE and draft.rewires):
                 raise NotFoldable("the code around it does not run with the folded module in its place")
-            made = _made_layer(unit, region)
+            made = [_made_layer(unit, region) for region in bundle.regions]
         except NotFoldable as refusal:
             for member, _ in members:
                 planner.refusals.update(dict.fromkeys(member.operators, str(refusal)))
             continue
         edits.applied += [member for member, _ in members]
-        edits.made.append((made, region))
-        for path, emits in draft.slots.items():
-            edits.slots[path] = made if emits else nn.Identity()
+        edits.made += zip(made, bundle.regions, strict=True)
+        for path, layer_index in draft.slots.items():
+            edits.slots[path] = nn.Identity() if layer_index is None else made[layer_index]
         for _, other in members:
             edits.rewires += [
-                Rewire(r.scope, r.source, r.root, r.nodes, made if r.emits else None) for r in other.rewires
+                Rewire(r.scope, r.source, r.root, r.nodes, None if r.layer is None else made[r.layer])
+                for r in other.rewires
             ]
     return edits
 
@@ -87,19 +89,20 @@ class _DraftRewire:
     source: fx.Node
     root: fx.Node
     nodes: frozenset[fx.Node]
-    emits: bool
+    layer: int | None
+    """Which of the bundle's new layers stands for the nodes; None where nothing does."""
 
     def signature(self, unit: Unit) -> object:
         path = self.scope[-1][0] if self.scope else ""
         keys = frozenset(relative_key(node, self.scope) for node in self.nodes)
         fixed = fixed_arguments(unit.module.get_submodule(path), unit.calls[self.scope])
-        return path, repr(sorted(fixed.items())), keys, relative_key(self.root, self.scope), self.emits
+        return path, repr(sorted(fixed.items())), keys, relative_key(self.root, self.scope), self.layer
 
 
 @dataclass(frozen=True)
 class _Draft:
-    slots: dict[str, bool]
-    """Paths of layers to replace: True by the new layer, False by nothing."""
+    slots: dict[str, int | None]
+    """Paths of layers to replace, by which of the bundle's new layers; None is replaced by nothing."""
     rewires: tuple[_DraftRewire, ...]
 
     def signature(self, unit: Unit) -> frozenset[object]:
@@ -112,16 +115,28 @@ def relative_key(node: fx.Node, scope: Scope) -> Key:
     return own[len(scope) :], label, number
 
 
-def _draft(planner: Planner, region: Region) -> _Draft:
+def _bundle_draft(planner: Planner, bundle: Bundle) -> _Draft:
+    slots: dict[str, int | None] = {}
+    rewires: list[_DraftRewire] = []
+    for index, region in enumerate(bundle.regions):
+        draft = _draft(planner, region, index)
+        slots.update(draft.slots)
+        rewires += draft.rewires
+    if bundle.absorbed is not None:
+        _edit(bundle.absorbed, planner.operators[bundle.absorbed], None, slots, rewires)
+    return _Draft(slots, tuple(rewires))
+
+
+def _draft(planner: Planner, region: Region, index: int) -> _Draft:
     """A chain of layers is edited in their places, which keeps the class around them; anything else is rewired."""
     if _is_chain(planner, region):
-        draft = _chain_draft(region)
+        draft = _chain_draft(region, index)
         if all(rewire.scope for rewire in draft.rewires):
             return draft
     scope = _common_scope([node.meta["scope"] for node in region.nodes])
-    slots = {str(region.source.target): True} if region.rescales else {}
-    rewire = _DraftRewire(scope, region.source, region.root, region.nodes, not region.rescales)
-    return _Draft(slots, (rewire,))
+    slots: dict[str, int | None] = {str(region.source.target): index} if region.rescales else {}
+    layer = None if region.rescales else index
+    return _Draft(slots, (_DraftRewire(scope, region.source, region.root, region.nodes, layer),))
 
 
 def _is_chain(planner: Planner, region: Region) -> bool:
@@ -136,24 +151,31 @@ def _is_chain(planner: Planner, region: Region) -> bool:
     return True
 
 
-def _chain_draft(region: Region) -> _Draft:
-    emitter = region.source if region.rescales else None
-    slots: dict[str, bool] = {}
+def _chain_draft(region: Region, index: int) -> _Draft:
+    slots: dict[str, int | None] = {str(region.source.target): index} if region.rescales else {}
     rewires: list[_DraftRewire] = []
-    if emitter is not None:
-        slots[str(emitter.target)] = True
+    placed = region.rescales
     for node, operator in region.operators.items():
-        emits = emitter is None and isinstance(operator, Map) and operator.multiplies
-        if emits:
-            emitter = node
-        if isinstance(operator, Same):
-            continue
-        if node.op == "call_module":
-            slots[str(node.target)] = emits
-        else:
-            (source,) = inputs_of(operator)
-            rewires.append(_DraftRewire(node.meta["scope"], source, node, frozenset([node]), emits))
+        emits = not placed and isinstance(operator, Map) and operator.multiplies
+        placed = placed or emits
+        if not isinstance(operator, Same):
+            _edit(node, operator, index if emits else None, slots, rewires)
     return _Draft(slots, tuple(rewires))
+
+
+def _edit(
+    node: fx.Node,
+    operator: Linear,
+    layer: int | None,
+    slots: dict[str, int | None],
+    rewires: list[_DraftRewire],
+) -> None:
+    """Let a new layer, or nothing, stand in the place of one operator of one input."""
+    if node.op == "call_module":
+        slots[str(node.target)] = layer
+    else:
+        (source,) = inputs_of(operator)
+        rewires.append(_DraftRewire(node.meta["scope"], source, node, frozenset([node]), layer))
 
 
 def _common_scope(scopes: list[Scope]) -> Scope:

@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from refold.errors import InputError, NotFoldable
 from refold.folding.cost import count
+from refold.folding.distribution import Bundle, bundle
 from refold.folding.edits import Edits, Extent, edits_of
 from refold.folding.planning import Planner, Region
 from refold.folding.proof import (
@@ -120,10 +121,10 @@ class _Work:
         shared = {identity for identity, times in held.items() if times > 1}
         for unit in units:
             planner = Planner(unit)
-            regions = self._proved_regions(planner, planner.plan())
-            edits = edits_of(planner, regions, shared, self.extent)
+            bundles = self._proved(planner, bundle(planner, planner.plan()))
+            edits = edits_of(planner, bundles, shared, self.extent)
             self.made += [(module, unit.kinds[region.root][0]) for module, region in edits.made]
-            self.folded += [_describe(planner, region) for region in edits.applied]
+            self.folded += [_describe(planner, region) for b in edits.applied for region in b.regions]
             self.outcomes.append((planner, edits))
         self.left = _left(self.outcomes, untraced) + _unseen(self.model, self.outcomes, untraced)
 
@@ -133,16 +134,16 @@ class _Work:
             self.model = write(self.model, planner.unit, edits)
         self.outcomes.clear()
 
-    def _proved_regions(self, planner: Planner, regions: list[Region]) -> list[Region]:
+    def _proved(self, planner: Planner, bundles: list[Bundle]) -> list[Bundle]:
         if not self.prove:
-            return regions
+            return bundles
         kept = []
-        for region in regions:
+        for candidate in bundles:
             try:
-                self.proved.append(prove_region(region, planner.constants))
-                kept.append(region)
+                self.proved += [prove_region(region, planner.constants) for region in candidate.regions]
+                kept.append(candidate)
             except NotFoldable as refusal:
-                planner.refusals.update(dict.fromkeys(region.operators, str(refusal)))
+                planner.refusals.update(dict.fromkeys(candidate.operators, str(refusal)))
         return kept
 
 
@@ -269,7 +270,7 @@ def _left(outcomes: list[tuple[Planner, Edits]], untraced: list[Untraced]) -> li
     replaced = {planner.unit.full_path(path) for planner, edits in outcomes for path in edits.slots}
     left = [(item.path or "the whole model", item.reason) for item in untraced if item.path not in replaced]
     for planner, edits in outcomes:
-        folded = {node for region in edits.applied for node in region.operators}
+        folded = {node for applied in edits.applied for node in applied.operators}
         remaining = [node for node in _batch_norms(planner) if node not in folded]
         left += [(_name(planner, node), reason_left(node, planner)) for node in remaining]
     return list(dict.fromkeys(left))

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from refold.algebra import (
     Convolution,
@@ -34,7 +34,7 @@ from refold.folding.operators import (
     inputs_of,
 )
 from refold.folding.recognition import linear_operator, scalable_module
-from refold.folding.tracing import Unit, checks
+from refold.folding.tracing import Unit, checks, first_line
 
 _MOST_SOURCES = 16
 """How far back a purely linear chain is followed: beyond, the search would grow with the square of its length."""
@@ -67,6 +67,8 @@ class Region:
     convolution: Convolution
     rescales: bool = False
     """Whether `source` is a convolution layer of another kind, whose outputs `convolution` only scales and shifts."""
+    tail: tuple[Tensor, Tensor | None] | None = None
+    """A scale and a shift that `convolution` applies on top of what the operators compute."""
 
 
 class Planner:
@@ -76,6 +78,8 @@ class Planner:
         self.unit = unit
         self.constants = Constants(unit)
         self.refusals: dict[fx.Node, str] = {}
+        self.demanded: set[fx.Node] = set()
+        """The values that have to be computed, filled in by `plan`."""
         self.order = {node: index for index, node in enumerate(unit.graph.nodes)}
         self.checks = checks(unit.graph)
         self.operators = {n: op for n in unit.graph.nodes if (op := self._recognise(n)) is not None}
@@ -87,7 +91,7 @@ class Planner:
     def plan(self) -> list[Region]:
         """Choose for every value that something non-linear needs, from the last to the first, how to compute it."""
         regions: list[Region] = []
-        demanded: set[fx.Node] = set()
+        demanded = self.demanded
         for node in reversed(self.unit.graph.nodes):
             if node.op == "output" or (node in demanded and node not in self.operators):
                 demanded.update(node.all_input_nodes)
@@ -112,7 +116,9 @@ class Planner:
             return linear_operator(node, self.constants)
         except NotFoldable as refusal:
             self.refusals[node] = str(refusal)
-            return None
+        except Exception as error:  # one strange call of a known function must not stop the rest
+            self.refusals[node] = f"it is called in a way that is not understood ({first_line(error)})"
+        return None
 
     def closure(self, root: fx.Node) -> list[fx.Node]:
         """The linear operators that `root` depends on through linear operators alone, in the order they run."""
@@ -300,7 +306,7 @@ class Planner:
         return replace(inner[0], convolution=convolution, first=first)
 
     def _reshaped(
-        self, inner: Branch, operator: Flattened | Restored, source: fx.Node, like: torch.Tensor
+        self, inner: Branch, operator: Flattened | Restored, source: fx.Node, like: Tensor
     ) -> Branch:
         """Only the axes before the channels change; they come back as the source has them, or not at all."""
         convolution = self._explicit(inner, source, 0, like)
@@ -312,7 +318,7 @@ class Planner:
                 raise NotFoldable("its axes are restored to those of another value")
         return replace(inner, convolution=convolution, flattened=isinstance(operator, Flattened))
 
-    def _explicit(self, branch: Branch, source: fx.Node, axes: int, like: torch.Tensor) -> Convolution:
+    def _explicit(self, branch: Branch, source: fx.Node, axes: int, like: Tensor) -> Convolution:
         """The branch with its identity written out, in a layout with so many spatial axes."""
         if branch.convolution is None:
             shape = self.unit.shapes[source]
@@ -321,7 +327,7 @@ class Planner:
             raise NotFoldable("the channels of its inputs lie along different axes")
         return branch.convolution
 
-    def _sum(self, inner: list[Branch], operator: Sum, source: fx.Node, like: torch.Tensor) -> Branch:
+    def _sum(self, inner: list[Branch], operator: Sum, source: fx.Node, like: Tensor) -> Branch:
         layouts = {b.convolution.spatial_axes for b in inner if b.convolution is not None}
         axes = layouts.pop() if layouts else len(self.unit.shapes[source]) - 2
         if not 0 <= axes <= 3:

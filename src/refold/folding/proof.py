@@ -60,7 +60,7 @@ def prove_region(region: Region, constants: Constants) -> float:
     for shape in _probe_shapes(region, constants):
         x = torch.randn(shape, dtype=torch.float64, generator=generator)
         try:
-            expected = _run_operators(region, constants, x.clone().to(device)).cpu()
+            expected = _with_tail(region, _run_operators(region, constants, x.clone().to(device)).cpu())
         except Exception as error:  # strided branches may agree in size for some inputs only
             failure = f"its operators do not run on a {shape} input ({first_line(error)})"
             continue
@@ -243,6 +243,15 @@ def _run_operators(region: Region, constants: Constants, x: Tensor) -> Tensor:
     result = values[region.root]
     assert isinstance(result, Tensor)
     return result
+
+
+def _with_tail(region: Region, value: Tensor) -> Tensor:
+    if region.tail is None:
+        return value
+    scale, shift = region.tail
+    axes = region.convolution.spatial_axes
+    by_channel = (-1, *(1,) * axes)
+    return value * scale.reshape(by_channel) + (0.0 if shift is None else shift.reshape(by_channel))
 
 
 def _rescaling_distance(region: Region, constants: Constants, generator: torch.Generator) -> float:
