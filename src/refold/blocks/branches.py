@@ -1,6 +1,7 @@
 """What every block is made of: a convolution with its batch norm, and a sum of such branches."""
 
 from collections.abc import Sequence
+from typing import Protocol
 
 from torch import Tensor, nn
 
@@ -89,3 +90,59 @@ class BranchSum(nn.Module):
         for branch in others:
             out = out + branch(x)
         return out if self.skip is None else out + self.skip(x)
+
+
+class ConvFactory(Protocol):
+    """Whatever builds a linear layer with ``ConvNorm``'s arguments and shapes, activated if asked for."""
+
+    def __call__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: KernelSize = 1,
+        *,
+        stride: int = 1,
+        groups: int = 1,
+        activation: bool = False,
+    ) -> nn.Module: ...
+
+
+class RepeatedConvNorm(nn.Module):
+    """``ConvNorm`` repeated in parallel, with a 1x1 branch and a batch norm as skip beside it, then ReLU.
+
+    ``repeats`` branches have the given kernel; ``pointwise`` adds one 1x1 convolution where the kernel is larger
+    than that, ``skip`` a batch norm where channels and stride allow it.
+    Maps ``(batch, in_channels, height, width)`` to ``(batch, out_channels, height / stride, width /
+    stride)``, rounded up.
+
+    Source: GhostNetV3, section 4.1 and figure 2b.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: KernelSize = 1,
+        *,
+        stride: int = 1,
+        groups: int = 1,
+        activation: bool = False,
+        repeats: int = 3,
+        pointwise: bool = True,
+        skip: bool = True,
+    ) -> None:
+        super().__init__()
+        kernel_sizes = repeated_kernels(kernel_size, repeats, pointwise)
+        self.conv = BranchSum(
+            in_channels, out_channels, kernel_sizes, stride=stride, groups=groups, skip=skip
+        )
+        self.act = nn.ReLU(inplace=True) if activation else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.act(self.conv(x))
+        return out
+
+
+def repeated_kernels(kernel_size: KernelSize, repeats: int, pointwise: bool = True) -> list[KernelSize]:
+    """The kernels of ``repeats`` equal branches and, where they are larger than 1x1, of a 1x1 branch."""
+    return [kernel_size] * repeats + [1] * (pointwise and kernel_size not in (1, (1, 1)))

@@ -7,7 +7,8 @@ import torch
 from timm.layers import SqueezeExcite
 from torch import Tensor, nn
 
-from refold.blocks.branches import BranchSum, ConvNorm
+from refold.blocks.attention import DFCAttention
+from refold.blocks.branches import BranchSum, ConvFactory, ConvNorm
 
 
 class GhostModule(nn.Module):
@@ -16,6 +17,7 @@ class GhostModule(nn.Module):
     With ``ratio`` s the primary convolution gives ``ceil(out_channels / s)`` channels and the cheap one
     s - 1 maps for each of them; both are concatenated, primary first, and cut to ``out_channels``. The
     cheap convolution reads the activated output of the primary one.
+    ``conv`` builds both, with branches in parallel for GhostNetV3.
     Maps ``(batch, in_channels, height, width)`` to ``(batch, out_channels, height, width)``.
 
     Source: GhostNets on Heterogeneous Devices, section 3.1.
@@ -30,14 +32,15 @@ class GhostModule(nn.Module):
         ratio: int = 2,
         kernel_size: int = 1,
         cheap_kernel_size: int = 3,
+        conv: ConvFactory = ConvNorm,
     ) -> None:
         super().__init__()
         primary_channels = ceil(out_channels / ratio)
         cheap_channels = primary_channels * (ratio - 1)
         self.out_channels = out_channels
         self.is_cut = primary_channels + cheap_channels > out_channels
-        self.primary = ConvNorm(in_channels, primary_channels, kernel_size, activation=activation)
-        self.cheap = ConvNorm(
+        self.primary = conv(in_channels, primary_channels, kernel_size, activation=activation)
+        self.cheap = conv(
             primary_channels,
             cheap_channels,
             cheap_kernel_size,
@@ -82,11 +85,13 @@ class GhostBottleneck(nn.Module):
 
     The first module expands to ``mid_channels`` and is activated, the second projects to
     ``out_channels`` and is not. The shortcut is the identity where shapes allow it, else a depthwise and
-    a 1x1 convolution. There is no activation after the addition.
+    a 1x1 convolution. There is no activation after the addition. With ``attention`` the first module's
+    output is multiplied by ``DFCAttention`` of the input, as in GhostNetV2. ``conv`` builds the strided
+    convolution, with branches in parallel for GhostNetV3.
     Maps ``(batch, in_channels, height, width)`` to ``(batch, out_channels, height / stride, width /
     stride)``, rounded up.
 
-    Source: GhostNets on Heterogeneous Devices, section 3.2; RepGhost, figure 4.
+    Source: GhostNets on Heterogeneous Devices, section 3.2; RepGhost, figure 4; GhostNetV3, figure 2.
     """
 
     def __init__(
@@ -99,14 +104,15 @@ class GhostBottleneck(nn.Module):
         stride: int,
         squeeze_channels: int | None,
         module: GhostModuleFactory,
+        attention: bool = False,
+        conv: ConvFactory = ConvNorm,
     ) -> None:
         super().__init__()
         self.ghost1 = module(in_channels, mid_channels, activation=True)
+        self.attention = DFCAttention(in_channels, mid_channels) if attention else None
         self.depthwise: nn.Module = nn.Identity()
         if stride > 1:
-            self.depthwise = ConvNorm(
-                mid_channels, mid_channels, kernel_size, stride=stride, groups=mid_channels
-            )
+            self.depthwise = conv(mid_channels, mid_channels, kernel_size, stride=stride, groups=mid_channels)
         self.se: nn.Module = nn.Identity()
         if squeeze_channels is not None:
             self.se = SqueezeExcite(mid_channels, rd_channels=squeeze_channels, gate_layer="hard_sigmoid")
@@ -119,5 +125,8 @@ class GhostBottleneck(nn.Module):
             )
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.ghost2(self.se(self.depthwise(self.ghost1(x)))) + self.shortcut(x)
+        expanded = self.ghost1(x)
+        if self.attention is not None:
+            expanded = expanded * self.attention(x)
+        out: Tensor = self.ghost2(self.se(self.depthwise(expanded))) + self.shortcut(x)
         return out

@@ -1,4 +1,4 @@
-"""GhostNet: bottlenecks of ghost modules on the plan of MobileNetV3-Large, shared with RepGhostNet."""
+"""GhostNet: bottlenecks of ghost modules on the plan of MobileNetV3-Large, shared by the whole family."""
 
 import re
 from collections.abc import Sequence
@@ -8,7 +8,7 @@ from typing import ClassVar, NamedTuple
 from timm.layers import make_divisible
 from torch import nn
 
-from refold.blocks import ConvNorm, GhostBottleneck, GhostModule, GhostModuleFactory
+from refold.blocks import ConvFactory, ConvNorm, GhostBottleneck, GhostModule, GhostModuleFactory
 from refold.models.classifier import ExpandedHead, ImageClassifier, check_arguments
 from refold.models.layouts import Layout
 
@@ -26,6 +26,7 @@ class GhostRow(NamedTuple):
     out_channels: int
     squeeze: bool
     stride: int
+    attention: bool = False
 
 
 GHOST_ROWS = (
@@ -49,7 +50,7 @@ GHOST_ROWS = (
 _STEM_CHANNELS, _FINAL_CHANNELS, _HEAD_CHANNELS = 16, 960, 1280
 
 # The width of each network.
-NETWORKS = {"ghostnet_050": 0.5, "ghostnet_100": 1.0, "ghostnet_130": 1.3}
+NETWORKS = {"ghostnet_050": 0.5, "ghostnet_100": 1.0, "ghostnet_130": 1.3, "ghostnet_170": 1.7}
 
 GHOST_RENAMES = (
     (r"^conv_stem\.", "stem.conv."),
@@ -75,13 +76,10 @@ GHOST_RENAMES = (
     (r"^classifier\.", "head.fc."),
 )
 
-_LAYOUT = Layout(
-    "official GhostNet",
-    (
-        *GHOST_RENAMES,
-        (r"\.cheap_operation\.0\.", ".cheap.conv."),
-        (r"\.cheap_operation\.1\.", ".cheap.bn."),
-    ),
+CONCATENATED_RENAMES = (
+    *GHOST_RENAMES,
+    (r"\.cheap_operation\.0\.", ".cheap.conv."),
+    (r"\.cheap_operation\.1\.", ".cheap.bn."),
 )
 
 
@@ -89,14 +87,14 @@ class GhostNet(ImageClassifier):
     """A stem, sixteen ``GhostBottleneck`` in five resolutions and a 1x1 convolution, then ``ExpandedHead``.
 
     ``width`` scales the channels, rounded to multiples of four. A family member changes ``rows`` and
-    ``module``.
+    ``module``; ``module`` given here goes before, and ``conv`` builds the bottlenecks' strided convolutions.
     Images ``(batch, in_chans, height, width)`` of any height and width to logits ``(batch, num_classes)``.
     Raises ``InputError`` where an argument cannot be used.
 
     Source: GhostNets on Heterogeneous Devices, table 1.
     """
 
-    layouts = (_LAYOUT,)
+    layouts: tuple[Layout, ...] = (Layout("official GhostNet", CONCATENATED_RENAMES),)
     first_convs: ClassVar[tuple[str, ...]] = ("stem.conv",)
     rows: ClassVar[Sequence[GhostRow]] = GHOST_ROWS
     module: ClassVar[GhostModuleFactory] = GhostModule
@@ -108,6 +106,9 @@ class GhostNet(ImageClassifier):
         in_chans: int = 3,
         drop_rate: float = 0.2,
         global_pool: str = "avg",
+        *,
+        module: GhostModuleFactory | None = None,
+        conv: ConvFactory = ConvNorm,
     ) -> None:
         check_arguments(num_classes, in_chans, drop_rate, global_pool)
         stem_channels = channels = _scaled(_STEM_CHANNELS, width)
@@ -115,7 +116,7 @@ class GhostNet(ImageClassifier):
         for stage, rows in groupby(self.rows, key=lambda row: row.stage):
             blocks = []
             for row in rows:
-                blocks.append(_bottleneck(channels, row, width, self.module))
+                blocks.append(_bottleneck(channels, row, width, module or self.module, conv))
                 channels = _scaled(row.out_channels, width)
             stages.append(nn.Sequential(*blocks))
             features[f"stages.{stage}"] = channels
@@ -137,7 +138,9 @@ class GhostNet(ImageClassifier):
         )
 
 
-def _bottleneck(in_channels: int, row: GhostRow, width: float, module: GhostModuleFactory) -> GhostBottleneck:
+def _bottleneck(
+    in_channels: int, row: GhostRow, width: float, module: GhostModuleFactory, conv: ConvFactory
+) -> GhostBottleneck:
     mid_channels = _scaled(row.mid_channels, width)
     return GhostBottleneck(
         in_channels,
@@ -147,6 +150,8 @@ def _bottleneck(in_channels: int, row: GhostRow, width: float, module: GhostModu
         stride=row.stride,
         squeeze_channels=_scaled(mid_channels, 0.25) if row.squeeze else None,
         module=module,
+        attention=row.attention,
+        conv=conv,
     )
 
 

@@ -79,7 +79,7 @@ def rename_weights(weights: Mapping[str, Any], network: nn.Module) -> dict[str, 
 
 
 def _layouts(network: nn.Module) -> tuple[Layout, ...]:
-    return getattr(type(network), "layouts", ())
+    return getattr(network, "layouts", ())
 
 
 def _read(path: Path) -> Mapping[str, Any]:
