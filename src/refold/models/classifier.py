@@ -20,7 +20,8 @@ class ImageClassifier(nn.Module):
     num_classes)``, or pooled features ``(batch, head_hidden_size)`` where ``num_classes`` is 0.
 
     ``stages`` holds one ``nn.Sequential`` of blocks a resolution; ``feature_channels`` names the modules
-    whose outputs are the features at each of ``feature_strides``, with their channels.
+    whose outputs are the features at each of ``feature_strides``, with their channels. ``timm_names`` gives the
+    networks that timm has under another name.
 
     Raises ``InputError`` where ``num_classes``, ``in_chans``, ``drop_rate`` or ``global_pool`` cannot be
     used.
@@ -29,6 +30,7 @@ class ImageClassifier(nn.Module):
     layouts: tuple[Layout, ...] = ()
     first_convs: ClassVar[tuple[str, ...]] = ()
     feature_strides: ClassVar[tuple[int, ...]] = (2, 4, 8, 16, 32)
+    timm_names: ClassVar[Mapping[str, str]] = {}
 
     def __init__(
         self,
@@ -114,17 +116,26 @@ class ImageClassifier(nn.Module):
 class ExpandedHead(nn.Module):
     """Global pooling, a 1x1 convolution with bias to ``hidden_size``, ReLU, dropout and a linear classifier.
 
+    With ``norm`` the convolution has a batch norm in place of the bias, as in MobileNetV4.
     Maps ``(batch, in_features, height, width)`` to ``(batch, num_classes)``.
 
     Source: GhostNets on Heterogeneous Devices, table 1.
     """
 
     def __init__(
-        self, in_features: int, hidden_size: int, num_classes: int, *, pool_type: str, drop_rate: float
+        self,
+        in_features: int,
+        hidden_size: int,
+        num_classes: int,
+        *,
+        pool_type: str,
+        drop_rate: float,
+        norm: bool = False,
     ) -> None:
         super().__init__()
         self.global_pool = SelectAdaptivePool2d(pool_type=pool_type)
-        self.conv = nn.Conv2d(in_features, hidden_size, kernel_size=1)
+        self.conv = nn.Conv2d(in_features, hidden_size, kernel_size=1, bias=not norm)
+        self.bn = nn.BatchNorm2d(hidden_size) if norm else nn.Identity()
         self.act = nn.ReLU(inplace=True)
         self.flatten = nn.Flatten(1) if pool_type else nn.Identity()
         self.drop = nn.Dropout(drop_rate)
@@ -139,7 +150,7 @@ class ExpandedHead(nn.Module):
         self.train(self.training)
 
     def forward(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        x = self.drop(self.flatten(self.act(self.conv(self.global_pool(x)))))
+        x = self.drop(self.flatten(self.act(self.bn(self.conv(self.global_pool(x))))))
         return x if pre_logits else self.fc(x)
 
 
