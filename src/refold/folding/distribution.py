@@ -76,8 +76,18 @@ def _shares_behind(planner: Planner, node: fx.Node, free: dict[fx.Node, Region])
         )
     except NotFoldable:
         return None
-    known = all(s.part in free or _multiplies(planner, s.part) for s in shares)
-    return shares if known and len({s.part for s in shares}) == len(shares) else None
+    layouts = {_spatial_axes(planner, share.part, free) for share in shares}
+    return shares if layouts == {axes} and len({s.part for s in shares}) == len(shares) else None
+
+
+def _spatial_axes(planner: Planner, node: fx.Node, free: dict[fx.Node, Region]) -> int | None:
+    """The layout of a convolution that can take up a share; None where `node` is no such convolution."""
+    if node in free:
+        return free[node].convolution.spatial_axes
+    operator = planner.operators.get(node)
+    if isinstance(operator, Map) and operator.multiplies:
+        return operator.build(_META).spatial_axes
+    return None
 
 
 def _divide(planner: Planner, share: _Share, reader: fx.Node, axes: int) -> list[_Share]:
@@ -109,11 +119,6 @@ def _divide_concatenation(
         shares += _divide(planner, _Share(value, share.scale[channels], shift), share.part, axes)
         start = channels.stop
     return shares
-
-
-def _multiplies(planner: Planner, node: fx.Node) -> bool:
-    operator = planner.operators.get(node)
-    return isinstance(operator, Map) and operator.multiplies
 
 
 def _single(planner: Planner, node: fx.Node) -> Region:
