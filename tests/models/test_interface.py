@@ -11,7 +11,7 @@ from torch import fx, nn
 from refold.errors import InputError
 from refold.models import create_model, list_models
 
-SMALL = ["repvgg_a0", "ghostnet_050", "repghostnet_050"]
+SMALL = ["repvgg_a0", "ghostnet_050", "ghostnetv3_050", "mobileone_s1", "repghostnet_050"]
 
 
 @pytest.mark.parametrize("name", SMALL)
@@ -127,6 +127,30 @@ def test_every_weight_is_trained_and_checkpointing_changes_nothing(name: str) ->
         assert gradient is not None, key
         assert gradient.abs().sum() > 0, key
         assert torch.allclose(gradient, gradients[1][key]), key
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("size", [(32, 32), (72, 40)])
+def test_one_step_of_training_without_warnings(name: str, size: tuple[int, int]) -> None:
+    network = create_model(name, num_classes=3)
+    optimiser = torch.optim.SGD(network.parameters(), lr=0.1)
+    before = {key: parameter.detach().clone() for key, parameter in network.named_parameters()}
+    loss = nn.functional.cross_entropy(network(torch.randn(2, 3, *size)), torch.tensor([0, 2]))
+    loss.backward()
+    optimiser.step()
+    moved = [not torch.equal(parameter, before[key]) for key, parameter in network.named_parameters()]
+    assert sum(moved) > 0.9 * len(moved)
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_a_network_exports_with_any_batch(name: str) -> None:
+    network = create_model(name, num_classes=3).eval()
+    batch = torch.export.Dim("batch", min=1, max=64)
+    exported = torch.export.export(network, (torch.randn(2, 3, 64, 96),), dynamic_shapes=({0: batch},))
+    x = torch.randn(3, 3, 64, 96)
+    with torch.no_grad():
+        assert torch.allclose(exported.module()(x), network(x), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", SMALL)

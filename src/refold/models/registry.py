@@ -1,36 +1,62 @@
-"""Networks by name: refold's own families first, then everything that timm has."""
+"""Networks by name: refold's own families first, then everything that timm has.
+
+In timm's registry each network of refold is ``refold_`` and its name: ``timm.create_model("refold_repvgg_a0")``.
+"""
 
 import difflib
 import fnmatch
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import timm
-from timm.models import PretrainedCfg, build_model_with_cfg, get_arch_pretrained_cfgs, get_pretrained_cfg
+from timm.models import (
+    PretrainedCfg,
+    build_model_with_cfg,
+    get_arch_pretrained_cfgs,
+    get_pretrained_cfg,
+    register_model,
+)
 from torch import nn
 
 from refold.errors import CheckpointError, RefoldError, UnknownModel
-from refold.models import ghostnet, mobilenetv4, repghostnet, repnext, repvgg
+from refold.models import (
+    ghostnet,
+    ghostnetv2,
+    ghostnetv3,
+    mobilenetv4,
+    mobileone,
+    repghostnet,
+    repnext,
+    repvgg,
+)
 from refold.models.classifier import ImageClassifier
 from refold.models.ghostnet import GhostNet
+from refold.models.ghostnetv2 import GhostNetV2
+from refold.models.ghostnetv3 import GhostNetV3
 from refold.models.loading import rename_weights
 from refold.models.mobilenetv4 import MobileNetV4
+from refold.models.mobileone import MobileOne
 from refold.models.repghostnet import RepGhostNet
 from refold.models.repnext import RepNeXt
 from refold.models.repvgg import RepVGG
 
-_Family = type[RepVGG] | type[GhostNet] | type[MobileNetV4] | type[RepNeXt]
-_FAMILIES: tuple[tuple[_Family, Mapping[str, Any]], ...] = (
+_FAMILIES: tuple[tuple[type[ImageClassifier], Mapping[str, Any]], ...] = (
     (RepVGG, repvgg.NETWORKS),
     (GhostNet, ghostnet.NETWORKS),
+    (GhostNetV2, ghostnetv2.NETWORKS),
+    (GhostNetV3, ghostnetv3.NETWORKS),
     (MobileNetV4, mobilenetv4.NETWORKS),
+    (MobileOne, mobileone.NETWORKS),
     (RepGhostNet, repghostnet.NETWORKS),
     (RepNeXt, repnext.NETWORKS),
 )
 _NETWORKS = {name: (network, row) for network, rows in _FAMILIES for name, row in rows.items()}
+
+# timm has networks of its own under some of these names, which stay as they are.
+TIMM_PREFIX = "refold_"
 
 # Where a network runs and where its weights come from is not part of what it is.
 _NOT_ARCHITECTURE = {"device", "dtype", "cache_dir", "checkpoint_path"}
@@ -55,7 +81,7 @@ def list_models(pattern: str | Iterable[str] = "", include_timm: bool = False) -
     """
     names = set(_NETWORKS)
     if include_timm:
-        names.update(timm.list_models())
+        names.update(name for name in timm.list_models() if not name.startswith(TIMM_PREFIX))
     patterns = [pattern] if isinstance(pattern, str) else list(pattern)
     return sorted(name for name in names if any(fnmatch.fnmatch(name, each or "*") for each in patterns))
 
@@ -99,11 +125,23 @@ def create_model(name: str, pretrained: bool = False, **kwargs: Any) -> nn.Modul
     return network
 
 
+def _register_with_timm(name: str) -> None:
+    def entrypoint(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+        return create_model(name, pretrained, **kwargs)
+
+    entrypoint.__name__ = entrypoint.__qualname__ = f"{TIMM_PREFIX}{name}"
+    register_model(entrypoint)
+
+
+for _name in _NETWORKS:
+    _register_with_timm(_name)
+
+
 def _build_own(name: str, pretrained: bool, **kwargs: Any) -> nn.Module:
     network, row = _NETWORKS[name]
     cfg = kwargs.pop("pretrained_cfg", None) or default_cfgs[name].to_dict()
     built: nn.Module = build_model_with_cfg(
-        partial(network, row),
+        partial(cast(Callable[..., nn.Module], network), row),
         name,
         pretrained,
         pretrained_cfg=cfg,
