@@ -133,7 +133,7 @@ def _draft(planner: Planner, region: Region, index: int) -> _Draft:
         draft = _chain_draft(region, index)
         if all(rewire.scope for rewire in draft.rewires):
             return draft
-    scope = _common_scope([node.meta["scope"] for node in region.nodes])
+    scope = common_scope([node.meta["scope"] for node in region.nodes])
     slots: dict[str, int | None] = {str(region.source.target): index} if region.rescales else {}
     layer = None if region.rescales else index
     return _Draft(slots, (_DraftRewire(scope, region.source, region.root, region.nodes, layer),))
@@ -178,7 +178,8 @@ def _edit(
         rewires.append(_DraftRewire(node.meta["scope"], source, node, frozenset([node]), layer))
 
 
-def _common_scope(scopes: list[Scope]) -> Scope:
+def common_scope(scopes: list[Scope]) -> Scope:
+    """The innermost module call that all of the scopes are in."""
     shortest = min(scopes, key=len)
     length = next((i for i in range(len(shortest)) if len({s[i] for s in scopes}) > 1), len(shortest))
     return shortest[:length]

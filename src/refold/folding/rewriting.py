@@ -10,7 +10,7 @@ from typing import Any
 from torch import fx, nn
 from torch.nn.modules.conv import _ConvNd
 
-from refold.folding.edits import Edits, Rewire, relative_key
+from refold.folding.edits import Edits, Rewire, common_scope, relative_key
 from refold.folding.observing import rebind
 from refold.folding.plain_class import become_plain, require_fixed
 from refold.folding.tracing import (
@@ -81,8 +81,7 @@ def _paths_below(scope: Scope, others: set[Scope]) -> set[str]:
 def _merged(one: _Job, other: _Job) -> _Job:
     if one.path == other.path:
         return _Job(min(one.scope, other.scope), one.inside | other.inside, one.rewires + other.rewires)
-    common = [a for a, b in zip(one.scope, other.scope, strict=False) if a == b]
-    scope = tuple(common)
+    scope = common_scope([one.scope, other.scope])
     below = _paths_below(scope, {one.scope, other.scope})
     return _Job(scope, one.inside | other.inside | below, one.rewires + other.rewires)
 
@@ -99,13 +98,8 @@ def _rewrite(model: nn.Module, unit: Unit, job: _Job) -> nn.Module:
         return found[_identity(relative_key(node, job.scope), unit.module)]
 
     for changer, operand in unit.rebound:
-        own = (
-            found.get(_identity(relative_key(changer, job.scope), unit.module))
-            if _inside(changer, job)
-            else None
-        )
-        if own is not None:
-            rebind(own, own.all_input_nodes[changer.meta["operands"].index(operand)])
+        if _inside(changer, job):
+            rebind(here(changer), here(changer).all_input_nodes[changer.meta["operands"].index(operand)])
     within = [r for r in job.rewires if r.scope[: len(job.scope)] == job.scope]
     # Assertions go too: they were met on the example, and what they look at may go.
     removable = checks(graph) | {here(node) for rewire in within for node in rewire.nodes}
