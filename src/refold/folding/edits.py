@@ -21,6 +21,7 @@ class Extent(Enum):
     """How much of a plan to put into effect; less of it is tried where a rewritten network does not run."""
 
     EVERYTHING = "everything"
+    KEEPING_CLASSES = "everything, but no block is replaced by its only layers"
     IN_PLACE = "layers in their own places"
     NOTHING = "nothing"
 
@@ -43,6 +44,7 @@ class Edits:
     slots: dict[str, nn.Module] = field(default_factory=dict)
     rewires: list[Rewire] = field(default_factory=list)
     applied: list[Bundle] = field(default_factory=list)
+    extent: Extent = Extent.EVERYTHING
     made: list[tuple[nn.Module, Region]] = field(default_factory=list)
     """Every new layer, still in float64, and a region that it stands for."""
 
@@ -59,7 +61,7 @@ def edits_of(planner: Planner, bundles: Iterable[Bundle], shared: set[int], exte
         plan = _bundle_draft(planner, candidate)
         groups[plan.signature(unit)].append((candidate, plan))
     totals = _totals(unit)
-    edits = Edits()
+    edits = Edits(extent=extent)
     for members in groups.values():
         bundle, draft = members[0]
         try:

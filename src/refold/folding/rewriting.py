@@ -10,7 +10,7 @@ from typing import Any
 from torch import fx, nn
 from torch.nn.modules.conv import _ConvNd
 
-from refold.folding.edits import Edits, Rewire, common_scope, relative_key
+from refold.folding.edits import Edits, Extent, Rewire, common_scope, relative_key
 from refold.folding.observing import rebind
 from refold.folding.plain_class import become_plain, require_fixed
 from refold.folding.tracing import (
@@ -48,7 +48,7 @@ def write(model: nn.Module, unit: Unit, edits: Edits) -> nn.Module:
     for path, made in edits.slots.items():
         _replace(model, unit.module.get_submodule(path), made)
     for job in sorted(_jobs(edits.rewires), key=lambda job: -len(job.scope)):
-        model = _rewrite(model, unit, job)
+        model = _rewrite(model, unit, job, simplify=edits.extent is Extent.EVERYTHING)
     return model
 
 
@@ -86,7 +86,7 @@ def _merged(one: _Job, other: _Job) -> _Job:
     return _Job(scope, one.inside | other.inside | below, one.rewires + other.rewires)
 
 
-def _rewrite(model: nn.Module, unit: Unit, job: _Job) -> nn.Module:
+def _rewrite(model: nn.Module, unit: Unit, job: _Job, *, simplify: bool) -> nn.Module:
     module = unit.module.get_submodule(job.path)
     opened = {id(unit.module.get_submodule(path)) for path in job.inside}
     graph, constants = trace(module, unit.calls[job.scope], lambda child, _: id(child) not in opened)
@@ -107,7 +107,9 @@ def _rewrite(model: nn.Module, unit: Unit, job: _Job) -> nn.Module:
         _rewire(graph, module, rewire, here)
     _clean(graph, module, removable)
     whole = module is model
-    simple = None if has_hooks(module) else _simplified(graph, module, unit.calls[job.scope])
+    simple = None
+    if simplify and not has_hooks(module):
+        simple = _simplified(graph, module, unit.calls[job.scope])
     if simple is not None and (not whole or isinstance(simple, (_ConvNd, nn.Linear))):
         _replace(model, module, simple.eval())
         return simple if whole else model
