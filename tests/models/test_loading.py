@@ -100,6 +100,10 @@ def test_counters_of_batches_may_be_absent(weights: dict[str, Tensor]) -> None:
     [
         ("repvgg_a0", "timm RepVGG"),
         ("ghostnet_050", "official GhostNet"),
+        ("ghostnetv2_100", "official GhostNetV2"),
+        ("ghostnetv3_050", "timm GhostNetV3"),
+        ("mobileone_s0", "timm MobileOne"),
+        ("mobileone_s4", "timm MobileOne"),
         ("repghostnet_050", "official RepGhostNet"),
     ],
 )
@@ -209,17 +213,66 @@ def test_the_wrong_class_count(classes: int, weights: dict[str, Tensor]) -> None
     assert all(torch.equal(value, network.get_classifier().state_dict()[k]) for k, value in untouched.items())
 
 
-@pytest.mark.parametrize("name", ["repvgg_a0", "repghostnet_050"])
+@pytest.mark.parametrize("name", ["repvgg_a0", "repghostnet_050", "ghostnetv3_050", "mobileone_s0"])
 def test_a_converted_checkpoint_of_timm_is_in_plain_form(name: str) -> None:
     plain = timm.utils.reparameterize_model(timm.create_model(name, num_classes=4))
     message = refusal(create_model(name, num_classes=4), plain.state_dict())
     assert f"is in plain (folded) form, but {name} is in training form" in message
 
 
-@pytest.mark.parametrize(("name", "official"), [("repvgg_a0", "RepVGG_A0"), (NAME, "repghostnet_0_5x")])
+@pytest.mark.parametrize(
+    ("name", "official"),
+    [
+        ("repvgg_a0", "RepVGG_A0"),
+        (NAME, "repghostnet_0_5x"),
+        ("ghostnetv3_100", "ghostnetv3_1.0x"),
+        ("mobileone_s0", "MobileOne_S0"),
+    ],
+)
 def test_a_converted_official_checkpoint_is_in_plain_form(name: str, official: str) -> None:
     plain = golden_state_dict(golden_record(official), "deploy_state_dict")
     assert "is in plain (folded) form" in refusal(create_model(name), plain)
+
+
+def test_mobileone_in_its_authors_layout() -> None:
+    record = golden_record("MobileOne_S0")
+    named_by_timm, named_by_apple = (
+        golden_state_dict(record, kind) for kind in ("state_dict", "apple_state_dict")
+    )
+    networks = [create_model("mobileone_s0").double().eval() for _ in range(2)]
+    for network, keys, layout in zip(
+        networks, (named_by_timm, named_by_apple), ("timm MobileOne", "official MobileOne"), strict=True
+    ):
+        # Both name the same weights in the same order; only the names, not the weights, may make a difference.
+        weights = dict(zip(keys, named_by_timm.values(), strict=True))
+        loaded = load_checkpoint(network, weights)
+        assert (loaded.layout, loaded.missing, loaded.unexpected) == (layout, (), ())
+    assert holds(networks[1], networks[0].state_dict())
+
+
+@pytest.mark.parametrize("branches", [1, 2, 5])
+def test_official_names_fit_any_number_of_branches(branches: int) -> None:
+    network = create_model("ghostnetv3_050", num_classes=4, branches=branches)
+    weights = drawn_weights(network)
+    network.load_state_dict(weights)
+    weights = network.state_dict()
+    official = {}
+    for key, value in weights.items():
+        new = key
+        for ours, theirs in (("primary", "primary"), ("cheap", "cheap"), ("depthwise", "dw")):
+            for index in range(branches):
+                new = new.replace(f".{ours}.conv.branches.{index}.", f".{theirs}_rpr_conv.{index}.")
+            new = new.replace(f".{ours}.conv.branches.{branches}.", f".{theirs}_rpr_scale.")
+            new = new.replace(f".{ours}.conv.skip.", f".{theirs}_rpr_skip.")
+        if new != key:
+            official[new] = value
+    again = create_model("ghostnetv3_050", num_classes=4, branches=branches)
+    loaded = load_checkpoint(again, official, strict=False)
+    assert (loaded.layout, loaded.unexpected) == ("official GhostNetV3", ())
+    state = again.state_dict()
+    filled = [key for key in weights if "branches" in key or "skip" in key]
+    assert len(filled) == len(official)
+    assert all(torch.equal(state[key], weights[key]) for key in filled)
 
 
 def test_plain_and_training_form_are_told_apart_for_refolds_own_names() -> None:

@@ -13,12 +13,15 @@ from timm.models import clean_state_dict
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from refold.algebra import batch_norm_affine
 from refold.errors import CheckpointError
 from refold.models.layouts import Layout, recognise
 
 # Where training scripts put the weights inside a checkpoint; averaged weights are the ones meant for use.
 _WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model")
 _SHOWN = 3
+# Of every norm that stands alone behind its convolution, here and in the official networks.
+_EPSILON = 1e-5
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,8 @@ def load_checkpoint(
     training script's checkpoint (``state_dict``, ``model``, their averages first). refold's own
     layout, the official repositories' and timm's are recognised by their names; no pickled code is executed.
     With ``strict=False`` every weight that fits is loaded and the others are left as they are.
+    The official plain forms keep the batch norms that stand outside their branches; a plain network, which has none,
+    takes them into its convolutions.
 
     Raises ``CheckpointError``, with the network untouched, where the file cannot be read, belongs to another
     network, has another number of classes, or is in plain form and the network in training form (or
@@ -54,6 +59,7 @@ def load_checkpoint(
     layout = recognise(weights, _layouts(network), own)
     original = layout.rename_all(weights)
     renamed = {new: weights[key] for new, key in original.items()}
+    _take_in_norms(renamed, original, own)
     missing = [key for key in own if key not in renamed and not key.endswith("num_batches_tracked")]
     unexpected = [key for key in renamed if key not in own]
     _check_form(network, missing, unexpected, described)
@@ -129,6 +135,28 @@ def _unwrap(checkpoint: Mapping[str, Any] | nn.Module, described: str) -> dict[s
     if not weights:
         raise CheckpointError(f"{described} holds no weights; give network.state_dict() or a file of it.")
     return weights
+
+
+def _take_in_norms(
+    renamed: dict[str, Tensor], original: dict[str, str], own: Mapping[str, torch.Size]
+) -> None:
+    """Fold each norm that the network no longer has, in place, into the convolution that it stood behind."""
+    for key in own:
+        place, _, leaf = key.rpartition(".conv.")
+        norm, kernel = f"{place}.bn", f"{place}.conv.weight"
+        parts = [f"{norm}.{part}" for part in ("running_mean", "running_var", "weight", "bias")]
+        if leaf != "bias" or key in renamed or kernel not in renamed:
+            continue
+        if not set(parts) <= renamed.keys() - own.keys():
+            continue
+        original[key] = original[parts[-1]]
+        renamed.pop(f"{norm}.num_batches_tracked", None)
+        mean, variance, factor, bias = (renamed.pop(part).double() for part in parts)
+        scale, shift = batch_norm_affine(mean, variance, factor, bias, _EPSILON)
+        weight = renamed[kernel]
+        if weight.shape[0] == scale.shape[0]:
+            renamed[kernel] = weight.double() * scale.reshape(-1, *(1,) * (weight.dim() - 1))
+        renamed[key] = shift
 
 
 def _check_form(network: nn.Module, missing: list[str], unexpected: list[str], described: str) -> None:

@@ -83,7 +83,7 @@ class MobileOne(ImageClassifier):
             drop_rate=drop_rate,
             global_pool=global_pool,
         )
-        self.layouts = _layouts(table.branches)
+        self.layouts = _layouts(table)
 
 
 def _unit(
@@ -102,8 +102,15 @@ def _unit(
     return block(3, in_channels, stride, in_channels), block(1, out_channels, 1, 1)
 
 
-def _layouts(branches: int) -> tuple[Layout, ...]:
-    """The names of both sources; the 1x1 branch is the last one here, after the only one of the stem."""
+def _layouts(table: MobileOneTable) -> tuple[Layout, ...]:
+    """The names of both sources; the 1x1 branch is the last one here, after the only one of the stem.
+
+    In plain form a sum of branches is one convolution, but the only branch of a block without skip stays where it is.
+    """
+    widths = zip(table.channels, table.channels[1:], strict=False)
+    single = [
+        stage for stage, (before, after) in enumerate(widths) if table.branches == 1 and before != after
+    ]
     official = (
         (r"^stage0\.", "stem."),
         *((rf"^stage{stage + 1}\.", f"stages.{stage}.") for stage in range(4)),
@@ -117,8 +124,12 @@ def _layouts(branches: int) -> tuple[Layout, ...]:
     timm = (
         (r"\.conv_kxk\.", ".conv.branches."),
         (r"^stem\.conv_scale\.", "stem.conv.branches.1."),
-        (r"\.conv_scale\.", f".conv.branches.{branches}."),
+        (r"\.conv_scale\.", f".conv.branches.{table.branches}."),
         (r"\.identity\.", ".conv.skip."),
+        *(
+            (rf"^stages\.{stage}\.1\.reparam_conv\.", f"stages.{stage}.1.conv.branches.0.conv.")
+            for stage in single
+        ),
         (r"\.reparam_conv\.", ".conv."),
         (r"\.attn\.", ".se."),
     )
