@@ -24,6 +24,9 @@ from refold.folding.tracing import (
 )
 
 
+_COMPILED = "it is compiled (TorchScript)"
+
+
 @dataclass(frozen=True)
 class Untraced:
     """A module that could not be traced, and why; its children are units of their own."""
@@ -71,13 +74,15 @@ def find_units(model: nn.Module, arguments: Arguments) -> tuple[list[Unit], list
 def _trace_unit(path: str, module: nn.Module, arguments: Arguments) -> tuple[Unit, dict[str, str]]:
     """Trace one module, its untraceable layers opaque; also those layers and why. Raises NotFoldable."""
     if isinstance(module, torch.jit.ScriptModule):
-        raise NotFoldable("it is a TorchScript module")
+        raise NotFoldable(_COMPILED)
     if is_torch_leaf(module):
-        raise NotFoldable("it is a single layer")
+        inner = next(module.children(), None)
+        raise NotFoldable("it is a single layer" if inner is None else "its forward cannot be traced")
     reasons: dict[type[nn.Module], str] = {}
 
     def is_leaf(child: nn.Module, _: str) -> bool:
-        return is_torch_leaf(child) or type(child) in reasons or has_hooks(child)
+        compiled = isinstance(child, torch.jit.ScriptModule)
+        return is_torch_leaf(child) or type(child) in reasons or has_hooks(child) or compiled
 
     while True:
         tracer = ScopeTracer(is_leaf)
@@ -103,18 +108,20 @@ def _trace_unit(path: str, module: nn.Module, arguments: Arguments) -> tuple[Uni
             if has_hooks(leaf):
                 opaque[node.target] = "it has hooks, which folding could change"
             elif not is_torch_leaf(leaf):
-                opaque[node.target] = reasons[type(leaf)]
+                opaque[node.target] = reasons.get(type(leaf), _COMPILED)
     return unit, opaque
 
 
 def _children(module: nn.Module, path: str) -> list[str]:
     """Paths of the modules directly inside that have code of their own to trace; lists of modules have none."""
-    paths = []
+    paths: list[str] = []
+    if isinstance(module, torch.jit.ScriptModule):
+        return paths
     for name, child in module.named_children():
         inner = f"{path}.{name}" if path else name
         if isinstance(child, (nn.ModuleList, nn.ModuleDict)) and type(child).forward is nn.Module.forward:
             paths += _children(child, inner)
-        elif not is_torch_leaf(child):
+        elif not is_torch_leaf(child) or next(child.children(), None) is not None:
             paths.append(inner)
     return paths
 
