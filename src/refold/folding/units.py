@@ -23,7 +23,6 @@ from refold.folding.tracing import (
     plain_mode,
 )
 
-
 _COMPILED = "it is compiled (TorchScript)"
 
 
