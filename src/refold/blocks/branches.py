@@ -56,6 +56,8 @@ class ConvNorm(nn.Module):
 class BranchSum(nn.Module):
     """Sum of parallel branches of one input: a ``ConvNorm`` for each kernel size, and a batch norm as skip.
 
+    ``identity`` adds the input itself, where shapes allow it as for the skip.
+
     All branches share stride and groups, and every kernel is centred, so the sum is one convolution at
     inference: RepVGG's ``3x3 + 1x1 + identity``, MobileOne's repeated kernels, RepGhost's ``depthwise
     3x3 + batch norm``. The skip exists only where it can: equal channels and stride 1.
@@ -74,6 +76,7 @@ class BranchSum(nn.Module):
         stride: int = 1,
         groups: int = 1,
         skip: bool = True,
+        identity: bool = False,
         eps: float = 1e-5,
     ) -> None:
         super().__init__()
@@ -81,14 +84,17 @@ class BranchSum(nn.Module):
             ConvNorm(in_channels, out_channels, kernel_size, stride=stride, groups=groups, eps=eps)
             for kernel_size in kernel_sizes
         )
-        has_skip = skip and in_channels == out_channels and stride == 1
-        self.skip = nn.BatchNorm2d(in_channels, eps=eps) if has_skip else None
+        can_skip = in_channels == out_channels and stride == 1
+        self.skip = nn.BatchNorm2d(in_channels, eps=eps) if skip and can_skip else None
+        self.adds_input = identity and can_skip
 
     def forward(self, x: Tensor) -> Tensor:
         first, *others = self.branches
         out: Tensor = first(x)
         for branch in others:
             out = out + branch(x)
+        if self.adds_input:
+            out = out + x
         return out if self.skip is None else out + self.skip(x)
 
 

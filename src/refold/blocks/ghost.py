@@ -9,6 +9,9 @@ from torch import Tensor, nn
 
 from refold.blocks.attention import DFCAttention
 from refold.blocks.branches import BranchSum, ConvFactory, ConvNorm
+from refold.errors import InputError
+
+_REPARAMETERIZATIONS = {"batch_norm", "identity", "depthwise", "relu"}
 
 
 class GhostModule(nn.Module):
@@ -57,21 +60,49 @@ class GhostModule(nn.Module):
 class RepGhostModule(nn.Module):
     """A 1x1 convolution, then the sum of a depthwise 3x3 convolution and a batch norm, not a concatenation.
 
+    ``reparameterization`` names what is summed with the depthwise 3x3 convolution, several parts joined by
+    ``+``: ``batch_norm``, ``identity``, ``depthwise`` (1x1, with a batch norm of its own); or ``none``. ``relu``
+    activates the 3x3 convolution before the sum, in activated modules.
     Maps ``(batch, in_channels, height, width)`` to ``(batch, out_channels, height, width)``; the sum is one
-    depthwise convolution at inference.
+    depthwise convolution at inference, except with ``relu``.
+    Raises ``InputError`` for another reparameterization.
 
-    Source: RepGhost, figure 3d.
+    Source: RepGhost, figure 3d and table 7.
     """
 
-    def __init__(self, in_channels: int, out_channels: int, *, activation: bool) -> None:
+    def __init__(
+        self, in_channels: int, out_channels: int, *, activation: bool, reparameterization: str = "batch_norm"
+    ) -> None:
         super().__init__()
+        parts = _parts(reparameterization)
         self.primary = ConvNorm(in_channels, out_channels, activation=activation)
-        self.cheap = BranchSum(out_channels, out_channels, (3,), groups=out_channels)
+        self.cheap = BranchSum(
+            out_channels,
+            out_channels,
+            (3, 1) if "depthwise" in parts else (3,),
+            groups=out_channels,
+            skip="batch_norm" in parts,
+            identity="identity" in parts,
+        )
+        if activation and "relu" in parts:
+            self.cheap.branches[0].act = nn.ReLU(inplace=True)
         self.act = nn.ReLU(inplace=True) if activation else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.act(self.cheap(self.primary(x)))
         return out
+
+
+def _parts(reparameterization: str) -> frozenset[str]:
+    parts = reparameterization.split("+")
+    if parts == ["none"]:
+        return frozenset()
+    if len(set(parts)) < len(parts) or not set(parts) <= _REPARAMETERIZATIONS:
+        raise InputError(
+            f"reparameterization is {reparameterization!r}; choose 'none', or one or several of "
+            f"{', '.join(sorted(_REPARAMETERIZATIONS))}, joined by '+'."
+        )
+    return frozenset(parts)
 
 
 class GhostModuleFactory(Protocol):
@@ -83,11 +114,11 @@ class GhostModuleFactory(Protocol):
 class GhostBottleneck(nn.Module):
     """Two modules around an optional strided depthwise convolution and squeeze-excite, added to a shortcut.
 
-    The first module expands to ``mid_channels`` and is activated, the second projects to
-    ``out_channels`` and is not. The shortcut is the identity where shapes allow it, else a depthwise and
-    a 1x1 convolution. There is no activation after the addition. With ``attention`` the first module's
-    output is multiplied by ``DFCAttention`` of the input, as in GhostNetV2. ``conv`` builds the strided
-    convolution, with branches in parallel for GhostNetV3.
+    The first module expands to ``mid_channels`` and is activated, the second projects to ``out_channels`` and
+    is not. The shortcut is the identity where shapes allow it, else a depthwise and a 1x1 convolution;
+    ``identity_shortcut=False`` leaves the identity out. There is no activation after the addition. With
+    ``attention`` the first module's output is multiplied by ``DFCAttention`` of the input, as in GhostNetV2.
+    ``conv`` builds the strided convolution, with branches in parallel for GhostNetV3.
     Maps ``(batch, in_channels, height, width)`` to ``(batch, out_channels, height / stride, width /
     stride)``, rounded up.
 
@@ -105,6 +136,7 @@ class GhostBottleneck(nn.Module):
         squeeze_channels: int | None,
         module: GhostModuleFactory,
         attention: bool = False,
+        identity_shortcut: bool = True,
         conv: ConvFactory = ConvNorm,
     ) -> None:
         super().__init__()
@@ -117,7 +149,7 @@ class GhostBottleneck(nn.Module):
         if squeeze_channels is not None:
             self.se = SqueezeExcite(mid_channels, rd_channels=squeeze_channels, gate_layer="hard_sigmoid")
         self.ghost2 = module(mid_channels, out_channels, activation=False)
-        self.shortcut: nn.Module = nn.Identity()
+        self.shortcut: nn.Module | None = nn.Identity() if identity_shortcut else None
         if stride > 1 or in_channels != out_channels:
             self.shortcut = nn.Sequential(
                 ConvNorm(in_channels, in_channels, kernel_size, stride=stride, groups=in_channels),
@@ -128,5 +160,5 @@ class GhostBottleneck(nn.Module):
         expanded = self.ghost1(x)
         if self.attention is not None:
             expanded = expanded * self.attention(x)
-        out: Tensor = self.ghost2(self.se(self.depthwise(expanded))) + self.shortcut(x)
-        return out
+        out: Tensor = self.ghost2(self.se(self.depthwise(expanded)))
+        return out if self.shortcut is None else out + self.shortcut(x)

@@ -88,6 +88,7 @@ class GhostNet(ImageClassifier):
 
     ``width`` scales the channels, rounded to multiples of four. A family member changes ``rows`` and
     ``module``; ``module`` given here goes before, and ``conv`` builds the bottlenecks' strided convolutions.
+    ``identity_shortcuts=False`` leaves out the shortcuts that compute nothing.
     Images ``(batch, in_chans, height, width)`` of any height and width to logits ``(batch, num_classes)``.
     Raises ``InputError`` where an argument cannot be used.
 
@@ -107,6 +108,7 @@ class GhostNet(ImageClassifier):
         drop_rate: float = 0.2,
         global_pool: str = "avg",
         *,
+        identity_shortcuts: bool = True,
         module: GhostModuleFactory | None = None,
         conv: ConvFactory = ConvNorm,
     ) -> None:
@@ -116,7 +118,8 @@ class GhostNet(ImageClassifier):
         for stage, rows in groupby(self.rows, key=lambda row: row.stage):
             blocks = []
             for row in rows:
-                blocks.append(_bottleneck(channels, row, width, module or self.module, conv))
+                block = _bottleneck(channels, row, width, module or self.module, conv, identity_shortcuts)
+                blocks.append(block)
                 channels = _scaled(row.out_channels, width)
             stages.append(nn.Sequential(*blocks))
             features[f"stages.{stage}"] = channels
@@ -139,7 +142,12 @@ class GhostNet(ImageClassifier):
 
 
 def _bottleneck(
-    in_channels: int, row: GhostRow, width: float, module: GhostModuleFactory, conv: ConvFactory
+    in_channels: int,
+    row: GhostRow,
+    width: float,
+    module: GhostModuleFactory,
+    conv: ConvFactory,
+    identity_shortcut: bool,
 ) -> GhostBottleneck:
     mid_channels = _scaled(row.mid_channels, width)
     return GhostBottleneck(
@@ -151,6 +159,7 @@ def _bottleneck(
         squeeze_channels=_scaled(mid_channels, 0.25) if row.squeeze else None,
         module=module,
         attention=row.attention,
+        identity_shortcut=identity_shortcut,
         conv=conv,
     )
 

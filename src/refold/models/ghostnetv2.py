@@ -1,18 +1,23 @@
 """GhostNetV2: GhostNet with attention over long rows and columns in all blocks but the first two."""
 
-from refold.models.ghostnet import CONCATENATED_RENAMES, GHOST_ROWS, GhostNet
+from collections.abc import Sequence
+
+from refold.models.ghostnet import CONCATENATED_RENAMES, GHOST_ROWS, GhostNet, GhostRow
 from refold.models.layouts import Layout
 
 # The width of each network.
 NETWORKS = {"ghostnetv2_050": 0.5, "ghostnetv2_100": 1.0, "ghostnetv2_130": 1.3, "ghostnetv2_160": 1.6}
-
-_FIRST_WITH_ATTENTION = 2
 
 ATTENTION_RENAMES = tuple(
     (rf"\.ghost1\.short_conv\.{2 * index + offset}\.", f".attention.{conv}.{part}.")
     for index, conv in enumerate(("pointwise", "horizontal", "vertical"))
     for offset, part in enumerate(("conv", "bn"))
 )
+
+
+def with_attention(rows: Sequence[GhostRow]) -> tuple[GhostRow, ...]:
+    """The same bottlenecks, with attention in all but the first two."""
+    return tuple(row._replace(attention=index >= 2) for index, row in enumerate(rows))
 
 
 class GhostNetV2(GhostNet):
@@ -27,6 +32,4 @@ class GhostNetV2(GhostNet):
     layouts: tuple[Layout, ...] = (
         Layout("official GhostNetV2", (*CONCATENATED_RENAMES, *ATTENTION_RENAMES)),
     )
-    rows = tuple(
-        row._replace(attention=index >= _FIRST_WITH_ATTENTION) for index, row in enumerate(GHOST_ROWS)
-    )
+    rows = with_attention(GHOST_ROWS)

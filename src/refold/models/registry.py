@@ -39,7 +39,7 @@ from refold.models.ghostnetv3 import GhostNetV3
 from refold.models.loading import rename_weights
 from refold.models.mobilenetv4 import MobileNetV4
 from refold.models.mobileone import MobileOne
-from refold.models.repghostnet import RepGhostNet
+from refold.models.repghostnet import RepGhostNet, RepGhostNetDFC
 from refold.models.repnext import RepNeXt
 from refold.models.repvgg import RepVGG
 
@@ -51,6 +51,7 @@ _FAMILIES: tuple[tuple[type[ImageClassifier], Mapping[str, Any]], ...] = (
     (MobileNetV4, mobilenetv4.NETWORKS),
     (MobileOne, mobileone.NETWORKS),
     (RepGhostNet, repghostnet.NETWORKS),
+    (RepGhostNetDFC, repghostnet.ATTENTION_NETWORKS),
     (RepNeXt, repnext.NETWORKS),
 )
 _NETWORKS = {name: (network, row) for network, rows in _FAMILIES for name, row in rows.items()}
