@@ -4,12 +4,23 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from timm.models.ghostnet import GhostModuleV2
 from timm.models.repghost import RepGhostModule as TimmRepGhostModule
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from golden import drawn_weights
-from refold.blocks import BranchSum, ConvNorm, GhostBottleneck, GhostModule, RepGhostModule, RepVGGBlock
+from refold.blocks import (
+    BranchSum,
+    ConvNorm,
+    DFCAttention,
+    GhostBottleneck,
+    GhostModule,
+    RepeatedConvNorm,
+    RepGhostModule,
+    RepVGGBlock,
+)
+from refold.blocks.attention import half_size
 
 
 def drawn(module: nn.Module) -> nn.Module:
@@ -103,6 +114,73 @@ def _in_our_order(state: dict[str, Tensor]) -> list[Tensor]:
     return [value for part in parts for key, value in state.items() if key.startswith(part)]
 
 
+@pytest.mark.parametrize("size", [(14, 14), (7, 7), (9, 6), (2, 3)])
+def test_an_attended_ghost_module_equals_timms(size: tuple[int, int]) -> None:
+    block = drawn(
+        GhostBottleneck(5, 8, 6, 3, stride=2, squeeze_channels=None, module=GhostModule, attention=True)
+    )
+    theirs = GhostModuleV2(5, 8).double().eval()
+    ours = {**block.ghost1.state_dict(), **block.attention.state_dict()}
+    theirs.load_state_dict(dict(zip(theirs.state_dict(), ours.values(), strict=True)))
+    x = image(5, *size)
+    attended = theirs(x)
+    assert close(block.ghost1(x) * block.attention(x), attended)
+    assert close(block(x), block.ghost2(block.depthwise(attended)) + block.shortcut(x))
+
+
+def test_attention_enlarges_by_the_nearest_smaller_position() -> None:
+    attention = drawn(DFCAttention(4, 6))
+    gates = attention(image(4, 7, 4))
+    assert gates.shape == (2, 6, 7, 4)
+    assert torch.equal(gates, gates[:, :, [0, 0, 0, 3, 3, 5, 5]][:, :, :, [0, 0, 2, 2]])
+    assert gates.min() > 0
+    assert gates.max() < 1
+
+
+@pytest.mark.parametrize("size", [(8, 6), (7, 5), (3, 2), (1, 4), (5, 1), (1, 1)])
+def test_half_size_averages_whole_pairs_and_keeps_a_single_line(size: tuple[int, int]) -> None:
+    x = pooled = image(3, *size)
+    for axis, length in zip((2, 3), size, strict=True):
+        if length > 1:
+            pairs = pooled.narrow(axis, 0, length // 2 * 2).unflatten(axis, (-1, 2))
+            pooled = pairs.mean(axis + 1)
+    assert close(half_size(x), pooled)
+
+
+@pytest.mark.parametrize("activation", [True, False])
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize(
+    ("repeats", "pointwise", "skip"), [(3, True, True), (1, False, True), (2, True, False)]
+)
+def test_repeated_branches(repeats: int, pointwise: bool, skip: bool, stride: int, activation: bool) -> None:
+    block = drawn(
+        RepeatedConvNorm(
+            6,
+            6,
+            5,
+            stride=stride,
+            groups=6,
+            activation=activation,
+            repeats=repeats,
+            pointwise=pointwise,
+            skip=skip,
+        )
+    )
+    kernels = [branch.conv.kernel_size for branch in block.conv.branches]
+    assert kernels == [(5, 5)] * repeats + [(1, 1)] * pointwise
+    assert (block.conv.skip is not None) == (skip and stride == 1)
+    x = image(6)
+    expected = sum(branch(x) for branch in block.conv.branches)
+    if skip and stride == 1:
+        expected = expected + normed(x, block.conv.skip)
+    assert close(block(x), expected.relu() if activation else expected)
+
+
+def test_a_pointwise_kernel_has_no_second_pointwise_branch() -> None:
+    assert len(RepeatedConvNorm(4, 8, 1).conv.branches) == 3
+    assert len(RepeatedConvNorm(4, 8, 3).conv.branches) == 4
+
+
 def test_squeeze_excite_of_repvgg_sits_between_the_sum_and_the_activation() -> None:
     block = drawn(RepVGGBlock(8, 8, groups=2, squeeze_channels=2))
     x = image(8)
@@ -143,6 +221,8 @@ def test_a_bottleneck_adds_its_shortcut(module: type[nn.Module], in_channels: in
         GhostModule(8, 9, activation=True),
         RepGhostModule(8, 8, activation=True),
         RepVGGBlock(8, 8, squeeze_channels=2),
+        RepeatedConvNorm(8, 8, 3, groups=8, activation=True),
+        DFCAttention(8, 12),
         GhostBottleneck(8, 12, 8, 3, stride=2, squeeze_channels=4, module=RepGhostModule),
     ],
     ids=lambda block: type(block).__name__,
