@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from checking import Net, check_fold, conv_bn, images
 from torch import Tensor, nn
 
@@ -217,6 +218,24 @@ def test_slices_that_are_no_parts_of_the_channels_are_left() -> None:
         check_fold(Net(case, body=conv_bn(4, 6)), images(4, [(6, 6)]), convolutions=1)
 
 
+def test_a_norm_behind_branches_that_stay_apart() -> None:
+    """Each branch takes its part of the scale and the shift; the branches themselves would cost more as one."""
+    together = Net(
+        lambda net, x: net.bn(torch.cat([net.a(x), net.b(x)], 1)).relu(),
+        a=nn.Conv2d(4, 4, 3, padding=1),
+        b=nn.Conv2d(4, 6, 1),
+        bn=nn.BatchNorm2d(10),
+    )
+    check_fold(together, images(4), convolutions=2)
+    added = Net(
+        lambda net, x: net.bn(net.a(x.relu()) + net.b(x.sigmoid())).relu(),
+        a=nn.Conv2d(4, 6, 3, padding=1, bias=False),
+        b=nn.Conv2d(4, 6, 1, bias=False),
+        bn=nn.BatchNorm2d(6),
+    )
+    check_fold(added, images(4), convolutions=2)
+
+
 def test_a_norm_behind_a_concatenation_with_something_else_is_left() -> None:
     """DenseNet: one part of what the norm reads is no convolution."""
     model = Net(
@@ -225,3 +244,37 @@ def test_a_norm_behind_a_concatenation_with_something_else_is_left() -> None:
         bn=nn.BatchNorm2d(8),
     )
     check_fold(model, images(4), convolutions=1, batch_norms=1, left=["concatenation"])
+
+
+def test_settings_computed_from_shapes() -> None:
+    """Groups read from the shape of a tensor: at worst that call stays, and everything else folds."""
+    model = Net(
+        lambda net, x: F.conv2d(net.a(x), net.weight, groups=x.shape[1], padding=x.size(1) // 4).relu(),
+        a=conv_bn(4, 4),
+        weight=nn.Parameter(torch.randn(4, 1, 3, 3)),
+    )
+    check_fold(model, images(4))
+
+
+def test_strange_calls_of_known_functions_do_not_stop_the_rest() -> None:
+    """Arguments that no recogniser expects."""
+    cases: list[Callable[[Any, Tensor], Tensor]] = [
+        lambda net, x: torch.cat(net.a(x).chunk(2, 1), 1),
+        lambda net, x: torch.cat(net.a(x).unbind(1), -1),
+        lambda net, x: F.pad(net.a(x), (1, 1, 0, 0), mode="circular"),
+        lambda net, x: F.pad(net.a(x), (x.shape[1], 0)),
+        lambda net, x: net.a(x)[:, : x.shape[1] // 2],
+        lambda net, x: net.a(x).split([1, x.shape[1] - 1], 1)[1],
+        lambda net, x: torch.chunk(net.a(x), x.shape[1], 1)[-1],
+        lambda net, x: F.avg_pool2d(net.a(x), x.shape[-1] // 4),
+        lambda net, x: torch.narrow(net.a(x), 1, x.shape[1] - 2, 2),
+        lambda net, x: net.a(x) * x.shape[1] + x.shape[2],
+        lambda net, x: net.a(x) + True,
+        lambda net, x: net.a(x).mul(torch.tensor([1, 2, 3, 4]).reshape(4, 1, 1)),
+        lambda net, x: net.a(x) / torch.arange(1, 5)[:, None, None],
+        lambda net, x: sum([], net.a(x)),
+    ]
+    for case in cases:
+        check_fold(
+            Net(lambda net, x, case=case: case(net, x).relu(), a=conv_bn(4, 4)), images(4, [(12, 12), (8, 8)])
+        )

@@ -199,6 +199,12 @@ def test_repunit_of_equal_kernels() -> None:
     assert plain[1].groups == 8
 
 
+def test_repunit_of_different_kernels_never_costs_more() -> None:
+    """3, 5 and 7 in one 7x7 kernel would compute more products: the norm goes into each branch instead."""
+    plain = check_fold(nn.Sequential(nn.ReLU(), RepUnit(9, (3, 5, 7)), nn.ReLU()), images(9), convolutions=3)
+    assert plain.fold_report.after.macs == plain.fold_report.before.macs
+
+
 def test_repunit_with_a_shortcut_around_it() -> None:
     """RepUnit3 and the token mixer's shortcut: a large kernel, two thin ones and the identity."""
     unit = Parallel(
