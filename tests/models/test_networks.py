@@ -18,6 +18,8 @@ from refold.models import create_model, list_models, load_checkpoint
 
 # Parameters, MACs (M) and activations (M) of the official networks in training form at 224 pixels.
 OFFICIAL_COST = {
+    "cghost_resnet50_s2": (13_953_512, 2151.023, 11.114),
+    "cghost_resnet50_s4": (8_151_752, 1181.943, 11.114),
     "ghostnet_050": (2_587_292, 42.328, 1.773),
     "ghostnet_100": (5_182_508, 141.151, 3.544),
     "ghostnet_130": (7_358_820, 227.003, 4.595),
@@ -47,6 +49,8 @@ OFFICIAL_COST = {
     "repghostnetv2_large": (32_590_864, 2171.341, 9.293),
     "repghostnetv2_medium": (9_715_512, 827.650, 5.803),
     "repghostnetv2_small": (3_774_024, 186.006, 1.964),
+    "repghost_resnet50_s14": (13_261_992, 2155.392, 15.284),
+    "repghost_resnet50_s2": (7_099_752, 1173.775, 11.114),
     "repghostnet_050": (2_313_968, 43.315, 2.021),
     "repghostnet_058": (2_546_388, 59.804, 2.589),
     "repghostnet_080": (3_278_968, 95.519, 3.215),

@@ -14,7 +14,7 @@ from refold.models import ImageClassifier, create_model, default_cfgs, list_mode
 
 
 def test_names_are_filtered_as_timm_filters() -> None:
-    assert list_models("repghost*1?0") == ["repghostnet_100", "repghostnet_130", "repghostnet_150"]
+    assert list_models("repghost*t_1?0") == ["repghostnet_100", "repghostnet_130", "repghostnet_150"]
     assert list_models(["repvgg_a*", "ghostnet_?5*"]) == [
         "ghostnet_050",
         "repvgg_a0",

@@ -2,7 +2,13 @@
 
 from refold.blocks.attention import DFCAttention
 from refold.blocks.branches import BranchSum, ConvFactory, ConvNorm, RepeatedConvNorm, repeated_kernels
-from refold.blocks.ghost import GhostBottleneck, GhostModule, GhostModuleFactory, RepGhostModule
+from refold.blocks.ghost import (
+    GhostBottleneck,
+    GhostModule,
+    GhostModuleFactory,
+    GhostResidual,
+    RepGhostModule,
+)
 from refold.blocks.inverted import InvertedBottleneck, depthwise
 from refold.blocks.repnext import RepNeXtBlock, RepUnit1, RepUnit2, RepUnit3
 from refold.blocks.repvgg import RepVGGBlock
@@ -15,6 +21,7 @@ __all__ = [
     "GhostBottleneck",
     "GhostModule",
     "GhostModuleFactory",
+    "GhostResidual",
     "InvertedBottleneck",
     "RepGhostModule",
     "RepNeXtBlock",

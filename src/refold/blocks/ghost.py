@@ -21,7 +21,8 @@ class GhostModule(nn.Module):
     s - 1 maps for each of them; both are concatenated, primary first, and cut to ``out_channels``. The
     cheap convolution reads the activated output of the primary one.
     ``conv`` builds both, with branches in parallel for GhostNetV3.
-    Maps ``(batch, in_channels, height, width)`` to ``(batch, out_channels, height, width)``.
+    Maps ``(batch, in_channels, height, width)`` to ``(batch, out_channels, height / stride, width /
+    stride)``, rounded up.
 
     Source: GhostNets on Heterogeneous Devices, section 3.1.
     """
@@ -32,8 +33,9 @@ class GhostModule(nn.Module):
         out_channels: int,
         *,
         activation: bool,
-        ratio: int = 2,
         kernel_size: int = 1,
+        stride: int = 1,
+        ratio: int = 2,
         cheap_kernel_size: int = 3,
         conv: ConvFactory = ConvNorm,
     ) -> None:
@@ -42,7 +44,7 @@ class GhostModule(nn.Module):
         cheap_channels = primary_channels * (ratio - 1)
         self.out_channels = out_channels
         self.is_cut = primary_channels + cheap_channels > out_channels
-        self.primary = conv(in_channels, primary_channels, kernel_size, activation=activation)
+        self.primary = conv(in_channels, primary_channels, kernel_size, stride=stride, activation=activation)
         self.cheap = conv(
             primary_channels,
             cheap_channels,
@@ -62,20 +64,28 @@ class RepGhostModule(nn.Module):
 
     ``reparameterization`` names what is summed with the depthwise 3x3 convolution, several parts joined by
     ``+``: ``batch_norm``, ``identity``, ``depthwise`` (1x1, with a batch norm of its own); or ``none``. ``relu``
-    activates the 3x3 convolution before the sum, in activated modules.
-    Maps ``(batch, in_channels, height, width)`` to ``(batch, out_channels, height, width)``; the sum is one
-    depthwise convolution at inference, except with ``relu``.
+    activates the 3x3 convolution before the sum, in activated modules. ``kernel_size`` and ``stride`` are those of
+    the first convolution.
+    Maps ``(batch, in_channels, height, width)`` to ``(batch, out_channels, height / stride, width / stride)``,
+    rounded up; the sum is one depthwise convolution at inference, except with ``relu``.
     Raises ``InputError`` for another reparameterization.
 
     Source: RepGhost, figure 3d and table 7.
     """
 
     def __init__(
-        self, in_channels: int, out_channels: int, *, activation: bool, reparameterization: str = "batch_norm"
+        self,
+        in_channels: int,
+        out_channels: int,
+        *,
+        activation: bool,
+        kernel_size: int = 1,
+        stride: int = 1,
+        reparameterization: str = "batch_norm",
     ) -> None:
         super().__init__()
         parts = _parts(reparameterization)
-        self.primary = ConvNorm(in_channels, out_channels, activation=activation)
+        self.primary = ConvNorm(in_channels, out_channels, kernel_size, stride=stride, activation=activation)
         self.cheap = BranchSum(
             out_channels,
             out_channels,
@@ -106,9 +116,11 @@ def _parts(reparameterization: str) -> frozenset[str]:
 
 
 class GhostModuleFactory(Protocol):
-    """Whatever builds a module from ``in_channels`` to ``out_channels`` that keeps height and width."""
+    """Whatever builds a module from ``in_channels`` to ``out_channels`` with the shapes of a convolution."""
 
-    def __call__(self, in_channels: int, out_channels: int, *, activation: bool) -> nn.Module: ...
+    def __call__(
+        self, in_channels: int, out_channels: int, *, activation: bool, kernel_size: int = 1, stride: int = 1
+    ) -> nn.Module: ...
 
 
 class GhostBottleneck(nn.Module):
@@ -162,3 +174,37 @@ class GhostBottleneck(nn.Module):
             expanded = expanded * self.attention(x)
         out: Tensor = self.ghost2(self.se(self.depthwise(expanded)))
         return out if self.shortcut is None else out + self.shortcut(x)
+
+
+class GhostResidual(nn.Module):
+    """ResNet's bottleneck with a module for every convolution: 1x1, 3x3 with the stride, 1x1, added to a shortcut.
+
+    The first two modules are activated, and so is the sum. The shortcut is the identity where shapes allow it, else
+    a 1x1 module.
+    Maps ``(batch, in_channels, height, width)`` to ``(batch, out_channels, height / stride, width /
+    stride)``, rounded up.
+
+    Source: GhostNets on Heterogeneous Devices, section 5.1; RepGhost, appendix B.4.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        mid_channels: int,
+        out_channels: int,
+        *,
+        stride: int,
+        module: GhostModuleFactory,
+    ) -> None:
+        super().__init__()
+        self.reduce = module(in_channels, mid_channels, activation=True)
+        self.spatial = module(mid_channels, mid_channels, activation=True, kernel_size=3, stride=stride)
+        self.expand = module(mid_channels, out_channels, activation=False)
+        self.shortcut: nn.Module = nn.Identity()
+        if stride > 1 or in_channels != out_channels:
+            self.shortcut = module(in_channels, out_channels, activation=False, stride=stride)
+        self.act = nn.ReLU(inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.act(self.expand(self.spatial(self.reduce(x))) + self.shortcut(x))
+        return out

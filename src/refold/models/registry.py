@@ -23,6 +23,7 @@ from torch import nn
 
 from refold.errors import CheckpointError, RefoldError, UnknownModel
 from refold.models import (
+    ghost_resnet,
     ghostnet,
     ghostnetv2,
     ghostnetv3,
@@ -33,6 +34,7 @@ from refold.models import (
     repvgg,
 )
 from refold.models.classifier import ImageClassifier
+from refold.models.ghost_resnet import GhostResNet
 from refold.models.ghostnet import GhostNet
 from refold.models.ghostnetv2 import GhostNetV2
 from refold.models.ghostnetv3 import GhostNetV3
@@ -53,6 +55,7 @@ _FAMILIES: tuple[tuple[type[ImageClassifier], Mapping[str, Any]], ...] = (
     (RepGhostNet, repghostnet.NETWORKS),
     (RepGhostNetDFC, repghostnet.ATTENTION_NETWORKS),
     (RepNeXt, repnext.NETWORKS),
+    (GhostResNet, ghost_resnet.NETWORKS),
 )
 _NETWORKS = {name: (network, row) for network, rows in _FAMILIES for name, row in rows.items()}
 
