@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
@@ -34,7 +35,7 @@ from refold.folding.operators import (
     inputs_of,
 )
 from refold.folding.recognition import linear_operator, scalable_module
-from refold.folding.tracing import Unit, checks, first_line
+from refold.folding.tracing import Scope, Unit, checks, first_line
 
 _MOST_SOURCES = 16
 """How far back a purely linear chain is followed: beyond, the search would grow with the square of its length."""
@@ -82,6 +83,7 @@ class Planner:
         """The values that have to be computed, filled in by `plan`."""
         self.order = {node: index for index, node in enumerate(unit.graph.nodes)}
         self.checks = checks(unit.graph)
+        self._times = Counter(scope[-1][0] for scope in unit.calls if scope)
         self.operators = {n: op for n in unit.graph.nodes if (op := self._recognise(n)) is not None}
         self._shapes: dict[tuple[fx.Node, fx.Node], Branch | NotFoldable] = {}
         self._values: dict[tuple[fx.Node, fx.Node], Branch | NotFoldable] = {}
@@ -124,11 +126,22 @@ class Planner:
         """The linear operators that `root` depends on through linear operators alone, in the order they run."""
         found, waiting = {root}, [root]
         while waiting:
-            for node in inputs_of(self.operators[waiting.pop()]):
-                if node in self.operators and node not in found:
+            reader = waiting.pop()
+            for node in inputs_of(self.operators[reader]):
+                if node in self.operators and node not in found and self._same_call(node, reader):
                     found.add(node)
                     waiting.append(node)
         return sorted(found, key=self.order.__getitem__)
+
+    def _same_call(self, node: fx.Node, reader: fx.Node) -> bool:
+        """Whether no border of a module that is called several times lies between: its other calls must not see it."""
+        return self._shared_call(node) == self._shared_call(reader)
+
+    def _shared_call(self, node: fx.Node) -> Scope:
+        """The innermost call around the node of a module that is called more often than what calls it."""
+        scope: Scope = node.meta["scope"]
+        times = [1, *(self._times[path] for path, _ in scope)]
+        return next((scope[:i] for i in range(len(scope), 0, -1) if times[i] > times[i - 1]), ())
 
     def _best_source(self, root: fx.Node) -> fx.Node | None:
         """From which value to compute `root` with one convolution; None to run its own operator."""
@@ -159,7 +172,7 @@ class Planner:
         """The values of which `node` may be a linear function, itself first, then from the nearest on."""
         common: list[fx.Node] | None = None
         for value in inputs_of(self.operators[node]):
-            reachable = known.get(value, [value])
+            reachable = known.get(value, [value]) if self._same_call(value, node) else [value]
             common = reachable if common is None else [s for s in common if s in set(reachable)]
         return [node, *(common or [])][:_MOST_SOURCES]
 
