@@ -2,6 +2,7 @@
 
 from refold.blocks.attention import DFCAttention
 from refold.blocks.branches import BranchSum, ConvFactory, ConvNorm, RepeatedConvNorm, repeated_kernels
+from refold.blocks.c3 import AddedC3
 from refold.blocks.ghost import (
     GhostBottleneck,
     GhostModule,
@@ -10,10 +11,12 @@ from refold.blocks.ghost import (
     RepGhostModule,
 )
 from refold.blocks.inverted import InvertedBottleneck, depthwise
+from refold.blocks.pointwise import PointwiseLinear
 from refold.blocks.repnext import RepNeXtBlock, RepUnit1, RepUnit2, RepUnit3
 from refold.blocks.repvgg import RepVGGBlock
 
 __all__ = [
+    "AddedC3",
     "BranchSum",
     "ConvFactory",
     "ConvNorm",
@@ -23,6 +26,7 @@ __all__ = [
     "GhostModuleFactory",
     "GhostResidual",
     "InvertedBottleneck",
+    "PointwiseLinear",
     "RepGhostModule",
     "RepNeXtBlock",
     "RepUnit1",

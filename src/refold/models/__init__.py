@@ -1,14 +1,22 @@
 """The networks of the papers: one file a family, channel tables as data, one registry."""
 
 from refold.models.classifier import ImageClassifier
+from refold.models.conversion import (
+    concatenation_to_addition,
+    linear_to_pointwise,
+    pointwise_to_linear,
+)
 from refold.models.loading import LoadedCheckpoint, load_checkpoint
 from refold.models.registry import create_model, default_cfgs, list_models
 
 __all__ = [
     "ImageClassifier",
     "LoadedCheckpoint",
+    "concatenation_to_addition",
     "create_model",
     "default_cfgs",
+    "linear_to_pointwise",
     "list_models",
     "load_checkpoint",
+    "pointwise_to_linear",
 ]
