@@ -115,3 +115,30 @@ def test_folding_leaves_no_batch_norm(family: str) -> None:
     with torch.no_grad():
         expected = network.eval()(x)
         assert (plain(x) - expected).abs().max() <= 1e-9 * expected.std()
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_training_step_reaches_every_weight_and_any_image_runs(family: str) -> None:
+    network = create_model(f"{family}_small", num_classes=3, in_chans=1)
+    optimiser = torch.optim.SGD(network.parameters(), lr=0.01)
+    network(torch.randn(4, 1, 64, 64)).square().sum().backward()
+    for key, parameter in network.named_parameters():
+        assert parameter.grad is not None, key
+        assert parameter.grad.abs().sum() > 0, key
+    optimiser.step()
+    network.eval()
+    with torch.no_grad():
+        for height, width in [(32, 32), (97, 61), (8, 8), (1, 1)]:
+            assert network(torch.randn(1, 1, height, width)).shape == (1, 3)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_it_exports_for_any_batch(family: str) -> None:
+    network = create_model(f"{family}_small", num_classes=3).eval()
+    x = torch.randn(2, 3, 64, 96)
+    program = torch.export.export(
+        network, (x,), dynamic_shapes=({0: torch.export.Dim("batch", min=1, max=64)},)
+    )
+    with torch.no_grad():
+        assert torch.allclose(program.module()(x[:1]), network(x[:1]), atol=1e-6)

@@ -168,3 +168,24 @@ def test_attention_folds_to_a_network_without_batch_norms() -> None:
     with torch.no_grad():
         expected = network(x)
         assert (plain(x) - expected).abs().max() <= 1e-9 * expected.std()
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"reparameterization": "identity+depthwise+batch_norm"},
+        {"reparameterization": "batch_norm+relu"},
+        {"identity_shortcuts": False},
+    ],
+)
+def test_every_variant_trains_and_exports(arguments: dict[str, object]) -> None:
+    network = create_model("repghostnet_050", num_classes=3, **arguments)
+    network(torch.randn(4, 3, 64, 64)).square().sum().backward()
+    for key, parameter in network.named_parameters():
+        assert parameter.grad is not None, key
+    x = torch.randn(2, 3, 64, 96)
+    program = torch.export.export(network.eval(), (x,))
+    with torch.no_grad():
+        assert torch.allclose(program.module()(x), network(x), atol=1e-6)
+    assert network.architecture == {"name": "repghostnet_050", "arguments": {"num_classes": 3, **arguments}}
