@@ -65,6 +65,7 @@ OFFICIAL_PLAIN = {
 # kernels of RepUnit1 stay apart: as one kernel they would take more multiply-accumulates. In plainnet_small a 1x1
 # convolution that narrows the channels by two meets one that widens them by two: together they cost the same.
 PLAIN_CONVOLUTIONS = {
+    "cghost_resnet50": 105,
     "ghostnet_": 95,
     "ghostnetv2": 137,
     "ghostnetv3": 137,
@@ -76,7 +77,9 @@ PLAIN_CONVOLUTIONS = {
     "plainnet_small": 42,
     "plainnet_medium": 77,
     "plainnet_large": 102,
+    "repghost_resnet50": 105,
     "repghostnet_": 95,
+    "repghostnet_dfc": 137,
     "repghostnetv2_small": 46,
     "repghostnetv2_medium": 77,
     "repghostnetv2_large": 102,
