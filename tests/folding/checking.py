@@ -148,6 +148,7 @@ def check_fold(
         assert report.after.convolutions == convolutions
     if batch_norms is not None:
         assert report.after.batch_norms == batch_norms
+    assert report.left or not report.after.batch_norms
     reasons = {reason for _, reason in report.left}
     assert not [reason for reason in reasons if not any(words in reason for words in left)], reasons
     assert not [words for words in left if not any(words in reason for reason in reasons)], reasons
