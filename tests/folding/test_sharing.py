@@ -91,18 +91,6 @@ def test_a_block_called_in_a_loop() -> None:
     check_fold(Net(forward, block=Parallel(conv_bn(4, 4, 3), conv_bn(4, 4, 1))), images(4), convolutions=3)
 
 
-def test_a_block_shared_by_calls_in_different_surroundings() -> None:
-    """One call is scaled, the other is not: what is inside the block folds, what is around it stays around it."""
-
-    def forward(net: Net, x: Tensor) -> tuple[Tensor, Tensor]:
-        return net.bn(net.block(x)).relu(), net.block(2.0 * x).sigmoid()
-
-    block = Parallel(conv_bn(4, 4, 3), conv_bn(4, 4, 1), act=nn.Identity())
-    for shared in (block, conv_bn(4, 4, 3)):
-        model = Net(forward, block=shared, bn=nn.BatchNorm2d(4))
-        check_fold(model, images(4), convolutions=2, batch_norms=1, left=["not next to a convolution"])
-
-
 def test_a_convolution_with_norms_of_its_own_for_each_input_is_left() -> None:
     """USERS: a shared convolution is fused wrongly (pytorch #104593). Folding either norm would change the other."""
 
