@@ -80,6 +80,8 @@ def _fold(model: nn.Module, arguments: Arguments, prove: bool) -> nn.Module:
         require_close(proof)
     before, after = (count(shared_copy(network), arguments[0]) for network in (model, work.model))
     name, notes = type(model).__name__, _notes(model) + work.notes
+    if after.batch_norms and not work.left:
+        work.left.append((name, f"{after.batch_norms} batch norms run as operators that are not recognised"))
     report = FoldReport(name, work.folded, work.left, before, after, proof, notes)
     work.model.fold_report = report  # type: ignore[assignment]
     return work.model
@@ -88,6 +90,8 @@ def _fold(model: nn.Module, arguments: Arguments, prove: bool) -> nn.Module:
 def _verify(reference: nn.Module, candidate: nn.Module, arguments: Arguments) -> Proof:
     for model in (reference, candidate):
         _require_runs(model, arguments)
+    if not outputs(reference, arguments):
+        raise InputError(f"{type(reference).__name__} returns no tensor that could be compared.")
     inputs = _proof_inputs(reference, arguments)
     distance = prove_float64(reference, candidate, inputs)
     original, folded = _own_distances(reference, candidate, arguments)
@@ -148,6 +152,17 @@ class _Work:
 
 
 def _require_runs(model: nn.Module, arguments: Arguments) -> None:
+    name = type(model).__name__
+    if isinstance(model, torch.jit.ScriptModule):
+        raise InputError(
+            f"{name} is a TorchScript module, which nobody can look into; fold it before it is compiled."
+        )
+    try:
+        shared_copy(model)
+    except Exception as error:
+        raise InputError(
+            f"{name} cannot be copied: {first_line(error)}; remove from the model what cannot be copied."
+        ) from error
     try:
         outputs(model, arguments)
     except Exception as error:
@@ -155,7 +170,7 @@ def _require_runs(model: nn.Module, arguments: Arguments) -> None:
             ", ".join(str(tuple(v.shape)) for v in tree_leaves(arguments) if isinstance(v, Tensor)) or "none"
         )
         raise InputError(
-            f"{type(model).__name__} cannot run on the example input (shape {shapes}): {first_line(error)}; "
+            f"{name} cannot run on the example input (shape {shapes}): {first_line(error)}; "
             "give an input that its forward pass accepts."
         ) from error
 
@@ -170,6 +185,7 @@ def _settle(original: nn.Module, work: _Work) -> None:
     """Round the new layers once to the dtype of the model, and give the result its own copy of every other tensor."""
     for module, dtype in work.made:
         module.to(dtype)
+    _restore_attributes(original, work)
     shared = {id(parameter) for parameter in original.parameters()}
     copies: dict[int, nn.Parameter] = {}
     for module in work.model.modules():
@@ -183,6 +199,22 @@ def _settle(original: nn.Module, work: _Work) -> None:
             buffer.copy_(before[name])
 
 
+def _restore_attributes(original: nn.Module, work: _Work) -> None:
+    """Take back what tracing and running left in the attributes of modules: caches above all."""
+    made = {id(part) for layer, _ in work.made for part in layer.modules()}
+    before = dict(original.named_modules())
+    for path, module in work.model.named_modules():
+        old = before.get(path)
+        if old is None or id(module) in made or not isinstance(module, type(old)):
+            continue
+        for name in set(vars(module)) - set(vars(old)):
+            delattr(module, name)
+        for name, value in vars(old).items():
+            plain = isinstance(value, (dict, list, set)) and not name.startswith("_")
+            if plain and not any(isinstance(leaf, nn.Module) for leaf in tree_leaves(value)):
+                setattr(module, name, copy.deepcopy(value))
+
+
 def _runnable_work(model: nn.Module, arguments: Arguments, prove: bool) -> _Work:
     """Fold as much as leaves a network that runs: code around a folded block may ask for what is no longer there."""
     notes: list[str] = []
@@ -194,7 +226,8 @@ def _runnable_work(model: nn.Module, arguments: Arguments, prove: bool) -> _Work
             outputs(work.model, arguments, float64=True)
             break
         except Exception as error:
-            notes.append(f"less was folded: the rewritten network did not run ({first_line(error)})")
+            if extent is not Extent.EVERYTHING:
+                notes.append(f"less was folded: the rewritten network did not run ({first_line(error)})")
     return work
 
 
@@ -209,18 +242,24 @@ def _prove_whole(model: nn.Module, work: _Work, arguments: Arguments) -> Proof:
             f"the network amplifies rounding: the last bit of its input changes its output by {proof.sensitivity:.0e}, "
             "so that only its regions, one by one, can be proved to better than that"
         )
+    if not outputs(model, arguments):
+        work.notes.append(
+            "the network returns no tensor that could be compared: only its regions were proved"
+        )
     require_same(proof)
     return proof
 
 
 def _proof_inputs(reference: nn.Module, arguments: Arguments) -> list[Arguments]:
     """The example, and random input of another size where the network accepts one."""
-    other = _another_size(arguments)
-    try:
-        outputs(reference, other)
-    except Exception:
-        return [arguments]  # many networks accept one size only
-    return [arguments, other]
+    for axis in (-2, -1):
+        other = _another_size(arguments, axis)
+        try:
+            outputs(reference, other)
+        except Exception:  # many networks accept one size only
+            continue
+        return [arguments, other]
+    return [arguments]
 
 
 def _shapes(inputs: list[Arguments]) -> tuple[str, ...]:
@@ -230,8 +269,8 @@ def _shapes(inputs: list[Arguments]) -> tuple[str, ...]:
     return tuple(named(arguments) for arguments in inputs)
 
 
-def _another_size(arguments: Arguments) -> Arguments:
-    """Random input, as large across and about three quarters as high: networks with five halvings take such sizes."""
+def _another_size(arguments: Arguments, axis: int) -> Arguments:
+    """Random input about three quarters as large along one axis, in steps of 32 for networks with five halvings."""
     generator = torch.Generator().manual_seed(1)
 
     def resized(value: Any) -> Any:
@@ -239,8 +278,8 @@ def _another_size(arguments: Arguments) -> Arguments:
             return value
         shape = list(value.shape)
         if value.dim() >= 3:
-            step = 32 if shape[-2] > 64 else 1
-            shape[-2] = max(step, shape[-2] * 3 // 4 // step * step)
+            step = 32 if shape[axis] > 64 else 1
+            shape[axis] = max(step, shape[axis] * 3 // 4 // step * step)
         return torch.randn(shape, generator=generator).to(value)
 
     return tree_map(resized, copy_tensors(arguments))  # type: ignore[no-any-return]

@@ -83,7 +83,7 @@ class _Observer(fx.Interpreter):
                 if result is tensors[0]:
                     n.meta["operands"] = n.all_input_nodes
                     self.rebound.append((n, node))
-            if any(t.untyped_storage().data_ptr() in storages for t in tensors):
+            if n.op != "output" and any(t.untyped_storage().data_ptr() in storages for t in tensors):
                 self.alias[n] |= self.alias[node]
         for node in self.alias[n]:
             self.alias[node] = self.alias[n]

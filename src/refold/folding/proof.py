@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -45,8 +46,9 @@ class Proof:
     sensitivity: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """The same numbers as plain JSON-able values."""
-        return {**asdict(self), "inputs": list(self.inputs)}
+        """The same numbers as plain JSON-able values; None for those that are not finite."""
+        numbers = {k: v for k, v in asdict(self).items() if not isinstance(v, float) or math.isfinite(v)}
+        return {**dict.fromkeys(asdict(self)), **numbers, "inputs": list(self.inputs)}
 
 
 def prove_region(region: Region, constants: Constants) -> float:
@@ -189,8 +191,18 @@ def outputs(model: nn.Module, arguments: Arguments, float64: bool = False) -> li
 
 
 def _call(model: nn.Module, arguments: Arguments) -> list[Tensor]:
-    result = model(*copy_tensors(arguments[0]), **copy_tensors(arguments[1]))
-    return [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+    return _tensors(model(*copy_tensors(arguments[0]), **copy_tensors(arguments[1])))
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    """All tensors in a result, those inside of objects too."""
+    found: list[Tensor] = []
+    for leaf in tree_leaves(value):
+        if isinstance(leaf, Tensor):
+            found.append(leaf)
+        elif hasattr(leaf, "__dict__") and not isinstance(leaf, (type, nn.Module)):
+            found += _tensors(list(vars(leaf).values()))
+    return found
 
 
 def shared_copy(model: nn.Module) -> nn.Module:

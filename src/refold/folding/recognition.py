@@ -64,7 +64,9 @@ def _is_plain_convolution(module: nn.Module) -> bool:
 def _module(call: Call, module: Any) -> Linear | None:
     if has_hooks(module) and isinstance(module, (_ConvNd, nn.Linear, _BatchNorm)):
         raise NotFoldable("it has hooks, which folding could change")
-    if has_hooks(module) or len(call.node.all_input_nodes) != 1 or len(call.node.args) != 1:
+    node = call.node
+    one_input = len(node.args) + len(node.kwargs) == 1 and set(node.kwargs) <= {"input"}
+    if has_hooks(module) or not one_input or len(node.all_input_nodes) != 1:
         return None
     (source,) = call.node.all_input_nodes
     if isinstance(module, nn.Identity) or (isinstance(module, _DROPOUTS) and not module.training):

@@ -49,22 +49,25 @@ class FoldReport:
 
     def to_json(self) -> str:
         """The report as JSON text."""
-        return json.dumps(self.to_dict(), indent=2)
+        return json.dumps(self.to_dict(), indent=2, allow_nan=False)
 
     def __rich__(self) -> Group:
         from rich.console import Group
+        from rich.text import Text
 
         parts: list[Any] = [_cost_table(self)]
         if self.left:
             parts.append(_left_table(self.left))
-        parts += [_proof_line(self.proof), *self.notes]
+        parts += [Text(line) for line in (_proof_line(self.proof), *self.notes)]
         return Group(*parts)
 
 
 def _cost_table(report: FoldReport) -> Any:
     from rich.table import Table
+    from rich.text import Text
 
-    table = Table(title=f"{report.model}: {len(report.regions)} regions folded", title_justify="left")
+    title = Text(f"{report.model}: {len(report.regions)} regions folded")
+    table = Table(title=title, title_justify="left")
     for name in ("", "before", "after"):
         table.add_column(name, justify="right" if name else "left")
     before, after = report.before, report.after
@@ -84,6 +87,7 @@ def _cost_table(report: FoldReport) -> Any:
 
 def _left_table(left: list[tuple[str, str]]) -> Any:
     from rich.table import Table
+    from rich.text import Text
 
     table = Table(title="left as it was", title_justify="left")
     table.add_column("how many", justify="right")
@@ -91,7 +95,8 @@ def _left_table(left: list[tuple[str, str]]) -> Any:
     table.add_column("why")
     counts = Counter(reason for _, reason in left)
     for reason, count in counts.most_common():
-        table.add_row(str(count), next(name for name, why in left if why == reason), reason)
+        first = next(name for name, why in left if why == reason)
+        table.add_row(str(count), Text(first), Text(reason))
     return table
 
 

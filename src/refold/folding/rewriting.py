@@ -174,7 +174,7 @@ def _clean(graph: fx.Graph, module: nn.Module, removable: set[fx.Node]) -> None:
             graph.erase_node(node)
     for node in list(graph.nodes):
         if node.op == "call_module" and type(module.get_submodule(node.target)) is nn.Identity:
-            node.replace_all_uses_with(node.args[0])
+            node.replace_all_uses_with(node.all_input_nodes[0])
             graph.erase_node(node)
     for node in graph.nodes:
         node.meta.clear()

@@ -24,6 +24,7 @@ from refold.folding.tracing import (
 )
 
 _COMPILED = "it is compiled (TorchScript)"
+_OWN_FORWARD = "its forward is set on the instance, where tracing does not see it"
 
 
 @dataclass(frozen=True)
@@ -74,14 +75,16 @@ def _trace_unit(path: str, module: nn.Module, arguments: Arguments) -> tuple[Uni
     """Trace one module, its untraceable layers opaque; also those layers and why. Raises NotFoldable."""
     if isinstance(module, torch.jit.ScriptModule):
         raise NotFoldable(_COMPILED)
+    if "forward" in vars(module):
+        raise NotFoldable(_OWN_FORWARD)
     if is_torch_leaf(module):
         inner = next(module.children(), None)
         raise NotFoldable("it is a single layer" if inner is None else "its forward cannot be traced")
     reasons: dict[type[nn.Module], str] = {}
 
     def is_leaf(child: nn.Module, _: str) -> bool:
-        compiled = isinstance(child, torch.jit.ScriptModule)
-        return is_torch_leaf(child) or type(child) in reasons or has_hooks(child) or compiled
+        unseen = isinstance(child, torch.jit.ScriptModule) or "forward" in vars(child)
+        return is_torch_leaf(child) or type(child) in reasons or has_hooks(child) or unseen
 
     while True:
         tracer = ScopeTracer(is_leaf)
@@ -107,7 +110,8 @@ def _trace_unit(path: str, module: nn.Module, arguments: Arguments) -> tuple[Uni
             if has_hooks(leaf):
                 opaque[node.target] = "it has hooks, which folding could change"
             elif not is_torch_leaf(leaf):
-                opaque[node.target] = reasons.get(type(leaf), _COMPILED)
+                compiled = isinstance(leaf, torch.jit.ScriptModule)
+                opaque[node.target] = reasons.get(type(leaf), _COMPILED if compiled else _OWN_FORWARD)
     return unit, opaque
 
 
