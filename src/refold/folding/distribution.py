@@ -92,7 +92,7 @@ def _spatial_axes(planner: Planner, node: fx.Node, free: dict[fx.Node, Region]) 
 
 def _divide(planner: Planner, share: _Share, reader: fx.Node, axes: int) -> list[_Share]:
     node = share.part
-    if set(node.users) - planner.checks != {reader}:
+    if set(node.users) - planner.checks != {reader} or not planner.same_call(node, reader):
         raise NotFoldable("somebody else reads it")
     operator = planner.operators.get(node)
     if isinstance(operator, Same):

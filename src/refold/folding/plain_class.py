@@ -25,10 +25,6 @@ def become_plain(module: nn.Module, graph: fx.Graph, *, keep_methods: bool) -> N
     that another of its methods mentions stays where `keep_methods` is set, so that the method keeps working; otherwise
     it goes, and the method with it.
     """
-    if isinstance(module, fx.GraphModule):
-        module.graph = graph
-        _drop_unused(module, graph, set())
-        return
     base = getattr(type(module), "_base", type(module))
     mentioned = {name: set(function.__code__.co_names) for name, function in _methods(base)}
     kept = set().union(*mentioned.values()) if keep_methods else set()

@@ -128,12 +128,12 @@ class Planner:
         while waiting:
             reader = waiting.pop()
             for node in inputs_of(self.operators[reader]):
-                if node in self.operators and node not in found and self._same_call(node, reader):
+                if node in self.operators and node not in found and self.same_call(node, reader):
                     found.add(node)
                     waiting.append(node)
         return sorted(found, key=self.order.__getitem__)
 
-    def _same_call(self, node: fx.Node, reader: fx.Node) -> bool:
+    def same_call(self, node: fx.Node, reader: fx.Node) -> bool:
         """Whether no border of a module that is called several times lies between: its other calls must not see it."""
         return self._shared_call(node) == self._shared_call(reader)
 
@@ -172,7 +172,7 @@ class Planner:
         """The values of which `node` may be a linear function, itself first, then from the nearest on."""
         common: list[fx.Node] | None = None
         for value in inputs_of(self.operators[node]):
-            reachable = known.get(value, [value]) if self._same_call(value, node) else [value]
+            reachable = known.get(value, [value]) if self.same_call(value, node) else [value]
             common = reachable if common is None else [s for s in common if s in set(reachable)]
         return [node, *(common or [])][:_MOST_SOURCES]
 

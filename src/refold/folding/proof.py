@@ -218,10 +218,14 @@ def shared_copy(model: nn.Module) -> nn.Module:
 def _spread(truth: list[Tensor], found: list[Tensor]) -> float:
     if [t.shape for t in truth] != [f.shape for f in found]:
         return float("inf")
-    difference = sum(
-        float((t.double() - f.double()).square().sum()) for t, f in zip(truth, found, strict=True)
-    )
-    scale = sum(float(t.double().square().sum()) for t in truth)
+    difference = scale = 0.0
+    for expected, value in zip(truth, found, strict=True):
+        expected, value = expected.double(), value.double()
+        finite = torch.isfinite(expected) & torch.isfinite(value)
+        if not torch.allclose(expected[~finite], value[~finite], equal_nan=True):
+            return float("inf")
+        difference += float((expected - value)[finite].square().sum())
+        scale += float(expected[finite].square().sum())
     return float((difference / scale) ** 0.5) if scale else float(difference**0.5)
 
 

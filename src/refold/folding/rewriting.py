@@ -110,12 +110,20 @@ def _rewrite(model: nn.Module, unit: Unit, job: _Job, *, simplify: bool) -> nn.M
     simple = None
     if simplify and not has_hooks(module):
         simple = _simplified(graph, module, unit.calls[job.scope])
-    if simple is not None and (not whole or isinstance(simple, (_ConvNd, nn.Linear))):
+    if simple is None and isinstance(module, fx.GraphModule):  # its class is made for its graph alone
+        simple = _other_graph(module, graph)
+    if simple is not None and (not whole or isinstance(simple, (_ConvNd, nn.Linear, fx.GraphModule))):
         _replace(model, module, simple.eval())
         return simple if whole else model
     _require_fixed_arguments(graph, fixed_arguments(module, unit.calls[job.scope]))
     become_plain(module, graph, keep_methods=whole)
     return model
+
+
+def _other_graph(module: fx.GraphModule, graph: fx.Graph) -> fx.GraphModule:
+    made = fx.GraphModule(module, graph, type(module).__name__)
+    made._forward_hooks, made._forward_pre_hooks = module._forward_hooks, module._forward_pre_hooks
+    return made
 
 
 def _inside(node: fx.Node, job: _Job) -> bool:

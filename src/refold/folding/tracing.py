@@ -25,9 +25,9 @@ LeafRule = Callable[[nn.Module, str], bool]
 class ScopeTracer(fx.Tracer):
     """A symbolic tracer that notes in `node.meta` the scope and the key of each operator."""
 
-    def __init__(self, is_leaf: LeafRule) -> None:
+    def __init__(self, is_leaf: LeafRule | None = None) -> None:
         super().__init__()
-        self._is_leaf = is_leaf
+        self._is_leaf = is_leaf or (lambda module, _: is_torch_leaf(module))
         self._counts: Counter[tuple[Scope, str]] = Counter()
         self._names: dict[int, str] = {}
         self.calls: list[Call] = []
