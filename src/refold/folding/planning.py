@@ -38,7 +38,7 @@ from refold.folding.recognition import linear_operator, scalable_module
 from refold.folding.tracing import Scope, Unit, checks, first_line
 
 _MOST_SOURCES = 16
-"""How far back a purely linear chain is followed: beyond, the search would grow with the square of its length."""
+"""How many values a purely linear chain may be computed from: the nearest, and its start."""
 
 Price = tuple[int, int, int]
 """Multiply-accumulates, weights, operators: what a choice costs, in the order that decides."""
@@ -95,9 +95,10 @@ class Planner:
         regions: list[Region] = []
         demanded = self.demanded
         for node in reversed(self.unit.graph.nodes):
-            if node.op == "output" or (node in demanded and node not in self.operators):
+            unread = not node.users and node not in self.checks  # it runs all the same
+            if node.op == "output" or ((node in demanded or unread) and node not in self.operators):
                 demanded.update(node.all_input_nodes)
-            elif node in demanded:
+            elif node in demanded or unread:
                 source = self._best_source(node)
                 if source is None:
                     demanded.update(inputs_of(self.operators[node]))
@@ -174,7 +175,8 @@ class Planner:
         for value in inputs_of(self.operators[node]):
             reachable = known.get(value, [value]) if self.same_call(value, node) else [value]
             common = reachable if common is None else [s for s in common if s in set(reachable)]
-        return [node, *(common or [])][:_MOST_SOURCES]
+        sources = [node, *(common or [])]
+        return sources if len(sources) <= _MOST_SOURCES else [*sources[: _MOST_SOURCES - 1], sources[-1]]
 
     def _own_price(self, node: fx.Node) -> Price:
         """What running the node's own operator costs."""

@@ -82,7 +82,7 @@ class ScopeTracer(fx.Tracer):
 
     def _proxy_placeholder(self, name: str, concrete_args: Any, sig: Any, fn_for_analysis: Any) -> Any:
         proxy = super()._proxy_placeholder(name, None, sig, fn_for_analysis)
-        return concrete_args.get(name, proxy)
+        return (concrete_args or {}).get(name, proxy)
 
     def _number(self, label: str) -> int:
         place = (tuple(self.calls), label)
