@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -17,6 +18,7 @@ from refold.folding.cost import count
 from refold.folding.distribution import Bundle, bundle
 from refold.folding.edits import Edits, Extent, edits_of
 from refold.folding.planning import Planner, Region
+from refold.folding.precision import release_memory
 from refold.folding.proof import (
     LARGEST_DISTANCE,
     Proof,
@@ -71,15 +73,23 @@ def as_arguments(example_input: Any) -> Arguments:
 
 def _fold(model: nn.Module, arguments: Arguments, prove: bool) -> nn.Module:
     _require_runs(model, arguments)
-    work = _runnable_work(model, arguments, prove)
-    proof = _prove_whole(model, work, arguments) if prove else None
-    _settle(model, work)
+    before = count(shared_copy(model), arguments[0])
+    extents, notes = iter(Extent), _notes(model)
+    while True:
+        work = _runnable_work(model, arguments, prove, extents, notes)
+        proof = _prove_whole(model, work, arguments, notes) if prove else None
+        _settle(model, work)
+        after = count(shared_copy(work.model), arguments[0])
+        if after.macs <= before.macs:
+            break
+        notes.append(
+            f"less was folded: it would have taken {after.macs:,} multiply-accumulates, not {before.macs:,}"
+        )
     if proof is not None:
         original, folded = _own_distances(model, work.model, arguments)
         proof = replace(proof, original_distance=original, folded_distance=folded)
         require_close(proof)
-    before, after = (count(shared_copy(network), arguments[0]) for network in (model, work.model))
-    name, notes = type(model).__name__, _notes(model) + work.notes
+    name = type(model).__name__
     if after.batch_norms and not work.left:
         work.left.append((name, f"{after.batch_norms} batch norms run as operators that are not recognised"))
     report = FoldReport(name, work.folded, work.left, before, after, proof, notes)
@@ -115,7 +125,6 @@ class _Work:
     folded: list[FoldedRegion] = field(default_factory=list)
     left: list[tuple[str, str]] = field(default_factory=list)
     made: list[tuple[nn.Module, torch.dtype]] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
     outcomes: list[tuple[Planner, Edits]] = field(default_factory=list)
 
     def plan(self) -> None:
@@ -145,6 +154,7 @@ class _Work:
         for candidate in bundles:
             try:
                 self.proved += [prove_region(region, planner.constants) for region in candidate.regions]
+                release_memory()
                 kept.append(candidate)
             except NotFoldable as refusal:
                 planner.refusals.update(dict.fromkeys(candidate.operators, str(refusal)))
@@ -215,11 +225,12 @@ def _restore_attributes(original: nn.Module, work: _Work) -> None:
                 setattr(module, name, copy.deepcopy(value))
 
 
-def _runnable_work(model: nn.Module, arguments: Arguments, prove: bool) -> _Work:
+def _runnable_work(
+    model: nn.Module, arguments: Arguments, prove: bool, extents: Iterator[Extent], notes: list[str]
+) -> _Work:
     """Fold as much as leaves a network that runs: code around a folded block may ask for what is no longer there."""
-    notes: list[str] = []
-    for extent in Extent:
-        work = _Work(shared_copy(model).eval(), arguments, prove, extent, notes=notes)
+    for extent in extents:
+        work = _Work(shared_copy(model).eval(), arguments, prove, extent)
         work.plan()
         try:
             work.write()
@@ -231,21 +242,19 @@ def _runnable_work(model: nn.Module, arguments: Arguments, prove: bool) -> _Work
     return work
 
 
-def _prove_whole(model: nn.Module, work: _Work, arguments: Arguments) -> Proof:
+def _prove_whole(model: nn.Module, work: _Work, arguments: Arguments, notes: list[str]) -> Proof:
     """Prove the network in float64; the new layers are still in float64."""
     inputs = _proof_inputs(model, arguments)
     distance = prove_float64(model, work.model, inputs)
     proof = Proof(distance, _shapes(inputs), regions=len(work.proved), worst_region=max([0.0, *work.proved]))
     if distance > LARGEST_DISTANCE:
         proof = replace(proof, sensitivity=sensitivity(model, inputs))
-        work.notes.append(
+        notes.append(
             f"the network amplifies rounding: the last bit of its input changes its output by {proof.sensitivity:.0e}, "
             "so that only its regions, one by one, can be proved to better than that"
         )
     if not outputs(model, arguments):
-        work.notes.append(
-            "the network returns no tensor that could be compared: only its regions were proved"
-        )
+        notes.append("the network returns no tensor that could be compared: only its regions were proved")
     require_same(proof)
     return proof
 

@@ -34,6 +34,7 @@ from refold.folding.operators import (
     Sum,
     inputs_of,
 )
+from refold.folding.precision import release_memory
 from refold.folding.recognition import linear_operator, scalable_module
 from refold.folding.tracing import Scope, Unit, checks, first_line
 
@@ -147,7 +148,7 @@ class Planner:
     def _best_source(self, root: fx.Node) -> fx.Node | None:
         """From which value to compute `root` with one convolution; None to run its own operator."""
         region = self.closure(root)
-        inside = set(region)
+        free = self._needed_anyway(root, region)
         sources: dict[fx.Node, list[fx.Node]] = {}
         price: dict[fx.Node, Price] = {}
         choice: fx.Node | None = None
@@ -163,11 +164,22 @@ class Planner:
                 cost = _total([emitted, price.get(source, _NOTHING)])
                 if cost < best:
                     best, choice = cost, source
-            used_elsewhere = any(user not in inside and user not in self.checks for user in node.users)
-            price[node] = _NOTHING if node is not root and used_elsewhere else best
+            price[node] = _NOTHING if node in free else best
         if choice is not None and self._raises_cost(root, choice):
             return None
         return choice
+
+    def _needed_anyway(self, root: fx.Node, region: list[fx.Node]) -> set[fx.Node]:
+        """The values in the region that something else reads too, and all that those are computed from."""
+        inside, free = set(region), set[fx.Node]()
+        for node in reversed(region):
+            read_elsewhere = any(user not in inside and user not in self.checks for user in node.users)
+            if node is not root and (read_elsewhere or any(node in self._inputs(user) for user in free)):
+                free.add(node)
+        return free
+
+    def _inputs(self, node: fx.Node) -> tuple[fx.Node, ...]:
+        return inputs_of(self.operators[node])
 
     def _sources(self, node: fx.Node, known: dict[fx.Node, list[fx.Node]]) -> list[fx.Node]:
         """The values of which `node` may be a linear function, itself first, then from the nearest on."""
@@ -266,6 +278,7 @@ class Planner:
         """The chosen region with its convolution computed; None where nothing has to run (an identity)."""
         convolution = self.branch(root, source).convolution
         self._values.clear()  # each region holds its own weights; those of its branches are not needed again
+        release_memory()
         if convolution is None:
             return None
         operators = {node: self.operators[node] for node in self.between(source, root)}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -27,6 +29,13 @@ def in_float64() -> Iterator[None]:
 def to_float64(values: Any) -> Any:
     """The same structure with every floating-point tensor in float64."""
     return tree_map(_widen, values)
+
+
+def release_memory() -> None:
+    """Give the memory of freed tensors back to the system, which glibc's allocator keeps otherwise."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
+    if trim is not None:
+        trim(0)
 
 
 def _widen(value: Any) -> Any:
