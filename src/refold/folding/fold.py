@@ -36,7 +36,7 @@ from refold.folding.reasons import operator_kind, reason_left
 from refold.folding.recognition import is_batch_norm
 from refold.folding.report import FoldedRegion, FoldReport
 from refold.folding.rewriting import write
-from refold.folding.tracing import Arguments, copy_tensors, first_line, plain_mode
+from refold.folding.tracing import Arguments, Unit, copy_tensors, first_line, plain_mode
 from refold.folding.units import Untraced, find_units
 
 
@@ -131,6 +131,7 @@ class _Work:
         """Choose and prove the regions of every unit, and say what is left."""
         units, untraced = find_units(self.model, self.arguments)
         held = Counter(identity for unit in units for identity in unit.called_modules())
+        held.update(id(module) for module in _hidden(self.model, units, untraced))
         shared = {identity for identity, times in held.items() if times > 1}
         for unit in units:
             planner = Planner(unit)
@@ -159,6 +160,17 @@ class _Work:
             except NotFoldable as refusal:
                 planner.refusals.update(dict.fromkeys(candidate.operators, str(refusal)))
         return kept
+
+
+def _hidden(model: nn.Module, units: list[Unit], untraced: list[Untraced]) -> list[nn.Module]:
+    """The modules that only code which cannot be traced calls."""
+    seen = [unit.path for unit in units if unit.path]
+    found = {}
+    for item in untraced:
+        for name, module in model.get_submodule(item.path).named_modules(prefix=item.path):
+            if name != item.path and not any(name == path or name.startswith(f"{path}.") for path in seen):
+                found[id(module)] = module
+    return list(found.values())
 
 
 def _require_runs(model: nn.Module, arguments: Arguments) -> None:

@@ -88,7 +88,7 @@ def _merged(one: _Job, other: _Job) -> _Job:
 
 def _rewrite(model: nn.Module, unit: Unit, job: _Job, *, simplify: bool) -> nn.Module:
     module = unit.module.get_submodule(job.path)
-    opened = {id(unit.module.get_submodule(path)) for path in job.inside}
+    opened = {id(unit.module.get_submodule(path)) for path in job.inside | unit.transparent_paths()}
     graph, constants = trace(module, unit.calls[job.scope], lambda child, _: id(child) not in opened)
     for name, tensor in constants.items():
         module.register_buffer(name, tensor)

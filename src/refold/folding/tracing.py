@@ -123,6 +123,11 @@ class Unit:
         paths |= {scope[-1][0] for scope in self.calls if scope}
         return {id(self.module), *(id(self.module.get_submodule(path)) for path in paths)}
 
+    def transparent_paths(self) -> set[str]:
+        """The modules that were traced into and ran no operator: they hand on what they are given."""
+        busy = {path for node in self.graph.nodes for path, _ in node.meta["scope"]}
+        return {scope[-1][0] for scope in self.calls if scope} - busy
+
     def full_path(self, path: str) -> str:
         """The path in the whole model of a path in this unit."""
         return ".".join(part for part in (self.path, path) if part)
