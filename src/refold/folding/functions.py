@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import operator
 from collections.abc import Callable
@@ -26,6 +27,8 @@ def function_operator(call: Call) -> Linear | None:
     """How a called function or method is linear in its inputs, or None where it is not. Raises NotFoldable."""
     target = call.node.target
     recognise = _METHODS.get(target) if isinstance(target, str) else _FUNCTIONS.get(target)
+    if recognise is None and call.node in call.unit.handed_on:
+        return _idle_in_evaluation(call)
     return recognise(call) if recognise else None
 
 
@@ -117,6 +120,16 @@ def _restored(call: Call) -> Restored | None:
     source, like = call.argument(0, "input"), call.argument(1, "other")
     varies = call.constants.varies(source) and call.constants.varies(like)
     return Restored(source, like) if varies and call.shape(source)[-1] == call.shape(like)[-1] else None
+
+
+def _idle_in_evaluation(call: Call) -> Same | None:
+    """A function such as torchvision's stochastic depth, which was told that this is no training."""
+    try:
+        given = inspect.signature(call.node.target).bind(*call.node.args, **call.node.kwargs)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        return None
+    idle = given.arguments.get("training") is False and len(call.node.all_input_nodes) == 1
+    return _same(call) if idle else None
 
 
 def _function_dropout(call: Call) -> Same | None:

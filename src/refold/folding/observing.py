@@ -78,6 +78,13 @@ class _Observer(fx.Interpreter):
         storages = {t.untyped_storage().data_ptr() for t in _tensors(result)}
         self.alias[n] = {n}
         for node, tensors in inputs.items():
+            if (
+                isinstance(result, Tensor)
+                and tensors
+                and result is tensors[0]
+                and [result._version] == versions[node]
+            ):
+                self.unit.handed_on.add(n)
             if [t._version for t in tensors] != versions[node]:
                 self.mutations.append((n, node))
                 if result is tensors[0]:

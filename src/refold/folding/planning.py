@@ -141,6 +141,9 @@ class Planner:
 
     def _shared_call(self, node: fx.Node) -> Scope:
         """The innermost call around the node of a module that is called more often than what calls it."""
+        operator = self.operators.get(node)
+        if isinstance(operator, Same):  # nothing is edited there
+            return self._shared_call(operator.input)
         scope: Scope = node.meta["scope"]
         times = [1, *(self._times[path] for path, _ in scope)]
         return next((scope[:i] for i in range(len(scope), 0, -1) if times[i] > times[i - 1]), ())

@@ -105,6 +105,8 @@ class Unit:
     kinds: dict[fx.Node, tuple[torch.dtype, torch.device]] = field(default_factory=dict)
     barriers: set[fx.Node] = field(default_factory=set)
     """Operators that read a tensor which is changed in place while others read it too: left alone."""
+    handed_on: set[fx.Node] = field(default_factory=set)
+    """Operators that returned the very tensor that they were given, unchanged."""
     rebound: list[tuple[fx.Node, fx.Node]] = field(default_factory=list)
     """(operator, operand): the operator changed the operand in place, and whoever read that later reads its result."""
 
