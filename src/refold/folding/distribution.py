@@ -101,9 +101,13 @@ def _divide(planner: Planner, share: _Share, reader: fx.Node, axes: int) -> list
         return _divide_concatenation(planner, share, operator, axes)
     if isinstance(operator, Sum):
         shares = []
-        for index, (value, factor) in enumerate(zip(operator.inputs, operator.factors, strict=True)):
-            shift = share.shift / factor if share.shift is not None and index == 0 else None
+        rest = share.shift
+        for value, factor in zip(operator.inputs, operator.factors, strict=True):
+            shift = None if rest is None or factor == 0 else rest / factor
+            rest = rest if shift is None else None
             shares += _divide(planner, _Share(value, share.scale, shift), node, axes)
+        if rest is not None:
+            raise NotFoldable("all of it is multiplied by zero")
         return shares
     return [share]
 

@@ -312,7 +312,9 @@ class Planner:
         if node is source:
             return Branch(None)
         device = torch.device("meta" if structure_only else "cpu")
-        operator = self.operators[node]
+        operator = self.operators.get(node)
+        if operator is None:
+            raise NotFoldable("it is restored to the axes of a value that is computed in another way")
         inner = [self.branch(value, source, structure_only) for value in inputs_of(operator)]
         if isinstance(operator, Same):
             return inner[0]
