@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from checking import Net, check_fold, conv_bn, images
+from checking import Net, check_fold, conv_bn, images, normal
 from torch import Tensor, nn
 
 ONE_CONVOLUTION = {"convolution": 1, "activation": 1}
@@ -278,3 +278,46 @@ def test_strange_calls_of_known_functions_do_not_stop_the_rest() -> None:
         check_fold(
             Net(lambda net, x, case=case: case(net, x).relu(), a=conv_bn(4, 4)), images(4, [(12, 12), (8, 8)])
         )
+
+
+class TokenNorm(nn.Module):
+    """A linear layer on `[batch, length, channels]` and a norm over flattened tokens, as LeViT has it."""
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(in_channels, out_channels, bias=False)
+        self.bn = nn.BatchNorm1d(out_channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.linear(x)
+        return self.bn(y.flatten(0, 1)).reshape_as(y)
+
+
+def test_branches_over_tokens_and_over_sequences() -> None:
+    """Channels last for linear layers, channels first for the norm: what agrees merges, what does not stays."""
+
+    def forward(net: Net, x: Tensor) -> Tensor:
+        y = net.a(x) + net.b(x) * net.scale
+        return net.bn(y.transpose(1, 2)).relu()
+
+    model = Net(
+        forward,
+        a=nn.Linear(4, 6),
+        b=nn.Linear(4, 6),
+        scale=nn.Parameter(torch.randn(6)),
+        bn=nn.BatchNorm1d(6),
+    )
+    plain = check_fold(model, [normal(2, 6, 4), normal(3, 5, 4)], batch_norms=1, left=["transpose"])
+    assert plain.fold_report.after.operators["linear"] == 1
+
+
+def test_a_branch_that_is_multiplied_by_zero() -> None:
+    """Its norm's shift cannot be divided by nothing."""
+    model = Net(
+        lambda net, x: net.bn(0.0 * net.a(x.relu()) + net.b(x.sigmoid())).relu(),
+        a=nn.Conv2d(4, 4, 3, padding=1),
+        b=nn.Conv2d(4, 4, 1),
+        bn=nn.BatchNorm2d(4),
+    )
+    plain = check_fold(model, images(4), batch_norms=None, left=["not next to a convolution"])
+    assert all(torch.isfinite(parameter).all() for parameter in plain.parameters())

@@ -1,20 +1,30 @@
 """Models that are not written as the textbook has them: calls by name, other compilers' modules, foreign containers."""
 
 import copy
+import pickle
+import threading
 from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
 from checking import LARGEST, Net, Parallel, call, check_fold, conv_bn, distance, images, trained
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
+from torchvision.models.feature_extraction import create_feature_extractor
 
 import refold
-from refold.errors import NotEquivalent
+from refold.errors import InputError, NotEquivalent
 
 
 def branches(act: nn.Module | None = None) -> Parallel:
     return Parallel(conv_bn(4, 4, 3), conv_bn(4, 4, 1), act=act)
+
+
+def test_layers_called_by_name() -> None:
+    model = Net(
+        lambda net, x: net.bn(input=net.conv(input=x)).relu(), conv=nn.Conv2d(4, 4, 3), bn=nn.BatchNorm2d(4)
+    )
+    check_fold(model, images(4), convolutions=1)
 
 
 class Reads(nn.Module):
@@ -63,6 +73,14 @@ class Switchable(nn.Module):
         return (self.a(x) - self.b(x)).relu()
 
 
+def test_a_forward_chosen_on_the_instance() -> None:
+    for model in (Switchable(), nn.Sequential(nn.ReLU(), Switchable())):
+        trained(model.double())
+        plain: Any = refold.fold(model, images(4)[0])
+        assert plain.fold_report.after.batch_norms == 0
+        assert distance(call(model, images(4)[1]), call(plain, images(4)[1])) <= LARGEST
+
+
 def test_a_compiled_model_and_a_compiled_part() -> None:
     for model in (
         torch.compile(branches(), backend="eager"),
@@ -73,6 +91,52 @@ def test_a_compiled_model_and_a_compiled_part() -> None:
         plain: Any = refold.fold(model, images(4)[0])
         assert plain.fold_report.after.convolutions == 1
         assert distance(call(model, images(4)[1]), call(plain, images(4)[1])) <= LARGEST
+
+
+def test_a_graph_module() -> None:
+    """What torchvision's feature extraction and other fx tools return."""
+    model = nn.Sequential(branches(), branches(), *conv_bn(4, 4, 1))
+    traced = fx.symbolic_trace(trained(model.double()))
+    plain = check_fold(traced, images(4), convolutions=3)
+    assert isinstance(plain, fx.GraphModule)
+    for other in (pickle.loads(pickle.dumps(plain)), copy.deepcopy(plain)):
+        assert torch.equal(call(other, images(4)[0]), call(plain, images(4)[0]))
+
+
+def test_a_feature_extractor() -> None:
+    model = nn.Sequential(branches(), branches(), *conv_bn(4, 4, 1)).eval()
+    extractor = create_feature_extractor(model, {"0": "early", "1": "late"})
+    plain = check_fold(extractor, images(4), convolutions=2)
+    assert list(call(plain, images(4)[0])) == ["early", "late"]
+
+
+def test_an_exported_program_is_left_with_a_reason() -> None:
+    """Its operators are not torch's functions; what is left is named."""
+    model = trained(branches().double())
+    exported: Any = torch.export.export(model, (images(4)[0],)).module()
+    plain: Any = refold.fold(exported, images(4)[0])
+    assert distance(call(model, images(4)[0]), call(plain, images(4)[0])) <= LARGEST
+    assert plain.fold_report.left or plain.fold_report.after.batch_norms == 0
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("make", [torch.jit.script, lambda model: torch.jit.trace(model, images(4)[0])])
+def test_a_torchscript_model_is_refused_in_one_sentence(make: Any) -> None:
+    """Nothing can be rewritten in it: fold before compiling."""
+    model = make(trained(conv_bn(4, 4).double()))
+    with pytest.raises(InputError, match="TorchScript") as caught:
+        refold.fold(model, images(4)[0])
+    assert "\n" not in str(caught.value)
+
+
+def test_a_model_that_cannot_be_copied_is_refused_in_one_sentence() -> None:
+    """The example is not to blame."""
+    model = trained(branches())
+    model.lock = threading.Lock()
+    with pytest.raises(InputError, match="cannot be copied") as caught:
+        refold.fold(model, images(4)[0].float())
+    assert "\n" not in str(caught.value)
+    assert "example" not in str(caught.value)
 
 
 @dataclass
@@ -94,6 +158,25 @@ class Detector(nn.Module):
     def forward(self, x: Tensor) -> Detections:
         y = self.block(x)
         return Detections(y, [y.mean((2, 3))])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_tensors_inside_an_object_are_compared_too(dtype: torch.dtype) -> None:
+    """A proof that sees no tensor would pass for any weights."""
+    model, x = trained(Detector()).to(dtype), images(4)[0].to(dtype)
+    plain: Any = refold.fold(model, x)
+    assert plain.fold_report.after.convolutions == 1
+    refold.verify(model, plain, x)
+    wrong = copy.deepcopy(model)
+    wrong.block.branches[0][0].weight.data.mul_(1.5)
+    with pytest.raises(NotEquivalent):
+        refold.verify(model, wrong, x)
+
+
+def test_a_model_that_returns_no_tensor_cannot_be_proved() -> None:
+    model = trained(Net(lambda net, x: net.block(x).argmax(1).tolist(), block=branches()))
+    with pytest.raises(InputError, match="returns no tensor"):
+        refold.verify(model, copy.deepcopy(model), images(4)[0].float())
 
 
 def test_whole_numbers_are_compared_exactly() -> None:

@@ -140,6 +140,45 @@ def test_costs_count_every_consumer() -> None:
     check_fold(model, images(4), convolutions=2)
 
 
+def test_what_is_needed_anyway_costs_nothing() -> None:
+    """`scaled` is an output, and needs the convolution: computing the difference with another one would add to it."""
+
+    def forward(net: Net, x: Tensor) -> tuple[Tensor, Tensor]:
+        y = net.conv(x)
+        scaled = y * 2
+        return scaled.sigmoid(), (scaled - y).relu()
+
+    check_fold(Net(forward, conv=nn.Conv2d(4, 4, 3)), images(4), convolutions=1)
+
+    def with_unused(net: Net, x: Tensor) -> Tensor:
+        y = net.conv(x)
+        scaled = y * 2
+        scaled.mul(3)
+        return (scaled - y).relu()
+
+    check_fold(Net(with_unused, conv=nn.Conv2d(4, 4, 3)), images(4), convolutions=1)
+
+
+def test_a_value_that_nobody_reads_does_not_add_cost() -> None:
+    """Left over from debugging, say: neither it nor what only it reads may run beside the folded layer."""
+
+    def forward(net: Net, x: Tensor) -> Tensor:
+        y = net.body(x)
+        unused = y * 2
+        (unused + 1).neg()
+        return (y + x).relu()
+
+    body = nn.Sequential(nn.Conv2d(4, 8, 1, bias=False), *conv_bn(8, 4, 3))
+    check_fold(Net(forward, body=body), images(4), convolutions=1)
+
+
+def test_a_long_linear_chain() -> None:
+    """One layer after one fold, so that a second one has nothing to do."""
+    model = nn.Sequential(*(layer for _ in range(30) for layer in conv_bn(4, 4, 1)), nn.ReLU())
+    plain = check_fold(model, images(4), convolutions=1)
+    assert refold.fold(plain, images(4)[0]).fold_report.regions == []
+
+
 def test_a_series_of_linear_layers() -> None:
     """1x1 convolutions and linear layers have no borders: a wide middle folds, a narrow one does not."""
     wide = nn.Sequential(nn.Linear(4, 16), nn.Dropout(), nn.Linear(16, 3))

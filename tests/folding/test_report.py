@@ -94,6 +94,14 @@ def test_json_has_all_of_it(plain: Any) -> None:
     assert {field.name for field in dataclasses.fields(report)} == set(facts)
 
 
+def test_json_of_a_proof_without_a_finite_number() -> None:
+    """float16 overflows before and after: infinite distances are written so that any reader takes them."""
+    model = trained(nn.Sequential(*conv_bn(3, 4, 1), nn.ReLU())).half()
+    model[1].weight.data.fill_(6e4)
+    plain: Any = refold.fold(model, images(3)[0].half() * 1000)
+    strict(plain.fold_report.to_json())
+
+
 def test_the_table_has_the_numbers(plain: Any) -> None:
     report: FoldReport = plain.fold_report
     text = rendered(report)
@@ -117,6 +125,20 @@ def test_the_table_fits_a_narrow_terminal(plain: Any) -> None:
     text = rendered(plain.fold_report, width=60)
     assert max(map(len, text.splitlines())) <= 60
     assert f"{plain.fold_report.after.parameters:,}" in text
+
+
+class Bracketed(nn.Module):
+    """Code whose error message holds what Rich takes for markup."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if isinstance(x, torch.fx.Proxy):
+            raise ValueError("[bold] and [/red] are no styles here")
+        return x
+
+
+def test_words_in_brackets_are_printed_as_they_are() -> None:
+    plain: Any = refold.fold(nn.Sequential(Bracketed(), nn.ReLU()), images(3)[0].float())
+    assert "[bold] and [/red] are no styles here" in rendered(plain.fold_report)
 
 
 def test_a_fold_without_proof_says_so() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from checking import LARGEST, Parallel, call, check_fold, conv_bn, distance, images, trained
+from checking import LARGEST, Net, Parallel, call, check_fold, conv_bn, distance, images, trained
 from torch import Tensor, fx, nn
 
 import refold
@@ -132,6 +132,15 @@ def test_an_inner_block_keeps_its_class_and_methods(plain: Any) -> None:
         assert isinstance(block, Block)
         assert (block.stride, block.out_channels) == (stride, 6)
         assert torch.equal(block.rescale(torch.ones(2)), torch.full((2,), float(stride)))
+
+
+def test_outer_code_that_asks_blocks_for_attributes_and_methods_still_folds() -> None:
+    def forward(net: Net, x: Tensor) -> Tensor:
+        y = net.block.rescale(net.block(x))
+        return y.mean((2, 3)) / net.block.out_channels
+
+    check_fold(Net(forward, block=Block(4, 6, stride=2)), images(4), convolutions=1)
+    check_fold(Net(forward, block=ShortBlock(4, 6, stride=2)), images(4), convolutions=1)
 
 
 class ShortBlock(Block):

@@ -17,7 +17,9 @@ from checking import (
     normal,
     trained,
 )
+from timm.layers import DropPath
 from torch import Tensor, nn
+from torchvision.ops import StochasticDepth
 
 import refold
 from refold.errors import InputError
@@ -152,6 +154,43 @@ def test_a_forward_that_asks_for_the_type_of_its_input() -> None:
         return net.a(x) + x if isinstance(x, Tensor) else net.b(x) - x
 
     check_fold(Net(forward, a=branches(), b=branches()), images(4), left=["another way", "does not run"])
+
+
+class OwnIdentity(nn.Module):
+    """Anybody's placeholder."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+
+def test_modules_that_hand_their_input_on() -> None:
+    """An identity of a user's own class, alone, inside a branch and around one."""
+    check_fold(Parallel(conv_bn(4, 4, 3), OwnIdentity()), images(4), convolutions=1)
+    nested = nn.Sequential(OwnIdentity(), conv_bn(4, 4, 1), OwnIdentity())
+    check_fold(
+        nn.Sequential(Parallel(conv_bn(4, 4, 3), nested), OwnIdentity(), *conv_bn(4, 4)),
+        images(4),
+        convolutions=2,
+    )
+
+    def forward(net: Net, x: Tensor) -> Tensor:
+        y = net.skip(net.skip(x))
+        return (net.a(y) + net.b(x) + net.skip(y)).relu()
+
+    model = Net(forward, a=conv_bn(4, 4, 3), b=conv_bn(4, 4, 1), skip=OwnIdentity())
+    check_fold(model, images(4), convolutions=1)
+
+
+@pytest.mark.parametrize("drop", [DropPath(0.2), StochasticDepth(0.2, "row")], ids=["timm", "torchvision"])
+def test_stochastic_depth(drop: nn.Module) -> None:
+    """It does nothing in evaluation mode, on either side of a sum."""
+
+    def forward(net: Net, x: Tensor) -> Tensor:
+        y = (x + net.drop(net.a(x)) + net.drop(net.b(x))).relu()
+        return y + net.drop(net.c(y).relu())
+
+    model = Net(forward, a=conv_bn(4, 4, 3), b=conv_bn(4, 4, 1), c=conv_bn(4, 4), drop=drop)
+    check_fold(model, images(4), convolutions=2)
 
 
 class SeveralInputs(nn.Module):

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from checking import Net, Parallel, Untraceable, call, conv_bn, distance, images, trained
+from checking import Net, Parallel, Untraceable, call, conv_bn, distance, images, normal, trained
 from torch import Tensor, nn
 
 import refold
@@ -42,6 +42,13 @@ def test_a_fold_is_proved_and_verified(dtype: torch.dtype) -> None:
     else:
         assert 0 < proof.folded_distance <= 4 * max(proof.original_distance, 2e-7)
         assert again.folded_distance == proof.folded_distance
+
+
+def test_both_sizes_are_proved_for_sequences_too() -> None:
+    """One spatial axis: the length changes, never the channels."""
+    model = trained(nn.Sequential(nn.Conv1d(4, 6, 3, padding=1), nn.BatchNorm1d(6), nn.ReLU()).double())
+    plain: Any = refold.fold(model, normal(2, 4, 12))
+    assert len(plain.fold_report.proof.inputs) == 2
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -251,6 +258,26 @@ def test_casts_inside_a_network(body: Any) -> None:
     plain.b[0].weight.data.mul_(1.05)
     with pytest.raises(NotEquivalent):
         refold.verify(model, plain, x.float())
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_equal_infinities_are_equal(dtype: torch.dtype) -> None:
+    """Masked scores: minus infinity at the same places of both is no difference; at another place it is."""
+
+    def forward(net: Net, x: Tensor) -> Tensor:
+        y = net.block(x)
+        return y.masked_fill(y < net.limit, -math.inf)
+
+    model = trained(Net(forward, block=conv_bn(3, 4))).to(dtype)
+    model.limit = 0.0
+    x = images(3)[0].to(dtype)
+    assert torch.isinf(call(model, x)).any()
+    plain: Any = refold.fold(model, x)
+    assert plain.fold_report.after.batch_norms == 0
+    refold.verify(model, plain, x)
+    plain.limit = 1.0
+    with pytest.raises(NotEquivalent):
+        refold.verify(model, plain, x)
 
 
 def test_a_network_that_is_not_finite_in_its_dtype_is_no_false_alarm() -> None:
