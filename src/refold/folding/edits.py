@@ -14,7 +14,7 @@ from refold.folding.distribution import Bundle
 from refold.folding.layers import layer, require_fit, rescaled
 from refold.folding.operators import Linear, Map, Same, inputs_of
 from refold.folding.planning import Planner, Region
-from refold.folding.tracing import Key, Scope, Unit, fixed_arguments
+from refold.folding.tracing import Key, Scope, Unit, fixed_arguments, forward_name
 
 
 class Extent(Enum):
@@ -200,6 +200,8 @@ def _require_alone(
     places = [(path, totals[0][path]) for path in draft.slots]
     places += [(r.scope[-1][0], totals[1][r.scope[-1][0]]) for r in draft.rewires if r.scope]
     read = {str(node.target).rpartition(".")[0] for node in unit.graph.nodes if node.op == "get_attr"}
+    for rewire in draft.rewires:
+        forward_name(unit.module.get_submodule(rewire.scope[-1][0] if rewire.scope else ""))
     for path, calls in places:
         if calls != members:
             raise NotFoldable(f"{unit.full_path(path)} is called {calls} times, in different surroundings")

@@ -35,6 +35,7 @@ def become_plain(module: nn.Module, graph: fx.Graph, *, keep_methods: bool) -> N
         name: _Reference(value.__name__) if isinstance(value, ModuleType) else value
         for name, value in code.globals.items()
     }
+    vars(module).pop("forward", None)  # one that was set on the instance
     module.__class__ = _plain_class(base, code.src, names, gone)
 
 

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
+from refold.errors import NotFoldable
+
 Call = tuple[str, int]
 Scope = tuple[Call, ...]
 """The chain of module calls, (path, how often it was called there before), in which an operator runs."""
@@ -35,6 +37,7 @@ class ScopeTracer(fx.Tracer):
         self.failed: nn.Module | None = None
 
     def trace(self, root: Any, concrete_args: Any = None) -> fx.Graph:
+        self.traced_func_name = forward_name(root)
         tensors = [*root.named_buffers(), *root.named_parameters()]
         self._names = {id(tensor): name for name, tensor in reversed(tensors)}
         before = set(root.__dict__)
@@ -157,6 +160,16 @@ def fixed_arguments(module: nn.Module, arguments: Arguments) -> dict[str, Any]:
         if not any(isinstance(leaf, (Tensor, fx.Proxy)) for leaf in tree_leaves(value)):
             fixed[name] = value
     return fixed
+
+
+def forward_name(module: nn.Module) -> str:
+    """The method of its class that runs when the module is called. Raises NotFoldable where it is none."""
+    own = vars(module).get("forward")
+    if own is None:
+        return "forward"
+    if getattr(own, "__self__", None) is not module:
+        raise NotFoldable("its forward is a function set on the instance, where tracing does not see it")
+    return str(own.__name__)
 
 
 def has_hooks(module: nn.Module) -> bool:

@@ -18,13 +18,13 @@ from refold.folding.tracing import (
     copy_tensors,
     first_line,
     fixed_arguments,
+    forward_name,
     has_hooks,
     is_torch_leaf,
     plain_mode,
 )
 
 _COMPILED = "it is compiled (TorchScript)"
-_OWN_FORWARD = "its forward is set on the instance, where tracing does not see it"
 
 
 @dataclass(frozen=True)
@@ -75,16 +75,15 @@ def _trace_unit(path: str, module: nn.Module, arguments: Arguments) -> tuple[Uni
     """Trace one module, its untraceable layers opaque; also those layers and why. Raises NotFoldable."""
     if isinstance(module, torch.jit.ScriptModule):
         raise NotFoldable(_COMPILED)
-    if "forward" in vars(module):
-        raise NotFoldable(_OWN_FORWARD)
+    forward_name(module)
     if is_torch_leaf(module):
         inner = next(module.children(), None)
         raise NotFoldable("it is a single layer" if inner is None else "its forward cannot be traced")
     reasons: dict[type[nn.Module], str] = {}
 
     def is_leaf(child: nn.Module, _: str) -> bool:
-        unseen = isinstance(child, torch.jit.ScriptModule) or "forward" in vars(child)
-        return is_torch_leaf(child) or type(child) in reasons or has_hooks(child) or unseen
+        compiled = isinstance(child, torch.jit.ScriptModule)
+        return is_torch_leaf(child) or type(child) in reasons or has_hooks(child) or compiled
 
     while True:
         tracer = ScopeTracer(is_leaf)
@@ -110,8 +109,7 @@ def _trace_unit(path: str, module: nn.Module, arguments: Arguments) -> tuple[Uni
             if has_hooks(leaf):
                 opaque[node.target] = "it has hooks, which folding could change"
             elif not is_torch_leaf(leaf):
-                compiled = isinstance(leaf, torch.jit.ScriptModule)
-                opaque[node.target] = reasons.get(type(leaf), _COMPILED if compiled else _OWN_FORWARD)
+                opaque[node.target] = reasons.get(type(leaf), _COMPILED)
     return unit, opaque
 
 
