@@ -6,8 +6,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from checking import Net, check_fold, conv_bn, images, normal
+from checking import LARGEST, Net, Parallel, call, check_fold, conv_bn, distance, images, normal, trained
 from torch import Tensor, nn
+
+import refold
 
 ONE_CONVOLUTION = {"convolution": 1, "activation": 1}
 
@@ -291,6 +293,36 @@ class TokenNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y = self.linear(x)
         return self.bn(y.flatten(0, 1)).reshape_as(y)
+
+
+def test_norms_over_flattened_tokens() -> None:
+    """Also where the shape is taken from another value than the one that was flattened."""
+    tokens = [normal(2, 5, 4), normal(3, 7, 4)]
+    model = nn.Sequential(TokenNorm(4, 6), nn.ReLU(), Parallel(TokenNorm(6, 6), TokenNorm(6, 6)))
+    plain = check_fold(model, tokens)
+    assert plain.fold_report.after.operators == {"linear": 2, "activation": 2}
+
+    def forward(net: Net, x: Tensor) -> Tensor:
+        y = net.first(x).relu()
+        return net.bn(net.second(y).flatten(0, 1)).view_as(x).relu()
+
+    other = Net(forward, first=nn.Linear(4, 4), second=nn.Linear(4, 4), bn=nn.BatchNorm1d(4))
+    check_fold(other, tokens, batch_norms=1, left=["reshaped in another way"])
+
+
+def test_flattening_another_way_is_no_identity() -> None:
+    """Equal numbers of elements: only the axes before the channels may merge, and come back as they were."""
+    cases: list[Callable[[Any, Tensor], Tensor]] = [
+        lambda net, x: net.bn(net.a(x).flatten(0, 1)).view(x.shape[1], x.shape[0], -1).relu(),
+        lambda net, x: net.bn(net.a(x).flatten(0, 1)).reshape_as(x.transpose(0, 1)).relu(),
+        lambda net, x: net.bn(net.a(x).transpose(1, 2).flatten(0, 1)).relu(),
+        lambda net, x: net.a(x).flatten(1).relu(),
+    ]
+    for case in cases:
+        model = Net(case, a=nn.Linear(4, 4), bn=nn.BatchNorm1d(4))
+        plain = trained(model.double())
+        x = normal(3, 4, 4)
+        assert distance(call(model, x), call(refold.fold(plain, x), x)) <= LARGEST
 
 
 def test_branches_over_tokens_and_over_sequences() -> None:

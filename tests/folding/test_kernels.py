@@ -21,6 +21,18 @@ def test_kernels_of_different_sizes_become_the_largest() -> None:
     assert plain.conv.padding == (2, 2)
 
 
+def test_images_smaller_than_the_kernels() -> None:
+    """USERS: non-square, small and odd inputs fail. Down to one pixel, where everything is border."""
+    sizes = [(12, 12), (1, 1), (1, 7), (2, 1), (3, 2)]
+    check_fold(
+        Parallel(*(conv_bn(4, 4, k) for k in (7, 3, 1)), nn.AvgPool2d(3, 1, 1)),
+        images(4, sizes),
+        convolutions=1,
+    )
+    strided = Parallel(*(conv_bn(4, 4, k, stride=2) for k in (5, 1)))
+    check_fold(strided, images(4, sizes), convolutions=1)
+
+
 @pytest.mark.parametrize("kernel_size", [(3, 1), (1, 5), (1, 3), (5, 3)])
 def test_kernels_that_are_not_square(kernel_size: tuple[int, int]) -> None:
     model = Parallel(conv_bn(4, 4, 5), conv_bn(4, 4, kernel_size), conv_bn(4, 4, 1))

@@ -13,7 +13,7 @@ def depthwise(channels: int, kernel_size: int, **settings: int) -> nn.Sequential
 
 
 def test_repvgg() -> None:
-    """3x3, 1x1 and identity; with stride 2 and other channels there is no identity."""
+    """USERS: compilers leave every parallel branch. 3x3, 1x1 and, where the channels are equal, identity."""
     model = nn.Sequential(
         Parallel(conv_bn(3, 8, 3, stride=2), conv_bn(3, 8, 1, stride=2)),
         Parallel(conv_bn(8, 8, 3), conv_bn(8, 8, 1), nn.BatchNorm2d(8)),

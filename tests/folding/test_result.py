@@ -289,7 +289,6 @@ def test_a_state_dict_loads_into_another_fold_of_the_class(plain: Any) -> None:
 
 def test_a_long_network_pickles() -> None:
     """Hundreds of operators in the forward pass of the root itself."""
-
     model = trained(LongNetwork().double())
     (x, *_) = images(3)
     plain = refold.fold(model, x)
@@ -359,12 +358,23 @@ def test_it_is_traced_by_torchscript(plain: Any) -> None:
     assert distance(traced(second), plain(second)) <= 1e-12
 
 
+def test_it_is_compiled_by_torchscript(network: Network, plain: Any) -> None:
+    """USERS: torch.jit.script fails after folding, though the network could be scripted before."""
+    (x, *_) = images(3)
+    for model in (network, plain):
+        assert distance(torch.jit.script(model)(x), plain(x)) <= LARGEST
+
+
 def test_it_exports_with_a_dynamic_batch_and_image(plain: Any) -> None:
+    """USERS: the exported graph still has all branches. It has three convolutions and no norm."""
     first, second, third = images(3)
     shapes = {"x": {0: torch.export.Dim("batch"), 2: torch.export.Dim.AUTO, 3: torch.export.Dim.AUTO}}
     program = torch.export.export(plain, (first,), dynamic_shapes=shapes)
     for x in (second, third):
         assert distance(program.module()(x), plain(x)) <= 1e-12
+    operators = [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
+    assert sum("conv" in operator for operator in operators) == 3
+    assert not any("norm" in operator for operator in operators)
 
 
 def test_it_is_traced_again(plain: Any) -> None:
