@@ -42,8 +42,8 @@ def load_checkpoint(
     training script's checkpoint (``state_dict``, ``model``, their averages first). refold's own
     layout, the official repositories' and timm's are recognised by their names; no pickled code is executed.
     With ``strict=False`` every weight that fits is loaded and the others are left as they are.
-    The official plain forms keep the batch norms that stand outside their branches; a plain network, which has none,
-    takes them into its convolutions.
+    The official plain forms keep the batch norms that stand outside their branches; a plain network of this library,
+    which has none, takes them into its convolutions.
 
     Raises ``CheckpointError``, with the network untouched, where the file cannot be read, belongs to another
     network, has another number of classes, or is in plain form and the network in training form (or
@@ -59,7 +59,10 @@ def load_checkpoint(
     layout = recognise(weights, _layouts(network), own)
     original = layout.rename_all(weights)
     renamed = {new: weights[key] for new, key in original.items()}
-    _take_in_norms(renamed, original, own)
+    if _layouts(
+        network
+    ):  # other people's names tell neither the order of convolution and norm nor its epsilon
+        _take_in_norms(renamed, original, own)
     missing = [key for key in own if key not in renamed and not key.endswith("num_batches_tracked")]
     unexpected = [key for key in renamed if key not in own]
     _check_form(network, missing, unexpected, described)
@@ -167,7 +170,8 @@ def _check_form(network: nn.Module, missing: list[str], unexpected: list[str], d
             "checkpoint in training form, or load this one into the folded network."
         )
     norms = [key for key in unexpected if key.endswith(".running_var")]
-    if any(_is_bias_for_norm(network, key, norms) for key in missing):
+    only_norms_more = norms and not missing and hasattr(network, "fold_report")
+    if only_norms_more or any(_is_bias_for_norm(network, key, norms) for key in missing):
         raise CheckpointError(
             f"{described} is in training form, but {_name(network)} is in plain (folded) form; load it into "
             "the network in training form and fold that."
@@ -207,7 +211,10 @@ def _check_classes(network: nn.Module, renamed: Mapping[str, Tensor], described:
     weight = renamed.get(f"{names[0]}.weight") if names else None
     if weight is None:
         return
-    found, expected = weight.shape[0], getattr(classifier, "out_features", 0)
+    own = getattr(
+        classifier, "weight", None
+    )  # a linear layer's or, in some of timm's networks, a convolution's
+    found, expected = weight.shape[0], 0 if own is None else own.shape[0]
     if found != expected:
         raise CheckpointError(
             f"{described} has {found} classes, but {_name(network)} has {expected}; create it with "
