@@ -59,9 +59,8 @@ def load_checkpoint(
     layout = recognise(weights, _layouts(network), own)
     original = layout.rename_all(weights)
     renamed = {new: weights[key] for new, key in original.items()}
-    if _layouts(
-        network
-    ):  # other people's names tell neither the order of convolution and norm nor its epsilon
+    # Other people's names tell neither the order of convolution and norm nor its epsilon.
+    if _layouts(network):
         _take_in_norms(renamed, original, own)
     missing = [key for key in own if key not in renamed and not key.endswith("num_batches_tracked")]
     unexpected = [key for key in renamed if key not in own]
@@ -211,9 +210,8 @@ def _check_classes(network: nn.Module, renamed: Mapping[str, Tensor], described:
     weight = renamed.get(f"{names[0]}.weight") if names else None
     if weight is None:
         return
-    own = getattr(
-        classifier, "weight", None
-    )  # a linear layer's or, in some of timm's networks, a convolution's
+    # That of a linear layer or, in some of timm's networks, of a convolution.
+    own = getattr(classifier, "weight", None)
     found, expected = weight.shape[0], 0 if own is None else own.shape[0]
     if found != expected:
         raise CheckpointError(
