@@ -141,6 +141,9 @@ def check_fold(
         )
         assert after.macs <= before.macs
         assert after.operator_count <= before.operator_count
+    # The proof undoes what is wrong; without it, nothing wrong may have been planned in the first place.
+    unproved = refold.fold(model, examples[0], prove=False)
+    assert distance(call(model, examples[0]), call(unproved, examples[0])) <= LARGEST
     report = plain.fold_report
     assert not [reason for _, reason in report.left if "proof failed" in reason]
     assert not [note for note in report.notes if "less was folded" in note]

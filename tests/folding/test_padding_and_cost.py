@@ -97,6 +97,19 @@ def test_a_series_with_a_batch_norm_before_the_padding_keeps_two_convolutions() 
     check_fold(model, images(4), convolutions=2)
 
 
+def test_two_padded_kernels_in_series_are_left_even_without_a_bias() -> None:
+    """Beyond the border of the middle map the first kernel would still see the image, where the second reads zeros."""
+    padded = nn.Sequential(
+        nn.Conv2d(2, 16, 3, padding=1, bias=False), nn.Conv2d(16, 2, 3, padding=1, bias=False), nn.ReLU()
+    )
+    plain = check_fold(padded, images(2), convolutions=2)
+    assert plain.fold_report.regions == []
+    unpadded = nn.Sequential(
+        nn.Conv2d(2, 16, 3, padding=1, bias=False), nn.Conv2d(16, 2, 3, bias=False), nn.ReLU()
+    )
+    assert check_fold(unpadded, images(2), convolutions=1).fold_report.regions
+
+
 def test_a_narrow_middle_is_declined_by_cost() -> None:
     """8 to 2 to 8 channels costs 16 + 144 products a pixel; as one convolution 576."""
     check_fold(Series((8, 2, 8), bias=False, padding=0), images(8), convolutions=2)
