@@ -162,14 +162,6 @@ def test_a_layer_shared_with_code_that_cannot_be_traced() -> None:
     check_fold(scaled, images(4), convolutions=2, left=["cannot be traced"])
 
 
-def test_what_one_fold_sets_free_is_folded_in_the_same_call() -> None:
-    """Once one user of a shared chain has a layer of its own, the other can fold, and a second fold has no work."""
-    shared = conv_bn(4, 4, 1)
-    model = nn.Sequential(Untraceable(shared), Net(lambda net, x: x.relu() * 2.0), shared)
-    plain = check_fold(model, images(4), convolutions=2, left=["cannot be traced"])
-    assert refold.fold(plain, images(4)[0]).fold_report.regions == []
-
-
 def test_a_block_shared_by_two_untraceable_parents() -> None:
     shared = Parallel(conv_bn(4, 4, 3), conv_bn(4, 4, 1))
     model = nn.Sequential(Untraceable(shared), nn.Sigmoid(), Untraceable(shared))

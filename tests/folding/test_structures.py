@@ -181,29 +181,6 @@ def test_modules_that_hand_their_input_on() -> None:
     check_fold(model, images(4), convolutions=1)
 
 
-class Probe(nn.Module):
-    """Looks at its input and hands it on; or hands it on changed, in place."""
-
-    def __init__(self, changes: bool) -> None:
-        super().__init__()
-        self.changes = changes
-
-    def forward(self, x: Tensor) -> Tensor:
-        x.mean()
-        return x.add_(1.0) if self.changes else x
-
-
-@pytest.mark.parametrize("changes", [False, True])
-def test_modules_that_hand_their_input_on_and_do_something_else(changes: bool) -> None:
-    """Its neighbours fold all the same."""
-
-    def forward(net: Net, x: Tensor) -> Tensor:
-        x = x.sigmoid()
-        return (net.probe(x) + net.body(x)).relu()
-
-    check_fold(Net(forward, probe=Probe(changes), body=conv_bn(4, 4)), images(4), convolutions=1)
-
-
 @pytest.mark.parametrize("drop", [DropPath(0.2), StochasticDepth(0.2, "row")], ids=["timm", "torchvision"])
 def test_stochastic_depth(drop: nn.Module) -> None:
     """It does nothing in evaluation mode, on either side of a sum."""
