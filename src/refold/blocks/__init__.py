@@ -1,6 +1,7 @@
 """The building blocks of the papers, each written once, in its training form."""
 
 from refold.blocks.attention import DFCAttention
+from refold.blocks.basic import BasicBlock, PaddedIdentity, basic_stage
 from refold.blocks.branches import BranchSum, ConvFactory, ConvNorm, RepeatedConvNorm, repeated_kernels
 from refold.blocks.c3 import AddedC3
 from refold.blocks.ghost import (
@@ -17,6 +18,7 @@ from refold.blocks.repvgg import RepVGGBlock
 
 __all__ = [
     "AddedC3",
+    "BasicBlock",
     "BranchSum",
     "ConvFactory",
     "ConvNorm",
@@ -26,6 +28,7 @@ __all__ = [
     "GhostModuleFactory",
     "GhostResidual",
     "InvertedBottleneck",
+    "PaddedIdentity",
     "PointwiseLinear",
     "RepGhostModule",
     "RepNeXtBlock",
@@ -34,6 +37,7 @@ __all__ = [
     "RepUnit3",
     "RepVGGBlock",
     "RepeatedConvNorm",
+    "basic_stage",
     "depthwise",
     "repeated_kernels",
 ]
