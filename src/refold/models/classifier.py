@@ -12,6 +12,16 @@ from refold.models.layouts import Layout
 
 POOLINGS = ("avg", "max", "avgmax", "")
 
+# What networks for CIFAR-10 state in `ImageClassifier.preprocessing`.
+CIFAR10: Mapping[str, Any] = {
+    "input_size": (3, 32, 32),
+    "num_classes": 10,
+    "pool_size": None,
+    "crop_pct": 1.0,
+    "mean": (0.4914, 0.4822, 0.4465),
+    "std": (0.2470, 0.2435, 0.2616),
+}
+
 
 class ImageClassifier(nn.Module):
     """A stem, stages of blocks and a classifier head, with the interface of timm's networks.
@@ -31,6 +41,11 @@ class ImageClassifier(nn.Module):
     first_convs: ClassVar[tuple[str, ...]] = ()
     feature_strides: ClassVar[tuple[int, ...]] = (2, 4, 8, 16, 32)
     timm_names: ClassVar[Mapping[str, str]] = {}
+
+    @classmethod
+    def preprocessing(cls, row: Any) -> Mapping[str, Any]:
+        """The fields of timm's ``pretrained_cfg`` in which the network of this row differs from ImageNet's usual."""
+        return {}
 
     def __init__(
         self,

@@ -66,15 +66,16 @@ TIMM_PREFIX = "refold_"
 _NOT_ARCHITECTURE = {"device", "dtype", "cache_dir", "checkpoint_path"}
 
 
-def _default_cfg(name: str, network: type[ImageClassifier]) -> PretrainedCfg:
-    """timm's preprocessing and weights where it has this network, else ImageNet's usual preprocessing."""
+def _default_cfg(name: str, network: type[ImageClassifier], row: Any) -> PretrainedCfg:
+    """timm's preprocessing and weights where it has this network, else ImageNet's usual or the row's own."""
     theirs = network.timm_names.get(name, name)
     cfg = get_pretrained_cfg(theirs) if timm.is_model(theirs) else PretrainedCfg(pool_size=(7, 7))
-    return replace(cfg, architecture=name, first_conv=network.first_convs, classifier="head.fc")
+    own = network.preprocessing(row)
+    return replace(cfg, architecture=name, first_conv=network.first_convs, classifier="head.fc", **own)
 
 
 default_cfgs: dict[str, PretrainedCfg] = {
-    name: _default_cfg(name, network) for name, (network, _) in _NETWORKS.items()
+    name: _default_cfg(name, network, row) for name, (network, row) in _NETWORKS.items()
 }
 
 
