@@ -4,6 +4,7 @@ from refold.blocks.attention import DFCAttention
 from refold.blocks.basic import BasicBlock, PaddedIdentity, basic_stage
 from refold.blocks.branches import BranchSum, ConvFactory, ConvNorm, RepeatedConvNorm, repeated_kernels
 from refold.blocks.c3 import AddedC3
+from refold.blocks.dirac import DiracConv2d, TrivialConv2d
 from refold.blocks.ghost import (
     GhostBottleneck,
     GhostModule,
@@ -14,15 +15,17 @@ from refold.blocks.ghost import (
 from refold.blocks.inverted import InvertedBottleneck, depthwise
 from refold.blocks.pointwise import PointwiseLinear
 from refold.blocks.repnext import RepNeXtBlock, RepUnit1, RepUnit2, RepUnit3
-from refold.blocks.repvgg import RepVGGBlock
+from refold.blocks.repvgg import REPARAMETERIZATIONS, RepVGGBlock
 
 __all__ = [
+    "REPARAMETERIZATIONS",
     "AddedC3",
     "BasicBlock",
     "BranchSum",
     "ConvFactory",
     "ConvNorm",
     "DFCAttention",
+    "DiracConv2d",
     "GhostBottleneck",
     "GhostModule",
     "GhostModuleFactory",
@@ -37,6 +40,7 @@ __all__ = [
     "RepUnit3",
     "RepVGGBlock",
     "RepeatedConvNorm",
+    "TrivialConv2d",
     "basic_stage",
     "depthwise",
     "repeated_kernels",

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Protocol
 
+from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
 
 KernelSize = int | tuple[int, int]
@@ -18,7 +19,7 @@ class ConvNorm(nn.Module):
     """Convolution without bias, batch norm and, if asked for, ReLU.
 
     The zero padding is ``kernel_size // 2`` if none is given, which keeps the map's size for odd kernels at
-    stride 1. ``eps`` is the batch norm's.
+    stride 1. ``eps`` is the batch norm's, ``conv`` the class of the convolution.
     Maps ``(batch, in_channels, height, width)`` to ``(batch, out_channels, height / stride, width /
     stride)``, rounded up.
     """
@@ -34,9 +35,10 @@ class ConvNorm(nn.Module):
         groups: int = 1,
         activation: bool = False,
         eps: float = 1e-5,
+        conv: type[nn.Conv2d] = nn.Conv2d,
     ) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(
+        self.conv = conv(
             in_channels,
             out_channels,
             kernel_size,
@@ -56,7 +58,8 @@ class ConvNorm(nn.Module):
 class BranchSum(nn.Module):
     """Sum of parallel branches of one input: a ``ConvNorm`` for each kernel size, and a batch norm as skip.
 
-    ``identity`` adds the input itself, where shapes allow it as for the skip.
+    ``identity`` adds the input itself, where shapes allow it as for the skip. ``norm=False`` leaves the
+    convolutions bare, ``activation`` puts a ReLU at the end of every branch, which no longer folds then.
 
     All branches share stride and groups, and every kernel is centred, so the sum is one convolution at
     inference: RepVGG's ``3x3 + 1x1 + identity``, MobileOne's repeated kernels, RepGhost's ``depthwise
@@ -77,15 +80,27 @@ class BranchSum(nn.Module):
         groups: int = 1,
         skip: bool = True,
         identity: bool = False,
+        norm: bool = True,
+        activation: bool = False,
         eps: float = 1e-5,
     ) -> None:
         super().__init__()
-        self.branches = nn.ModuleList(
-            ConvNorm(in_channels, out_channels, kernel_size, stride=stride, groups=groups, eps=eps)
+        branches = [
+            ConvNorm(
+                in_channels,
+                out_channels,
+                kernel_size,
+                stride=stride,
+                groups=groups,
+                activation=activation,
+                eps=eps,
+            )
             for kernel_size in kernel_sizes
-        )
+        ]
+        self.branches = nn.ModuleList(branches if norm else [branch.conv for branch in branches])
         can_skip = in_channels == out_channels and stride == 1
-        self.skip = nn.BatchNorm2d(in_channels, eps=eps) if skip and can_skip else None
+        skip_norm = BatchNormAct2d if activation else nn.BatchNorm2d
+        self.skip: nn.Module | None = skip_norm(in_channels, eps=eps) if skip and can_skip else None
         self.adds_input = identity and can_skip
 
     def forward(self, x: Tensor) -> Tensor:

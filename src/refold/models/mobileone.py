@@ -1,11 +1,12 @@
 """MobileOne: depthwise and 1x1 convolutions in turn, each trained as a sum of branches."""
 
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 from torch import nn
 
-from refold.blocks import RepVGGBlock, repeated_kernels
+from refold.blocks import BranchSum, RepVGGBlock, repeated_kernels
 from refold.models.classifier import ImageClassifier, check_arguments, pooled_head
 from refold.models.layouts import Layout
 
@@ -93,7 +94,7 @@ def _unit(
         return RepVGGBlock(
             in_channels,
             width,
-            repeated_kernels(kernel_size, branches),
+            partial(BranchSum, kernel_sizes=repeated_kernels(kernel_size, branches)),
             stride=stride,
             groups=groups,
             squeeze_channels=width // _SQUEEZE_RATIO if squeeze else None,

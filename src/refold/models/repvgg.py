@@ -24,6 +24,9 @@ class RepVGGTable:
     squeeze_ratio: int | None = None
 
 
+# The only form whose block stands for two layers.
+_PAIRS = "residual"
+
 _A = (2, 4, 14, 1)
 _B = (4, 6, 16, 1)
 
@@ -74,6 +77,9 @@ _TIMM = Layout(
 class RepVGG(ImageClassifier):
     """A stem block and four stages of ``RepVGGBlock``, each resolution entered by a block of stride 2.
 
+    ``reparameterization`` chooses what each block sums (figures 6 and 7), a name of
+    ``refold.blocks.REPARAMETERIZATIONS``. ``"residual"`` makes a block of every two layers of a stage and leaves
+    the stem and the last stage single layers without branches.
     Images ``(batch, in_chans, height, width)`` of any height and width to logits ``(batch, num_classes)``.
     Raises ``InputError`` where an argument cannot be used.
 
@@ -90,19 +96,26 @@ class RepVGG(ImageClassifier):
         in_chans: int = 3,
         drop_rate: float = 0.0,
         global_pool: str = "avg",
+        *,
+        reparameterization: str = "full",
     ) -> None:
         check_arguments(num_classes, in_chans, drop_rate, global_pool)
+        pairs = reparameterization == _PAIRS
+        single = "none" if pairs else reparameterization
         stem_channels, *stage_channels = table.channels
         stages: list[nn.Sequential] = []
-        channels, index = stem_channels, 1
+        channels, index = stem_channels, 0
         for depth, out_channels in zip(table.depths, stage_channels, strict=True):
-            blocks = []
-            for block in range(depth):
-                blocks.append(_block(table, channels, out_channels, index, stride=1 if block else 2))
-                channels, index = out_channels, index + 1
+            blocks: list[nn.Module] = []
+            end = index + depth
+            while index < end:
+                name, layers = (_PAIRS, 2) if pairs and index + 2 <= end else (single, 1)
+                index += layers
+                blocks.append(_block(table, channels, out_channels, index, 1 if blocks else 2, name))
+                channels = out_channels
             stages.append(nn.Sequential(*blocks))
         super().__init__(
-            stem=_block(table, in_chans, stem_channels, 0, stride=2),
+            stem=_block(table, in_chans, stem_channels, 0, 2, single),
             stages=stages,
             final_conv=nn.Identity(),
             head=pooled_head(channels, num_classes, pool_type=global_pool, drop_rate=drop_rate),
@@ -117,11 +130,14 @@ class RepVGG(ImageClassifier):
         )
 
 
-def _block(table: RepVGGTable, in_channels: int, out_channels: int, index: int, stride: int) -> RepVGGBlock:
-    """The block at ``index``, counted through the network from the stem's 0: groups sit at 2, 4, ... 26."""
+def _block(
+    table: RepVGGTable, in_channels: int, out_channels: int, index: int, stride: int, reparameterization: str
+) -> RepVGGBlock:
+    """The block whose last layer is at ``index``, from the stem's 0: groups sit at 2, 4, ... 26."""
     return RepVGGBlock(
         in_channels,
         out_channels,
+        reparameterization,
         stride=stride,
         groups=table.groups if index in range(2, 27, 2) else 1,
         squeeze_channels=table.squeeze_ratio and out_channels // table.squeeze_ratio,
