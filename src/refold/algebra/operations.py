@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import reduce
 from math import gcd, lcm
 
@@ -49,14 +49,8 @@ def align(convolutions: Sequence[Convolution]) -> list[Convolution]:
     output sizes differ; with a stride, sizes may agree for some inputs only (an even and an odd kernel), and
     the result holds for these.
     """
-    first = convolutions[0]
-    if any(c.spatial_axes != first.spatial_axes for c in convolutions):
-        raise NotFoldable("the branches have different numbers of spatial axes")
-    if any(c.stride != first.stride for c in convolutions):
-        raise NotFoldable(f"the strides of the branches differ: {sorted({c.stride for c in convolutions})}")
-    for axis in range(first.spatial_axes):
-        convolutions = _align_axis(convolutions, axis)
-    return list(convolutions)
+    grid = _common_grid(convolutions)
+    return [_on_grid([c], grid) for c in convolutions]
 
 
 def sum_branches(convolutions: Sequence[Convolution]) -> Convolution:
@@ -68,9 +62,8 @@ def sum_branches(convolutions: Sequence[Convolution]) -> Convolution:
     if len(shapes) > 1:
         raise NotFoldable(f"the branches have different channels (in, out): {sorted(shapes)}")
     groups = gcd(*(c.groups for c in convolutions))
-    aligned = align([with_groups(c, groups) for c in convolutions])
-    weight = reduce(torch.add, (c.weight for c in aligned))
-    return replace(aligned[0], weight=weight, bias=_add_biases([c.bias for c in aligned]))
+    grouped = [with_groups(c, groups) for c in convolutions]
+    return _on_grid(grouped, _common_grid(grouped))
 
 
 def concatenate(convolutions: Sequence[Convolution]) -> Convolution:
@@ -183,34 +176,67 @@ def require_chained(first: Convolution, second: Convolution) -> None:
         raise NotFoldable("convolutions over different numbers of spatial axes have no common form")
 
 
-def _align_axis(convolutions: Sequence[Convolution], axis: int) -> list[Convolution]:
-    """Place all kernels into one common grid of taps along one axis."""
+@dataclass(frozen=True)
+class _Axis:
+    """A row of taps along one axis: `taps` from the offset `low` on, `step` apart, reading to `margin` beyond."""
+
+    low: int
+    taps: int
+    step: int
+    margin: int
+
+    @property
+    def padding(self) -> tuple[int, int]:
+        return -self.low, self.margin + self.low + self.step * (self.taps - 1)
+
+    def places(self, convolution: Convolution, axis: int) -> slice:
+        """Which of the taps are those of a convolution that fits."""
+        first = (-convolution.padding[axis][0] - self.low) // self.step
+        taps = convolution.kernel_size[axis]
+        spacing = convolution.dilation[axis] // self.step if taps > 1 else 1
+        return slice(first, first + (taps - 1) * spacing + 1, spacing)
+
+
+def _common_grid(convolutions: Sequence[Convolution]) -> list[_Axis]:
+    """The smallest grid of taps, one entry an axis, that holds all kernels."""
+    first = convolutions[0]
+    if any(c.spatial_axes != first.spatial_axes for c in convolutions):
+        raise NotFoldable("the branches have different numbers of spatial axes")
+    if any(c.stride != first.stride for c in convolutions):
+        raise NotFoldable(f"the strides of the branches differ: {sorted({c.stride for c in convolutions})}")
+    return [_common_axis(convolutions, axis) for axis in range(first.spatial_axes)]
+
+
+def _common_axis(convolutions: Sequence[Convolution], axis: int) -> _Axis:
     spans = []
     for c in convolutions:
         low = -c.padding[axis][0]
         high = low + c.dilation[axis] * (c.kernel_size[axis] - 1)
         spans.append((low, high, c.padding[axis][1] - high))
-    stride = convolutions[0].stride[axis]
     margins = [margin for *_, margin in spans]
-    if max(margins) - min(margins) >= stride:
+    if max(margins) - min(margins) >= convolutions[0].stride[axis]:
         raise NotFoldable(f"the branches write different sizes along spatial axis {axis}")
     low, (_, high, margin) = min(s[0] for s in spans), max(spans, key=lambda span: span[1])
     tap_steps = [c.dilation[axis] for c in convolutions if c.kernel_size[axis] > 1]
     step = gcd(*tap_steps, *(start - low for start, *_ in spans)) or 1
-    taps = (high - low) // step + 1
-    aligned = []
-    for c, (start, *_) in zip(convolutions, spans, strict=True):
-        shape = list(c.weight.shape)
-        shape[axis + 2] = taps
-        weight = c.weight.new_zeros(shape)
-        spacing = c.dilation[axis] // step if c.kernel_size[axis] > 1 else 1
-        weight.narrow(axis + 2, (start - low) // step, (c.kernel_size[axis] - 1) * spacing + 1)[
-            (slice(None),) * (axis + 2) + (slice(None, None, spacing),)
-        ] = c.weight
-        padding = (*c.padding[:axis], (-low, margin + high), *c.padding[axis + 1 :])
-        dilation = (*c.dilation[:axis], step, *c.dilation[axis + 1 :])
-        aligned.append(replace(c, weight=weight, padding=padding, dilation=dilation))
-    return aligned
+    return _Axis(low, (high - low) // step + 1, step, margin)
+
+
+def _on_grid(convolutions: Sequence[Convolution], grid: Sequence[_Axis]) -> Convolution:
+    """The sum of convolutions of equal channels and groups, written on a grid that holds them all."""
+    first = convolutions[0]
+    # Added in place: the weight of the sum and one branch are all that has to fit into memory.
+    weight = first.weight.new_zeros(*first.weight.shape[:2], *(axis.taps for axis in grid))
+    for c in convolutions:
+        places = [axis.places(c, i) for i, axis in enumerate(grid)]
+        weight[(slice(None), slice(None), *places)] += c.weight
+    return replace(
+        first,
+        weight=weight,
+        bias=_add_biases([c.bias for c in convolutions]),
+        padding=tuple(axis.padding for axis in grid),
+        dilation=tuple(axis.step for axis in grid),
+    )
 
 
 def _reaches_beyond(first: Convolution, axis: int, padding: tuple[int, int]) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor, fx
@@ -83,7 +84,7 @@ def _shares_behind(planner: Planner, node: fx.Node, free: dict[fx.Node, Region])
 def _spatial_axes(planner: Planner, node: fx.Node, free: dict[fx.Node, Region]) -> int | None:
     """The layout of a convolution that can take up a share; None where `node` is no such convolution."""
     if node in free:
-        return free[node].convolution.spatial_axes
+        return free[node].structure.spatial_axes
     operator = planner.operators.get(node)
     if isinstance(operator, Map) and operator.multiplies:
         return operator.build(_META).spatial_axes
@@ -129,9 +130,17 @@ def _single(planner: Planner, node: fx.Node) -> Region:
     """A region of one convolution that runs as it is."""
     operator = planner.operators[node]
     assert isinstance(operator, Map)
-    return Region(operator.input, node, {node: operator}, frozenset([node]), operator.build(_CPU))
+    structure, compute = operator.build(_META), partial(operator.build, _CPU)
+    return Region(operator.input, node, {node: operator}, frozenset([node]), structure, compute)
 
 
 def _with_share(region: Region, share: _Share) -> Region:
-    convolution = scale_outputs(region.convolution, share.scale, share.shift)
-    return replace(region, convolution=convolution, tail=(share.scale, share.shift))
+    """The region with the scale and the shift on top; its structure gets a bias where it has none."""
+    scale, shift = share.scale, share.shift
+    structure = scale_outputs(region.structure, scale.to(_META), None if shift is None else shift.to(_META))
+    return replace(
+        region,
+        structure=structure,
+        convolution=lambda: scale_outputs(region.convolution(), scale, shift),
+        tail=(scale, shift),
+    )

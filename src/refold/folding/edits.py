@@ -3,18 +3,41 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from enum import Enum
+from functools import partial
 
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
+from refold.algebra import Convolution
 from refold.errors import NotFoldable
 from refold.folding.distribution import Bundle
 from refold.folding.layers import layer, require_fit, rescaled
 from refold.folding.operators import Linear, Map, Same, inputs_of
 from refold.folding.planning import Planner, Region
 from refold.folding.tracing import Key, Scope, Unit, fixed_arguments, forward_name
+
+
+@dataclass(frozen=True)
+class NewLayer:
+    """A layer in the place of a region, rounded to the dtype of the model, and how to build it in float64."""
+
+    module: nn.Module
+    build: Callable[[], nn.Module]
+
+    def exact(self) -> dict[int, Callable[[], Tensor]]:
+        """What each rounded parameter is in float64: built when it is read, and only biases are kept."""
+        biases: dict[str, Tensor] = {}
+
+        def compute(name: str) -> Tensor:
+            if name in biases:
+                return biases[name]
+            parameters = dict(self.build().named_parameters())
+            biases.update((key, value) for key, value in parameters.items() if value.dim() == 1)
+            return parameters[name]
+
+        return {id(value): partial(compute, name) for name, value in self.module.named_parameters()}
 
 
 class Extent(Enum):
@@ -45,41 +68,41 @@ class Edits:
     rewires: list[Rewire] = field(default_factory=list)
     applied: list[Bundle] = field(default_factory=list)
     extent: Extent = Extent.EVERYTHING
-    made: list[tuple[nn.Module, Region]] = field(default_factory=list)
-    """Every new layer, still in float64, and a region that it stands for."""
+    made: list[NewLayer] = field(default_factory=list)
 
 
-def edits_of(planner: Planner, bundles: Iterable[Bundle], shared: set[int], extent: Extent) -> Edits:
-    """The edits that put every bundle of regions into effect; refusals are noted in the planner.
+def edits_of(
+    planner: Planner, bundles: Iterable[tuple[Bundle, list[NewLayer]]], shared: set[int], extent: Extent
+) -> Edits:
+    """The edits that put every bundle of regions, with its layers, into effect; refusals are noted in the planner.
 
     A module that is called several times is changed only where every call takes part in the same way. `shared` are
     the ids of modules that other units call too. `extent` is how much of it to do.
     """
     unit = planner.unit
-    groups: dict[frozenset[object], list[tuple[Bundle, _Draft]]] = defaultdict(list)
-    for candidate in bundles:
+    groups: dict[frozenset[object], list[tuple[Bundle, list[NewLayer], _Draft]]] = defaultdict(list)
+    for candidate, layers in bundles:
         plan = _bundle_draft(planner, candidate)
-        groups[plan.signature(unit)].append((candidate, plan))
+        groups[plan.signature(unit)].append((candidate, layers, plan))
     totals = _totals(unit)
     edits = Edits(extent=extent)
     for members in groups.values():
-        bundle, draft = members[0]
+        _, made, draft = members[0]
         try:
             _require_alone(unit, draft, len(members), totals, shared)
             if extent is Extent.NOTHING or (extent is Extent.IN_PLACE and draft.rewires):
                 raise NotFoldable("the code around it does not run with the folded module in its place")
-            made = [_made_layer(unit, region) for region in bundle.regions]
         except NotFoldable as refusal:
-            for member, _ in members:
+            for member, *_ in members:
                 planner.refusals.update(dict.fromkeys(member.operators, str(refusal)))
             continue
-        edits.applied += [member for member, _ in members]
-        edits.made += zip(made, bundle.regions, strict=True)
+        edits.applied += [member for member, *_ in members]
+        edits.made += made
         for path, layer_index in draft.slots.items():
-            edits.slots[path] = nn.Identity() if layer_index is None else made[layer_index]
-        for _, other in members:
+            edits.slots[path] = nn.Identity() if layer_index is None else made[layer_index].module
+        for *_, other in members:
             edits.rewires += [
-                Rewire(r.scope, r.source, r.root, r.nodes, None if r.layer is None else made[r.layer])
+                Rewire(r.scope, r.source, r.root, r.nodes, None if r.layer is None else made[r.layer].module)
                 for r in other.rewires
             ]
     return edits
@@ -211,11 +234,14 @@ def _require_alone(
             raise NotFoldable(f"the weights of {unit.full_path(path)} are read by other code too")
 
 
-def _made_layer(unit: Unit, region: Region) -> nn.Module:
+def new_layer(unit: Unit, region: Region, convolution: Convolution) -> NewLayer:
+    """The layer that computes `convolution` in the place of a region. Raises NotFoldable where there is none."""
     dtype, device = unit.kinds[region.root]
-    if region.rescales:
-        made = rescaled(unit.attribute(str(region.source.target)), region.convolution)
-    else:
-        made = layer(region.convolution)
+    original = unit.attribute(str(region.source.target)) if region.rescales else None
+
+    def build(convolution: Convolution) -> nn.Module:
+        return layer(convolution) if original is None else rescaled(original, convolution)
+
+    made = build(convolution)
     require_fit(made, dtype)
-    return made.to(device)
+    return NewLayer(made.to(device, dtype), lambda: build(region.convolution()).to(device))

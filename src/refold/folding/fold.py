@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from refold.errors import InputError, NotFoldable
 from refold.folding.cost import count
 from refold.folding.distribution import Bundle, bundle
-from refold.folding.edits import Edits, Extent, edits_of
+from refold.folding.edits import Edits, Extent, NewLayer, edits_of, new_layer
 from refold.folding.planning import Planner, Region
 from refold.folding.precision import release_memory
 from refold.folding.proof import (
@@ -124,7 +124,7 @@ class _Work:
     proved: list[float] = field(default_factory=list)
     folded: list[FoldedRegion] = field(default_factory=list)
     left: list[tuple[str, str]] = field(default_factory=list)
-    made: list[tuple[nn.Module, torch.dtype]] = field(default_factory=list)
+    made: list[NewLayer] = field(default_factory=list)
     outcomes: list[tuple[Planner, Edits]] = field(default_factory=list)
 
     def plan(self) -> None:
@@ -135,9 +135,8 @@ class _Work:
         shared = {identity for identity, times in held.items() if times > 1}
         for unit in units:
             planner = Planner(unit)
-            bundles = self._proved(planner, bundle(planner, planner.plan()))
-            edits = edits_of(planner, bundles, shared, self.extent)
-            self.made += [(module, unit.kinds[region.root][0]) for module, region in edits.made]
+            edits = edits_of(planner, self._made(planner), shared, self.extent)
+            self.made += edits.made
             self.folded += [_describe(planner, region) for b in edits.applied for region in b.regions]
             self.outcomes.append((planner, edits))
         self.left = _left(self.outcomes, untraced) + _unseen(self.model, self.outcomes, untraced)
@@ -148,18 +147,25 @@ class _Work:
             self.model = write(self.model, planner.unit, edits)
         self.outcomes.clear()
 
-    def _proved(self, planner: Planner, bundles: list[Bundle]) -> list[Bundle]:
-        if not self.prove:
-            return bundles
-        kept = []
-        for candidate in bundles:
+    def _made(self, planner: Planner) -> list[tuple[Bundle, list[NewLayer]]]:
+        """The bundles that hold their proof, with their layers."""
+        made = []
+        # From the end on, where layers are largest as a rule: little else is in memory then.
+        for candidate in reversed(bundle(planner, planner.plan())):
             try:
-                self.proved += [prove_region(region, planner.constants) for region in candidate.regions]
-                release_memory()
-                kept.append(candidate)
+                layers = [self._layer(planner, region) for region in candidate.regions]
             except NotFoldable as refusal:
                 planner.refusals.update(dict.fromkeys(candidate.operators, str(refusal)))
-        return kept
+                continue
+            made.append((candidate, layers))
+            release_memory()
+        return made[::-1]
+
+    def _layer(self, planner: Planner, region: Region) -> NewLayer:
+        convolution = region.convolution()
+        if self.prove:
+            self.proved.append(prove_region(region, convolution, planner.constants))
+        return new_layer(planner.unit, region, convolution)
 
 
 def _hidden(model: nn.Module, units: list[Unit], untraced: list[Untraced]) -> list[nn.Module]:
@@ -204,9 +210,7 @@ def _notes(model: nn.Module) -> list[str]:
 
 
 def _settle(original: nn.Module, work: _Work) -> None:
-    """Round the new layers once to the dtype of the model, and give the result its own copy of every other tensor."""
-    for module, dtype in work.made:
-        module.to(dtype)
+    """Give the result its own copy of every tensor that it still shares with the model."""
     _restore_attributes(original, work)
     shared = {id(parameter) for parameter in original.parameters()}
     copies: dict[int, nn.Parameter] = {}
@@ -223,7 +227,7 @@ def _settle(original: nn.Module, work: _Work) -> None:
 
 def _restore_attributes(original: nn.Module, work: _Work) -> None:
     """Take back what tracing and running left in the attributes of modules: caches above all."""
-    made = {id(part) for layer, _ in work.made for part in layer.modules()}
+    made = {id(part) for layer in work.made for part in layer.module.modules()}
     before = dict(original.named_modules())
     for path, module in work.model.named_modules():
         old = before.get(path)
@@ -255,9 +259,10 @@ def _runnable_work(
 
 
 def _prove_whole(model: nn.Module, work: _Work, arguments: Arguments, notes: list[str]) -> Proof:
-    """Prove the network in float64; the new layers are still in float64."""
+    """Prove the network in float64, the new layers as they were before they were rounded."""
     inputs = _proof_inputs(model, arguments)
-    distance = prove_float64(model, work.model, inputs)
+    exact = {identity: compute for layer in work.made for identity, compute in layer.exact().items()}
+    distance = prove_float64(model, work.model, inputs, exact)
     proof = Proof(distance, _shapes(inputs), regions=len(work.proved), worst_region=max([0.0, *work.proved]))
     if distance > LARGEST_DISTANCE:
         proof = replace(proof, sensitivity=sensitivity(model, inputs))
@@ -314,7 +319,7 @@ def _own_distances(
 
 def _describe(planner: Planner, region: Region) -> FoldedRegion:
     kinds = Counter(operator_kind(node, planner) for node in region.operators)
-    convolution = region.convolution
+    convolution = region.structure
     size = "×".join(map(str, convolution.kernel_size))
     kind = f"{size} convolution" if size else "linear"
     if region.rescales:

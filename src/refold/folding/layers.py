@@ -78,7 +78,9 @@ def rescaled(original: nn.Module, channelwise: Convolution) -> nn.Module:
 def require_fit(module: nn.Module, dtype: torch.dtype) -> None:
     """Raise NotFoldable where rounding a weight of the layer to `dtype` loses more than its precision."""
     for name, value in module.named_parameters():
-        lost = (value.to(dtype).to(value.dtype) - value).norm()
+        if value.dtype == dtype:
+            continue
+        lost = value.detach().to(dtype).to(value.dtype).sub_(value.detach()).norm()
         if not lost <= 4 * torch.finfo(dtype).eps * value.norm():
             raise NotFoldable(f"the folded {name} does not fit {str(dtype).removeprefix('torch.')}")
 

@@ -4,25 +4,19 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, fx
 
 from refold.algebra import (
     Convolution,
-    concatenate,
-    identity,
     is_channelwise,
-    scale_outputs,
-    series,
-    side_by_side,
-    slice_outputs,
-    sum_branches,
-    widen_inputs,
 )
 from refold.errors import NotFoldable
+from refold.folding.composing import Composer
 from refold.folding.constants import Constants
 from refold.folding.operators import (
     Flattened,
@@ -34,7 +28,6 @@ from refold.folding.operators import (
     Sum,
     inputs_of,
 )
-from refold.folding.precision import release_memory
 from refold.folding.recognition import linear_operator, scalable_module
 from refold.folding.tracing import Scope, Unit, checks, first_line
 
@@ -47,16 +40,6 @@ _NOTHING: Price = (0, 0, 0)
 
 
 @dataclass(frozen=True)
-class Branch:
-    """A value as a convolution of the channels of its source from `first` on; None is the identity of all of them."""
-
-    convolution: Convolution | None
-    first: int = 0
-    flattened: bool = False
-    """Whether the axes before the channels, which are last, are one."""
-
-
-@dataclass(frozen=True)
 class Region:
     """The operators between `source` and `root` that together are one convolution of `source`."""
 
@@ -66,7 +49,10 @@ class Region:
     """In the order they run, `root` the last."""
     nodes: frozenset[fx.Node]
     """The operators and the helpers between them, such as the call of `chunk` behind its items."""
-    convolution: Convolution
+    structure: Convolution
+    """The convolution without its numbers, on the meta device."""
+    convolution: Callable[[], Convolution]
+    """Computes it in float64 on the CPU; anew each time, for all of them together would outweigh the model."""
     rescales: bool = False
     """Whether `source` is a convolution layer of another kind, whose outputs `convolution` only scales and shifts."""
     tail: tuple[Tensor, Tensor | None] | None = None
@@ -74,7 +60,7 @@ class Region:
 
 
 class Planner:
-    """Plans one unit. Only shapes are looked at (tensors on the meta device) until a region is chosen."""
+    """Plans one unit. Only shapes are looked at (tensors on the meta device): a region computes its numbers later."""
 
     def __init__(self, unit: Unit) -> None:
         self.unit = unit
@@ -86,8 +72,7 @@ class Planner:
         self.checks = checks(unit.graph)
         self._times = Counter(scope[-1][0] for scope in unit.calls if scope)
         self.operators = {n: op for n in unit.graph.nodes if (op := self._recognise(n)) is not None}
-        self._shapes: dict[tuple[fx.Node, fx.Node], Branch | NotFoldable] = {}
-        self._values: dict[tuple[fx.Node, fx.Node], Branch | NotFoldable] = {}
+        self.composer = Composer(self.operators, unit.shapes)
         self._own_prices: dict[fx.Node, Price] = {}
         self._emission_prices: dict[tuple[fx.Node, fx.Node], Price | None] = {}
 
@@ -227,7 +212,7 @@ class Planner:
 
     def _price_emission(self, node: fx.Node, source: fx.Node) -> Price | None:
         try:
-            branch = self.branch(node, source, structure_only=True)
+            branch = self.composer.structure(node, source)
         except NotFoldable as refusal:
             self.refusals.setdefault(node, str(refusal))
             return None
@@ -244,7 +229,7 @@ class Planner:
         """Whether the source is a layer that can take up the convolution in its own weight, for nobody else to see."""
         if not is_channelwise(convolution) or scalable_module(source, self.constants) is None:
             return False
-        between = self.between(source, root)
+        between = self.composer.between(source, root)
         readers = {user for node in (source, *between[:-1]) for user in node.users}
         return readers <= {*between, *self.checks}
 
@@ -252,11 +237,11 @@ class Planner:
         """Whether the convolution costs more than all that it replaces, each operator counted once."""
         emitted = self._emission_price(root, source)
         assert emitted is not None
-        return emitted[:2] > _total(self._own_price(node) for node in self.between(source, root))[:2]
+        return emitted[:2] > _total(self._own_price(node) for node in self.composer.between(source, root))[:2]
 
     def _note_cost(self, node: fx.Node, source: fx.Node, emitted: Price) -> None:
         """Note that an exact fold was declined, where it would have removed a layer and not only cheap operators."""
-        replaced = _total(self._own_price(n) for n in self.between(source, node))
+        replaced = _total(self._own_price(n) for n in self.composer.between(source, node))
         if emitted[0] > replaced[0] > 0:
             self.refusals.setdefault(
                 node,
@@ -267,131 +252,23 @@ class Planner:
                 node, f"as one convolution it would have {emitted[1]:,} weights, not {replaced[1]:,}"
             )
 
-    def between(self, source: fx.Node, root: fx.Node) -> list[fx.Node]:
-        """The operators through which `root` depends on `source`, in the order they run."""
-        found, waiting = {root}, [root]
-        while waiting:
-            for node in inputs_of(self.operators[waiting.pop()]):
-                if node is not source and node not in found:
-                    found.add(node)
-                    waiting.append(node)
-        return sorted(found, key=self.order.__getitem__)
-
     def _region(self, root: fx.Node, source: fx.Node) -> Region | None:
-        """The chosen region with its convolution computed; None where nothing has to run (an identity)."""
-        convolution = self.branch(root, source).convolution
-        self._values.clear()  # each region holds its own weights; those of its branches are not needed again
-        release_memory()
-        if convolution is None:
+        """The chosen region; None where nothing has to run (an identity)."""
+        structure = self.composer.structure(root, source).convolution
+        if structure is None:
             return None
-        operators = {node: self.operators[node] for node in self.between(source, root)}
+        operators = {node: self.operators[node] for node in self.composer.between(source, root)}
         nodes, waiting = {root}, [root]
         while waiting:
             for node in waiting.pop().all_input_nodes:
                 if node is not source and node not in nodes and self.constants.varies(node):
                     nodes.add(node)
                     waiting.append(node)
-        rescales = self._rescales(source, root, convolution)
-        return Region(source, root, operators, frozenset(nodes), convolution, rescales)
-
-    def branch(self, node: fx.Node, source: fx.Node, structure_only: bool = False) -> Branch:
-        """`node` as a convolution of `source`. Raises NotFoldable where there is no exact one."""
-        known = self._shapes if structure_only else self._values
-        key = (node, source)
-        if key not in known:
-            try:
-                known[key] = self._compose(node, source, structure_only)
-            except NotFoldable as refusal:
-                known[key] = refusal
-        found = known[key]
-        if isinstance(found, NotFoldable):
-            raise found
-        return found
-
-    def _compose(self, node: fx.Node, source: fx.Node, structure_only: bool) -> Branch:
-        if node is source:
-            return Branch(None)
-        device = torch.device("meta" if structure_only else "cpu")
-        operator = self.operators.get(node)
-        if operator is None:
-            raise NotFoldable("it is restored to the axes of a value that is computed in another way")
-        inner = [self.branch(value, source, structure_only) for value in inputs_of(operator)]
-        if isinstance(operator, Same):
-            return inner[0]
-        if isinstance(operator, Map):
-            convolution = operator.build(device)
-            if inner[0].convolution is not None:
-                convolution = series(inner[0].convolution, convolution)
-            return replace(inner[0], convolution=convolution)
-        like = torch.empty(0, dtype=torch.float64, device=device)
-        if isinstance(operator, (Flattened, Restored)):
-            return self._reshaped(inner[0], operator, source, like)
-        if len({branch.flattened for branch in inner}) > 1:
-            raise NotFoldable("only some of its inputs are flattened")
-        if isinstance(operator, Sum):
-            return self._sum(inner, operator, source, like)
-        axes = operator.spatial_axes
-        known = [self._explicit(branch, source, axes, like) for branch in inner]
-        if isinstance(operator, Slice):
-            convolution, first = slice_outputs(known[0], operator.start, operator.stop)
-            return replace(inner[0], convolution=convolution, first=inner[0].first + first)
-        convolution, first = _concatenated(known, [branch.first for branch in inner])
-        return replace(inner[0], convolution=convolution, first=first)
-
-    def _reshaped(
-        self, inner: Branch, operator: Flattened | Restored, source: fx.Node, like: Tensor
-    ) -> Branch:
-        """Only the axes before the channels change; they come back as the source has them, or not at all."""
-        convolution = self._explicit(inner, source, 0, like)
-        if inner.flattened is isinstance(operator, Flattened):
-            raise NotFoldable("its axes are reshaped in another way")
-        if isinstance(operator, Restored):
-            model = self.branch(operator.like, source, structure_only=True)
-            if model.flattened or (model.convolution is not None and model.convolution.spatial_axes):
-                raise NotFoldable("its axes are restored to those of another value")
-        return replace(inner, convolution=convolution, flattened=isinstance(operator, Flattened))
-
-    def _explicit(self, branch: Branch, source: fx.Node, axes: int, like: Tensor) -> Convolution:
-        """The branch with its identity written out, in a layout with so many spatial axes."""
-        if branch.convolution is None:
-            shape = self.unit.shapes[source]
-            return identity(shape[1] if axes else shape[-1], axes, like)
-        if branch.convolution.spatial_axes != axes:
-            raise NotFoldable("the channels of its inputs lie along different axes")
-        return branch.convolution
-
-    def _sum(self, inner: list[Branch], operator: Sum, source: fx.Node, like: Tensor) -> Branch:
-        layouts = {b.convolution.spatial_axes for b in inner if b.convolution is not None}
-        axes = layouts.pop() if layouts else len(self.unit.shapes[source]) - 2
-        if not 0 <= axes <= 3:
-            raise NotFoldable("its input has more axes than a convolution")
-        known = [self._explicit(branch, source, axes, like) for branch in inner]
-        scaled = [
-            c if f == 1.0 else scale_outputs(c, c.weight.new_full((c.out_channels,), f), None)
-            for c, f in zip(known, operator.factors, strict=True)
-        ]
-        aligned, first = _common_inputs(scaled, [branch.first for branch in inner])
-        merged = sum_branches(aligned) if len(aligned) > 1 else aligned[0]
-        return replace(inner[0], convolution=merged, first=first)
+        rescales = self._rescales(source, root, structure)
+        compute = partial(self.composer.convolution, root, source)
+        return Region(source, root, operators, frozenset(nodes), structure, compute, rescales)
 
 
 def _total(prices: Iterable[Price]) -> Price:
     macs, weights, operators = map(sum, zip(*prices, strict=True))
     return macs, weights, operators
-
-
-def _common_inputs(convolutions: list[Convolution], firsts: list[int]) -> tuple[list[Convolution], int]:
-    """The same functions, all reading the smallest range of channels that holds those of each, and its start."""
-    start = min(firsts)
-    stop = max(f + c.in_channels for f, c in zip(firsts, convolutions, strict=True))
-    return [
-        widen_inputs(c, f - start, stop - start) for f, c in zip(firsts, convolutions, strict=True)
-    ], start
-
-
-def _concatenated(convolutions: list[Convolution], firsts: list[int]) -> tuple[Convolution, int]:
-    ends = [f + c.in_channels for f, c in zip(firsts, convolutions, strict=True)]
-    if firsts[1:] == ends[:-1]:
-        return side_by_side(convolutions), firsts[0]
-    aligned, first = _common_inputs(convolutions, firsts)
-    return concatenate(aligned), first

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,14 +13,20 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
+Exact = Mapping[int, Callable[[], Tensor]]
+"""What to compute in the place of rounded tensors, by their ids."""
+
 
 @contextmanager
-def in_float64() -> Iterator[None]:
-    """Compute every torch function in float64, lower floating-point arguments being widened as they are used."""
+def in_float64(exact: Exact | None = None) -> Iterator[None]:
+    """Compute every torch function in float64, lower floating-point arguments being widened as they are used.
+
+    A tensor in `exact` is not widened but computed.
+    """
     default = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
     try:
-        with _Float64():
+        with _Float64(exact or {}):
             yield
     finally:
         torch.set_default_dtype(default)
@@ -49,6 +55,10 @@ def _widen_type(value: Any) -> Any:
 
 
 class _Float64(TorchFunctionMode):
+    def __init__(self, exact: Exact) -> None:
+        super().__init__()
+        self._exact = exact
+
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
@@ -58,7 +68,10 @@ class _Float64(TorchFunctionMode):
             return _widen_type(func(*args, **kwargs))
         if _writes(name, kwargs):  # widening would write to a copy
             return func(*args, **kwargs)
-        return tree_map(_widen, func(*tree_map(_widen, args), **tree_map(_widen, kwargs)))
+        return tree_map(_widen, func(*tree_map(self._argument, args), **tree_map(self._argument, kwargs)))
+
+    def _argument(self, value: Any) -> Any:
+        return self._exact[id(value)]() if id(value) in self._exact else _widen(value)
 
 
 def _writes(name: str, kwargs: dict[str, Any]) -> bool:

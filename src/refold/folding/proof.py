@@ -12,11 +12,12 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
+from refold.algebra import Convolution
 from refold.errors import NotEquivalent, NotFoldable
 from refold.folding.constants import Constants, apply
 from refold.folding.layers import rescaled
 from refold.folding.planning import Region
-from refold.folding.precision import in_float64, to_float64
+from refold.folding.precision import Exact, in_float64, to_float64
 from refold.folding.tracing import Arguments, copy_tensors, first_line, plain_mode
 
 LARGEST_DISTANCE = 1e-9
@@ -51,8 +52,8 @@ class Proof:
         return {**dict.fromkeys(asdict(self)), **numbers, "inputs": list(self.inputs)}
 
 
-def prove_region(region: Region, constants: Constants) -> float:
-    """The largest relative difference in float64 on random inputs of two sizes, borders included.
+def prove_region(region: Region, convolution: Convolution, constants: Constants) -> float:
+    """How far `convolution` is from a region: in float64, on random inputs of two sizes, borders included.
 
     Raises NotFoldable where it is more than rounding, or the original operators do not run on such inputs.
     """
@@ -66,13 +67,13 @@ def prove_region(region: Region, constants: Constants) -> float:
         except Exception as error:  # strided branches may agree in size for some inputs only
             failure = f"its operators do not run on a {shape} input ({first_line(error)})"
             continue
-        worst, proved = max(worst, distance(expected, region.convolution(x))), proved + 1
+        worst, proved = max(worst, distance(expected, convolution(x))), proved + 1
         if proved == 2:
             break
     if proved < 2:
         raise NotFoldable(failure)
     if region.rescales:
-        worst = max(worst, _rescaling_distance(region, constants, generator))
+        worst = max(worst, _rescaling_distance(region, convolution, constants, generator))
     if not worst <= LARGEST_DISTANCE:
         raise NotFoldable(f"the proof failed: the results differ by {worst:.1e}")
     return worst
@@ -95,11 +96,17 @@ def distance(expected: Tensor, found: Tensor) -> float:
     return difference / scale if scale else difference
 
 
-def prove_float64(reference: nn.Module, candidate: nn.Module, inputs: list[Arguments]) -> float:
-    """The largest relative difference of any output of two networks, both computed in float64."""
+def prove_float64(
+    reference: nn.Module, candidate: nn.Module, inputs: list[Arguments], exact: Exact | None = None
+) -> float:
+    """The largest relative difference of any output of two networks, both computed in float64.
+
+    `exact` are the float64 values of those parameters of the candidate that are already rounded.
+    """
     worst = 0.0
     for arguments in inputs:
-        expected, found = (outputs(model, arguments, float64=True) for model in (reference, candidate))
+        expected = outputs(reference, arguments, float64=True)
+        found = outputs(candidate, arguments, float64=True, exact=exact)
         if len(expected) != len(found):
             return float("inf")
         worst = max([worst, *(distance(e, f) for e, f in zip(expected, found, strict=True))])
@@ -177,17 +184,27 @@ def require_close(proof: Proof) -> None:
         )
 
 
-def outputs(model: nn.Module, arguments: Arguments, float64: bool = False) -> list[Tensor]:
+def outputs(
+    model: nn.Module, arguments: Arguments, float64: bool = False, exact: Exact | None = None
+) -> list[Tensor]:
     """All tensors that the model returns in evaluation mode; it is run as a copy, for it may keep what it computes."""
     model = shared_copy(model).eval()
     with plain_mode():
         if not float64:
             return _call(model, arguments)
         try:
-            with in_float64():
+            with in_float64(exact):
                 return _call(model, to_float64(arguments))
         except Exception:  # code that torch functions do not pass through, such as TorchScript
-            return _call(copy.deepcopy(model).double(), to_float64(arguments))
+            return _call(_doubled(model, exact or {}), to_float64(arguments))
+
+
+def _doubled(model: nn.Module, exact: Exact) -> nn.Module:
+    doubled = copy.deepcopy(model).double()
+    for rounded, parameter in zip(model.parameters(), doubled.parameters(), strict=True):
+        if id(rounded) in exact:
+            parameter.data = exact[id(rounded)]()
+    return doubled
 
 
 def _call(model: nn.Module, arguments: Arguments) -> list[Tensor]:
@@ -231,7 +248,7 @@ def _spread(truth: list[Tensor], found: list[Tensor]) -> float:
 
 def _probe_shapes(region: Region, constants: Constants) -> Iterator[tuple[int, ...]]:
     """Small inputs, not square and of odd and even sizes, in which every tap meets the border."""
-    own, convolution = constants.unit.shapes[region.source], region.convolution
+    own, convolution = constants.unit.shapes[region.source], region.structure
     if convolution.spatial_axes == 0:
         yield (*(min(size, 3 + i) for i, size in enumerate(own[:-1])), own[-1])
         yield (*(1,) * (len(own) - 1), own[-1])
@@ -265,16 +282,18 @@ def _with_tail(region: Region, value: Tensor) -> Tensor:
     if region.tail is None:
         return value
     scale, shift = region.tail
-    axes = region.convolution.spatial_axes
+    axes = region.structure.spatial_axes
     by_channel = (-1, *(1,) * axes)
     return value * scale.reshape(by_channel) + (0.0 if shift is None else shift.reshape(by_channel))
 
 
-def _rescaling_distance(region: Region, constants: Constants, generator: torch.Generator) -> float:
+def _rescaling_distance(
+    region: Region, convolution: Convolution, constants: Constants, generator: torch.Generator
+) -> float:
     """How far the rescaled layer is from the original one followed by the scale and shift."""
     original = constants.unit.attribute(str(region.source.target))
     own = constants.unit.shapes[region.source.all_input_nodes[0]]
     x = torch.randn(own, dtype=torch.float64, generator=generator).to(constants.unit.kinds[region.root][1])
     with in_float64(), torch.no_grad():
-        expected = region.convolution(original(x).cpu())
-        return distance(expected, rescaled(original, region.convolution).to(x.device)(x).cpu())
+        expected = convolution(original(x).cpu())
+        return distance(expected, rescaled(original, convolution).to(x.device)(x).cpu())
