@@ -67,6 +67,8 @@ def test_profile_shows_both_forms(call: Run, checkpoint: Path) -> None:
     assert profile["training form"]["operators"]["batch norm"] == 112
     assert "batch norm" not in profile["plain"]["operators"]
     assert profile["plain"]["macs"] <= profile["training form"]["macs"]
+    for form in ("plain", "training form"):
+        assert 0 < profile[form]["winograd_multiplications"] < profile[form]["macs"]
     code, out, _ = call("profile", "repghostnet_050", "--input-size", "64x96", "--num-classes", "7")
     assert code == 0
     assert "3 x 64 x 96" in out

@@ -284,6 +284,9 @@ def _cost_table(title: str, costs: dict[str, Cost]) -> Table:
         table.add_column(form, justify="right")
     table.add_row("parameters", *(f"{cost.parameters:,}" for cost in costs.values()))
     table.add_row("multiply-accumulates", *(f"{cost.macs:,}" for cost in costs.values()))
+    table.add_row(
+        "multiplications, 3x3 as Winograd", *(f"{cost.winograd_multiplications:,}" for cost in costs.values())
+    )
     table.add_row("activations", *(f"{cost.activations:,}" for cost in costs.values()))
     table.add_row("operators", *(f"{cost.operator_count:,}" for cost in costs.values()), end_section=True)
     kinds = dict.fromkeys(kind for cost in costs.values() for kind in cost.operators)

@@ -6,10 +6,12 @@ from typing import Any
 import pytest
 import timm
 import torch
+from timm.models.resnet import Bottleneck
 from torch import nn
 
 from refold.errors import InputError
 from refold.folding.cost import Cost, count
+from refold.models import create_model
 
 # Parameters, MACs (M) and activations (M) of the official networks at 224 pixels.
 PUBLISHED = {
@@ -60,7 +62,75 @@ def test_operators_of_repvgg() -> None:
 def test_closed_form_of_a_grouped_strided_convolution() -> None:
     cost = count(nn.Conv2d(8, 12, (3, 5), stride=2, groups=4, padding=(1, 2)), torch.randn(2, 8, 16, 20))
     written = 2 * 12 * 8 * 10
-    assert cost == Cost(12 * 2 * 15 + 12, written * 2 * 15, written, {"convolution": 1})
+    macs = written * 2 * 15
+    assert cost == Cost(12 * 2 * 15 + 12, macs, macs, written, {"convolution": 1})
+
+
+# Figure 4 of the RepVGG report, and figure 5 for B3g4 and B3: multiplications in 10⁹ where the 3x3 convolutions of
+# stride 1 run as Winograd's F(2x2, 3x3), in plain form.
+WINOGRAD_REPVGG = {
+    "repvgg_a0": 0.7,
+    "repvgg_a1": 1.3,
+    "repvgg_a2": 2.7,
+    "repvgg_b0": 1.6,
+    "repvgg_b1": 5.9,
+    "repvgg_b1g2": 4.6,
+    "repvgg_b1g4": 3.9,
+    "repvgg_b2": 9.1,
+    "repvgg_b2g4": 6.0,
+    "repvgg_b3g4": 8.4,
+    "repvgg_b3": 12.9,
+}
+WINOGRAD_OTHERS = {
+    "resnet18": 1.0,
+    "resnet34": 1.8,
+    "resnet50": 2.8,
+    "resnet101": 5.5,
+    "resnet152": 8.1,
+    "resnext50_32x4d": 4.1,
+    "vgg16": 6.9,
+}
+
+
+@pytest.mark.parametrize("name", WINOGRAD_REPVGG)
+def test_winograd_multiplications_of_the_report(name: str) -> None:
+    with torch.device("meta"):
+        # Without its branches the network has the layers of the plain form.
+        cost = count(create_model(name, reparameterization="none"), torch.empty(1, 3, 224, 224))
+    assert round(cost.winograd_multiplications / 1e9, 1) == WINOGRAD_REPVGG[name]
+
+
+@pytest.mark.parametrize("name", WINOGRAD_OTHERS)
+def test_winograd_multiplications_of_the_reports_baselines(name: str) -> None:
+    model, image = on_meta(name)
+    if name.startswith("resnet"):
+        # The report's 3.9, 7.6 and 11.3 x 10⁹ multiply-accumulates are those of strides in the first 1x1 convolution.
+        for block in model.modules():
+            if isinstance(block, Bottleneck):
+                block.conv1.stride, block.conv2.stride = block.conv2.stride, block.conv1.stride
+    image = image[..., :224, :224]
+    assert round(count(model, image).winograd_multiplications / 1e9, 1) == WINOGRAD_OTHERS[name]
+
+
+@pytest.mark.parametrize(
+    ("layer", "counts"),
+    [
+        (nn.Conv2d(4, 6, 3, padding=1), True),
+        (nn.Conv2d(4, 6, 3), True),
+        (nn.Conv2d(4, 4, 3, groups=4), True),
+        (nn.Conv2d(4, 6, 3, stride=2), False),
+        (nn.Conv2d(4, 6, 3, stride=(1, 2)), False),
+        (nn.Conv2d(4, 6, 3, dilation=2), False),
+        (nn.Conv2d(4, 6, (1, 3)), False),
+        (nn.Conv2d(4, 6, 5), False),
+        (nn.ConvTranspose2d(4, 6, 3), False),
+        (nn.Linear(9, 3), False),
+    ],
+)
+def test_what_runs_as_winograd(layer: nn.Module, counts: bool) -> None:
+    for device in ("cpu", "meta"):
+        cost = count(layer.to(device), torch.zeros(2, 4, 7, 9, device=device))
+        assert cost.winograd_multiplications * 9 == cost.macs * (4 if counts else 9)
 
 
 class Gate(nn.Module):
