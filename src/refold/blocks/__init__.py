@@ -2,9 +2,19 @@
 
 from refold.blocks.attention import DFCAttention
 from refold.blocks.basic import BasicBlock, PaddedIdentity, basic_stage
+from refold.blocks.bottleneck import ResidualBottleneck
 from refold.blocks.branches import BranchSum, ConvFactory, ConvNorm, RepeatedConvNorm, repeated_kernels
 from refold.blocks.c3 import AddedC3
 from refold.blocks.dirac import DiracConv2d, TrivialConv2d
+from refold.blocks.gghost import (
+    BlockFactory,
+    Cheap,
+    GGhostMix,
+    GGhostStage,
+    gghost_reduction,
+    gghost_stage,
+    thin_width,
+)
 from refold.blocks.ghost import (
     GhostBottleneck,
     GhostModule,
@@ -21,11 +31,15 @@ __all__ = [
     "REPARAMETERIZATIONS",
     "AddedC3",
     "BasicBlock",
+    "BlockFactory",
     "BranchSum",
+    "Cheap",
     "ConvFactory",
     "ConvNorm",
     "DFCAttention",
     "DiracConv2d",
+    "GGhostMix",
+    "GGhostStage",
     "GhostBottleneck",
     "GhostModule",
     "GhostModuleFactory",
@@ -40,8 +54,12 @@ __all__ = [
     "RepUnit3",
     "RepVGGBlock",
     "RepeatedConvNorm",
+    "ResidualBottleneck",
     "TrivialConv2d",
     "basic_stage",
     "depthwise",
+    "gghost_reduction",
+    "gghost_stage",
     "repeated_kernels",
+    "thin_width",
 ]
