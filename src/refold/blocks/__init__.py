@@ -17,10 +17,13 @@ from refold.blocks.gghost import (
 )
 from refold.blocks.ghost import (
     GhostBottleneck,
+    GhostConv2d,
     GhostModule,
     GhostModuleFactory,
     GhostResidual,
     RepGhostModule,
+    ghost_compression,
+    ghost_speed_up,
 )
 from refold.blocks.inverted import InvertedBottleneck, depthwise
 from refold.blocks.pointwise import PointwiseLinear
@@ -41,6 +44,7 @@ __all__ = [
     "GGhostMix",
     "GGhostStage",
     "GhostBottleneck",
+    "GhostConv2d",
     "GhostModule",
     "GhostModuleFactory",
     "GhostResidual",
@@ -60,6 +64,8 @@ __all__ = [
     "depthwise",
     "gghost_reduction",
     "gghost_stage",
+    "ghost_compression",
+    "ghost_speed_up",
     "repeated_kernels",
     "thin_width",
 ]
