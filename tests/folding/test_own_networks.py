@@ -66,6 +66,21 @@ OFFICIAL_PLAIN = {
 # convolution that narrows the channels by two meets one that widens them by two: together they cost the same.
 PLAIN_CONVOLUTIONS = {
     "cghost_resnet50": 105,
+    "gghost_regnetx_002": 50,
+    "gghost_regnetx_004": 77,
+    "gghost_regnetx_006": 62,
+    "gghost_regnetx_008": 62,
+    "gghost_regnetx_016": 65,
+    "gghost_regnetx_032": 86,
+    "gghost_regnetx_040": 80,
+    "gghost_regnetx_064": 62,
+    "gghost_regnetx_080": 80,
+    "gghost_regnetx_120": 68,
+    "gghost_regnetx_160": 77,
+    "gghost_regnetx_320": 80,
+    "gghost_resnet34": 44,
+    "gghost_resnet56": 64,
+    "gghostnet": 99,
     "ghostnet_": 95,
     "ghostnetv2": 137,
     "ghostnetv3": 137,
@@ -95,6 +110,8 @@ PLAIN_CONVOLUTIONS = {
 
 SMALLEST = (
     "cghost_resnet50_s4",
+    "gghost_regnetx_002",
+    "gghostnet_050",
     "ghostnet_050",
     "ghostnetv2_050",
     "ghostnetv3_050",
@@ -108,7 +125,7 @@ SMALLEST = (
     "repvgg_a0",
 )
 # Without branches the training form is what the official code calls plain: each norm has its convolution.
-LOADED_IN_EITHER_FORM = ("ghostnet_050", "ghostnetv2_050", "mobilenetv4_small")
+LOADED_IN_EITHER_FORM = ("gghost_regnetx_002", "ghostnet_050", "ghostnetv2_050", "mobilenetv4_small")
 WITH_BRANCHES = ("ghostnetv3_050", "mobileone_s0", "repghostnet_050", "repnext_u1_t", "repvgg_a0")
 
 

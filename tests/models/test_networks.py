@@ -16,10 +16,29 @@ from golden import (
 from refold.folding.cost import count
 from refold.models import create_model, list_models, load_checkpoint
 
-# Parameters, MACs (M) and activations (M) of the official networks in training form at 224 pixels.
+# Parameters, MACs (M) and activations (M) of the official networks in training form at 224 pixels, or at 32.
 OFFICIAL_COST = {
     "cghost_resnet50_s2": (13_953_512, 2151.023, 11.114),
     "cghost_resnet50_s4": (8_151_752, 1181.943, 11.114),
+    "gghost_regnetx_002": (1_825_440, 130.923, 1.956),
+    "gghost_regnetx_004": (2_884_456, 221.246, 2.629),
+    "gghost_regnetx_006": (4_029_776, 389.788, 3.485),
+    "gghost_regnetx_008": (5_248_328, 528.572, 4.515),
+    "gghost_regnetx_016": (7_109_660, 1021.380, 6.610),
+    "gghost_regnetx_032": (10_511_000, 1801.746, 8.723),
+    "gghost_regnetx_040": (15_726_268, 2228.369, 9.459),
+    "gghost_regnetx_064": (17_993_748, 4055.261, 13.662),
+    "gghost_regnetx_080": (24_586_928, 4149.668, 10.438),
+    "gghost_regnetx_120": (30_627_208, 7377.522, 17.185),
+    "gghost_regnetx_160": (32_381_704, 8997.384, 19.545),
+    "gghost_regnetx_320": (62_815_448, 17157.779, 27.215),
+    "gghost_resnet34": (14_621_256, 2289.655, 3.300),
+    "gghost_resnet56": (373_266, 53.736, 0.361),
+    "gghostnet_050": (4_009_160, 253.085, 1.558),
+    "gghostnet_075": (6_984_836, 602.843, 2.437),
+    "gghostnet_100": (10_928_708, 1001.842, 3.114),
+    "gghostnet_125": (16_031_112, 1623.933, 3.994),
+    "gghostnet_150": (22_051_088, 2246.208, 4.658),
     "ghostnet_050": (2_587_292, 42.328, 1.773),
     "ghostnet_100": (5_182_508, 141.151, 3.544),
     "ghostnet_130": (7_358_820, 227.003, 4.595),
@@ -91,7 +110,9 @@ def test_every_network_has_its_official_cost() -> None:
 @pytest.mark.parametrize("name", OFFICIAL_COST)
 def test_cost_is_the_official_one(name: str) -> None:
     with torch.device("meta"):
-        cost = count(create_model(name), torch.empty(1, 3, 224, 224))
+        network = create_model(name)
+        size = min(224, network.pretrained_cfg["input_size"][1])
+        cost = count(network, torch.empty(1, 3, size, size))
     parameters, macs, activations = OFFICIAL_COST[name]
     assert cost.parameters == parameters
     assert round(cost.macs / 1e6, 3) == macs
@@ -103,6 +124,7 @@ def test_cost_is_the_official_one(name: str) -> None:
     [
         ("repvgg_a0", "RepVGG_A0", "official RepVGG"),
         ("repvgg_b1g2", "RepVGG_B1g2", "official RepVGG"),
+        ("gghost_regnetx_032", "g_ghost_regnetx_032", "official G-Ghost-RegNetX"),
         ("ghostnet_100", "ghostnet_1.0x", "official GhostNet"),
         ("ghostnetv2_100", "ghostnetv2_1.0x", "official GhostNetV2"),
         ("ghostnetv3_100", "ghostnetv3_1.0x", "official GhostNetV3"),

@@ -23,6 +23,9 @@ from torch import nn
 
 from refold.errors import CheckpointError, RefoldError, UnknownModel
 from refold.models import (
+    gghost_regnet,
+    gghost_resnet,
+    gghostnet,
     ghost_resnet,
     ghostnet,
     ghostnetv2,
@@ -34,6 +37,9 @@ from refold.models import (
     repvgg,
 )
 from refold.models.classifier import ImageClassifier
+from refold.models.gghost_regnet import GGhostRegNet
+from refold.models.gghost_resnet import GGhostCifarResNet, GGhostResNet
+from refold.models.gghostnet import GGhostNet
 from refold.models.ghost_resnet import GhostResNet
 from refold.models.ghostnet import GhostNet
 from refold.models.ghostnetv2 import GhostNetV2
@@ -56,6 +62,10 @@ _FAMILIES: tuple[tuple[type[ImageClassifier], Mapping[str, Any]], ...] = (
     (RepGhostNetDFC, repghostnet.ATTENTION_NETWORKS),
     (RepNeXt, repnext.NETWORKS),
     (GhostResNet, ghost_resnet.NETWORKS),
+    (GGhostRegNet, gghost_regnet.NETWORKS),
+    (GGhostResNet, gghost_resnet.NETWORKS),
+    (GGhostCifarResNet, gghost_resnet.CIFAR_NETWORKS),
+    (GGhostNet, gghostnet.NETWORKS),
 )
 _NETWORKS = {name: (network, row) for network, rows in _FAMILIES for name, row in rows.items()}
 
