@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 from golden import drawn_weights
@@ -104,18 +105,24 @@ def test_weights_that_nobody_published(name: str) -> None:
     assert str(raised.value).startswith(f"No pretrained weights are published for {name}; ")
 
 
-@pytest.mark.parametrize("name", ["repghostnet_050", "resnet18"])
-def test_weights_that_cannot_be_fetched(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("name", "place"),
+    [
+        ("repghostnet_050", "refold.models.pretrained.hub_file"),
+        ("resnet18", "timm.models._builder.load_state_dict_from_hf"),
+    ],
+)
+def test_weights_that_cannot_be_fetched(name: str, place: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def unreachable(*args: object, **kwargs: object) -> None:
-        raise OSError("Name or service not known.\nmore lines")
+        raise OSError("The disk is full.\nmore lines")
 
-    monkeypatch.setattr("timm.models._builder.load_state_dict_from_hf", unreachable)
+    monkeypatch.setattr(place, unreachable)
+    monkeypatch.setattr("refold.models.pretrained._released_file", unreachable)
     with pytest.raises(CheckpointError) as raised:
         create_model(name, pretrained=True)
     message = str(raised.value)
-    assert message.startswith(
-        f"The pretrained weights of {name} could not be loaded (Name or service not known);"
-    )
+    assert message.startswith(f"The pretrained weights of {name} could not be loaded")
+    assert "(The disk is full); try again, or create the model without pretrained=True" in message
     assert "\n" not in message
 
 
@@ -141,16 +148,19 @@ def test_a_file_serves_as_pretrained_weights_of_a_backbone(tmp_path: Path) -> No
     "name",
     ["repvgg_a0", "ghostnet_100", "ghostnetv2_100", "ghostnetv3_100", "mobileone_s1", "repghostnet_050"],
 )
-def test_published_weights_are_timms_and_fit(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_published_weights_are_timms_and_fit(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     theirs = timm.create_model(name).eval()
     theirs.load_state_dict(drawn_weights(theirs, gain=0.5))
+    save_file(theirs.state_dict(), tmp_path / "model.safetensors")
     asked = []
 
-    def fetched(location: str, **kwargs: object) -> dict[str, torch.Tensor]:
+    def fetched(location: str, cache_dir: object) -> Path:
         asked.append(location)
-        return theirs.state_dict()
+        return tmp_path / "model.safetensors"
 
-    monkeypatch.setattr("timm.models._builder.load_state_dict_from_hf", fetched)
+    monkeypatch.setattr("refold.models.pretrained.hub_file", fetched)
     ours = create_model(name, pretrained=True).eval()
     x = torch.randn(1, 3, 64, 64)
     with torch.no_grad():

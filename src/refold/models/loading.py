@@ -54,7 +54,7 @@ def load_checkpoint(
         weights = _unwrap(source, described)
     else:
         described = f"The checkpoint {source}"
-        weights = _unwrap(_read(Path(source)), described)
+        weights = read_weights(source)
     own = {key: value.shape for key, value in network.state_dict().items() if isinstance(value, Tensor)}
     layout = recognise(weights, _layouts(network), own)
     original = layout.rename_all(weights)
@@ -78,6 +78,14 @@ def load_checkpoint(
     network.load_state_dict(fitting, strict=False)
     left = tuple(key for key in own if key in missing or key in unfit)
     return LoadedCheckpoint(layout.name, left, tuple(original[key] for key in (*unexpected, *unfit)))
+
+
+def read_weights(path: str | PathLike[str]) -> dict[str, Tensor]:
+    """The weights in a ``.pth``, ``.pt`` or ``.safetensors`` file by name, taken out of a training script's wrapper.
+
+    Raises ``CheckpointError`` where the file cannot be read or holds no weights.
+    """
+    return _unwrap(_read(Path(path)), f"The checkpoint {path}")
 
 
 def rename_weights(weights: Mapping[str, Any], network: nn.Module) -> dict[str, Any]:

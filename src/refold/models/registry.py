@@ -47,6 +47,7 @@ from refold.models.ghostnetv3 import GhostNetV3
 from refold.models.loading import rename_weights
 from refold.models.mobilenetv4 import MobileNetV4
 from refold.models.mobileone import MobileOne
+from refold.models.pretrained import RELEASES, loading_failure, published_weights
 from refold.models.repghostnet import RepGhostNet, RepGhostNetDFC
 from refold.models.repnext import RepNeXt
 from refold.models.repvgg import RepVGG
@@ -72,6 +73,9 @@ _NETWORKS = {name: (network, row) for network, rows in _FAMILIES for name, row i
 # timm has networks of its own under some of these names, which stay as they are.
 TIMM_PREFIX = "refold_"
 
+# How a pretrained configuration brings weights along, or says itself how to get them.
+_GIVEN_WEIGHTS = ("state_dict", "file", "source")
+
 # Where a network runs and where its weights come from is not part of what it is.
 _NOT_ARCHITECTURE = {"device", "dtype", "cache_dir", "checkpoint_path"}
 
@@ -80,7 +84,7 @@ def _default_cfg(name: str, network: type[ImageClassifier], row: Any) -> Pretrai
     """timm's preprocessing and weights where it has this network, else ImageNet's usual or the row's own."""
     theirs = network.timm_names.get(name, name)
     cfg = get_pretrained_cfg(theirs) if timm.is_model(theirs) else PretrainedCfg(pool_size=(7, 7))
-    own = network.preprocessing(row)
+    own = {**network.preprocessing(row), "url": RELEASES.get(name)}
     return replace(cfg, architecture=name, first_conv=network.first_convs, classifier="head.fc", **own)
 
 
@@ -112,7 +116,7 @@ def create_model(name: str, pretrained: bool = False, **kwargs: Any) -> nn.Modul
     class, it has none.
 
     Raises ``UnknownModel`` with the nearest names where nobody has the name, ``CheckpointError`` where
-    pretrained weights are not published or cannot be had, and ``InputError`` where an argument cannot be
+    pretrained weights are not published, cannot be had or do not fit, and ``InputError`` where an argument cannot be
     used.
     """
     kwargs = {key: value for key, value in kwargs.items() if value is not None}
@@ -130,11 +134,7 @@ def create_model(name: str, pretrained: bool = False, **kwargs: Any) -> nn.Modul
     except Exception as error:
         if not pretrained or isinstance(error, TypeError):
             raise  # not the weights' fault
-        reason = next(iter(str(error).splitlines()), type(error).__name__).rstrip(".")
-        raise CheckpointError(
-            f"The pretrained weights of {name} could not be loaded ({reason}); check the network connection, "
-            "or create the model without pretrained=True and use load_checkpoint on a file."
-        ) from error
+        raise loading_failure(name, error) from error
     if architecture is not None:
         network.architecture = architecture  # type: ignore[assignment]  # a plain attribute, as timm sets them
     return network
@@ -155,15 +155,31 @@ for _name in _NETWORKS:
 def _build_own(name: str, pretrained: bool, **kwargs: Any) -> nn.Module:
     network, row = _NETWORKS[name]
     cfg = kwargs.pop("pretrained_cfg", None) or default_cfgs[name].to_dict()
+    filter_fn: Callable[[Mapping[str, Any], nn.Module], dict[str, Any]] = rename_weights
+    if pretrained and isinstance(cfg, dict):
+        cfg = {**cfg, **kwargs.pop("pretrained_cfg_overlay", {})}
+        is_published = cfg.get("hf_hub_id") or cfg.get("url")
+        if is_published and not any(cfg.get(given) for given in _GIVEN_WEIGHTS):
+            source, cache_dir = dict(cfg), kwargs.get("cache_dir")
+            # timm takes this for weights and has the filter, once the network stands, put the real ones in place.
+            cfg["state_dict"] = {"source": source}
+
+            def fetched(_: Mapping[str, Any], built: nn.Module) -> dict[str, Any]:
+                return rename_weights(published_weights(name, source, cache_dir), built)
+
+            filter_fn = fetched
+
     built: nn.Module = build_model_with_cfg(
         partial(cast(Callable[..., nn.Module], network), row),
         name,
         pretrained,
         pretrained_cfg=cfg,
-        pretrained_filter_fn=rename_weights,
+        pretrained_filter_fn=filter_fn,
         feature_cfg={"flatten_sequential": True, "out_indices": tuple(range(len(network.feature_strides)))},
         **kwargs,
     )
+    for kept in (built.pretrained_cfg, built.default_cfg):
+        cast(dict[str, Any], kept).pop("state_dict", None)
     return built
 
 
