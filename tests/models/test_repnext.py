@@ -164,6 +164,62 @@ def test_the_units_own_plain_convolution_is_left_out_beside_its_branches_alone()
         load_checkpoint(network, plain)
 
 
+def scale_and_shift(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
+    scale = norm.weight / torch.sqrt(norm.running_var + norm.eps)
+    return scale, norm.bias - norm.running_mean * scale
+
+
+def official_plain(network: RepNeXt, between: str) -> dict[str, Tensor]:
+    """The plain form with shortcuts as the official conversion makes it, by hand (figures 2 and 3, section 3.2).
+
+    ``between`` is what the convolution between two stages is called after its stage's number.
+    """
+    weights = {}
+    scale, shift = scale_and_shift(network.stem.bn)
+    weights["downsample_layers.0.0.weight"] = network.stem.conv.weight * scale[:, None, None, None]
+    weights["downsample_layers.0.0.bias"] = shift
+    for stage, blocks in enumerate(network.stages):
+        if stage:
+            norm, conv = blocks[0]
+            scale, shift = scale_and_shift(norm)
+            weights[f"downsample_layers.{stage}{between}.weight"] = conv.weight * scale[None, :, None, None]
+            weights[f"downsample_layers.{stage}{between}.bias"] = conv.bias + conv.weight.sum((2, 3)) @ shift
+        for index, block in enumerate(blocks[min(stage, 1) :]):
+            place = f"stages.{stage}.{index}"
+            kernel, bias = torch.zeros_like(block.unit.branches[0].conv.weight), 0
+            for branch in block.unit.branches:
+                rows, columns = branch.conv.kernel_size
+                scale, shift = scale_and_shift(branch.bn)
+                top, left = (7 - rows) // 2, (7 - columns) // 2
+                centre = kernel[:, :, top : top + rows, left : left + columns]
+                centre += branch.conv.weight * scale[:, None, None, None]
+                bias = bias + shift
+            weights[f"{place}.feature.conv_repara.weight"] = kernel
+            weights[f"{place}.feature.conv_repara.bias"] = bias
+            for name, layer in (("pwconv1", block.expand), ("pwconv2", block.project)):
+                weights |= {f"{place}.{name}.{key}": value for key, value in layer.state_dict().items()}
+    return weights | {f"head.2.{key}": value for key, value in network.head.fc.state_dict().items()}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "between", [".1", ".0", ""], ids=["norm replaced", "norm removed", "convolution alone"]
+)
+def test_the_official_plain_form_loads_into_the_folded_network(between: str) -> None:
+    network = small(RepUnit3).double().eval()
+    network.load_state_dict(drawn_weights(network))
+    weights = official_plain(network, between)
+    x = torch.randn(1, 3, 64, 64, dtype=torch.float64)
+    plain = fold(small(RepUnit3).double(), x, prove=False)
+    loaded = load_checkpoint(plain, weights)
+    assert (loaded.missing, loaded.unexpected) == ((), ())
+    assert loaded.layout.startswith("official")
+    expected = network(x)
+    assert (plain(x) - expected).abs().max() <= 1e-9 * expected.std()
+    with pytest.raises(CheckpointError, match=r"is in plain \(folded\) form"):
+        load_checkpoint(network, weights)
+
+
 @pytest.mark.parametrize("name", ["repnext_u1_t", "repnext_u2_t", "repnext_u3_t"])
 def test_it_starts_as_the_official_code_does(name: str) -> None:
     network = create_model(name)

@@ -41,6 +41,8 @@ _DEEPEST = 27
 _OFFICIAL = Layout(
     "official RepNeXt",
     (
+        # In plain form what lies between two stages is a convolution alone.
+        (r"^downsample_layers\.([123])\.(?=weight|bias)", r"downsample_layers.\1.1."),
         (r"^downsample_layers\.0\.0\.", "stem.conv."),
         (r"^downsample_layers\.0\.1\.", "stem.bn."),
         # From the second stage on the downsampling counts here as the first block; from the last block down,
@@ -65,6 +67,12 @@ _OFFICIAL = Layout(
     unused=(r"\.feature\.conv_repara\.", r"\.feature\.dwconv1\."),
 )
 
+# Where the batch norms between the stages are taken out of their containers and not replaced.
+_OFFICIAL_PLAIN = Layout(
+    "official plain RepNeXt",
+    ((r"^downsample_layers\.([123])\.0\.", r"downsample_layers.\1.1."), *_OFFICIAL.renames),
+)
+
 
 class RepNeXt(ImageClassifier):
     """A 4x4 stem of stride 4 and four stages of ``RepNeXtBlock``, between them a batch norm and a 2x2 convolution.
@@ -77,7 +85,7 @@ class RepNeXt(ImageClassifier):
     Source: RepNeXt, section 3.3 and table 1.
     """
 
-    layouts = (_OFFICIAL,)
+    layouts = (_OFFICIAL, _OFFICIAL_PLAIN)
     first_convs: ClassVar[tuple[str, ...]] = ("stem.conv",)
     feature_strides: ClassVar[tuple[int, ...]] = (4, 8, 16, 32)
 
