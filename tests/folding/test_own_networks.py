@@ -65,7 +65,13 @@ OFFICIAL_PLAIN = {
 # kernels of RepUnit1 stay apart: as one kernel they would take more multiply-accumulates. In plainnet_small a 1x1
 # convolution that narrows the channels by two meets one that widens them by two: together they cost the same.
 PLAIN_CONVOLUTIONS = {
+    "cghost_net_a": 82,
+    "cghost_net_b": 64,
+    "cghost_net_c": 82,
+    "cghost_net_d": 100,
     "cghost_resnet50": 105,
+    "cghost_resnet56": 110,
+    "cghost_vgg16": 27,
     "gghost_regnetx_002": 50,
     "gghost_regnetx_004": 77,
     "gghost_regnetx_006": 62,
@@ -109,7 +115,10 @@ PLAIN_CONVOLUTIONS = {
 }
 
 SMALLEST = (
+    "cghost_net_b",
     "cghost_resnet50_s4",
+    "cghost_resnet56",
+    "cghost_vgg16",
     "gghost_regnetx_002",
     "gghostnet_050",
     "ghostnet_050",

@@ -13,6 +13,9 @@ from refold.models import create_model, list_models
 
 # The sizes of images other than 224.
 SIZES = {
+    "cghost_net_b": 192,
+    "cghost_resnet56": 32,
+    "cghost_vgg16": 32,
     "gghost_resnet56": 32,
     "mobilenetv4_large": 384,
     "mobilenetv4_medium": 256,
@@ -46,7 +49,7 @@ def test_features_are_those_of_strides_2_to_32(name: str) -> None:
     if name.startswith("repnext"):
         strides = strides[1:]
     elif network.pretrained_cfg["input_size"] == (3, 32, 32):
-        strides = [1, 2, 4]
+        strides = [1, 2, 4, 8, 16] if "vgg" in name else [1, 2, 4]
     assert network.feature_info.reduction() == strides
     assert [feature.shape[1] for feature in features] == network.feature_info.channels()
     assert [tuple(feature.shape[2:]) for feature in features] == [

@@ -18,8 +18,14 @@ from refold.models import create_model, list_models, load_checkpoint
 
 # Parameters, MACs (M) and activations (M) of the official networks in training form at 224 pixels, or at 32.
 OFFICIAL_COST = {
+    "cghost_net_a": (2_583_660, 42.431, 1.681),
+    "cghost_net_b": (2_568_372, 45.849, 1.495),
+    "cghost_net_c": (2_144_540, 43.629, 1.947),
+    "cghost_net_d": (2_040_208, 42.166, 2.227),
     "cghost_resnet50_s2": (13_953_512, 2151.023, 11.114),
     "cghost_resnet50_s4": (8_151_752, 1181.943, 11.114),
+    "cghost_resnet56": (429_882, 63.009, 0.532),
+    "cghost_vgg16": (7_650_986, 158.110, 0.277),
     "gghost_regnetx_002": (1_825_440, 130.923, 1.956),
     "gghost_regnetx_004": (2_884_456, 221.246, 2.629),
     "gghost_regnetx_006": (4_029_776, 389.788, 3.485),

@@ -1,5 +1,6 @@
 """The bottleneck shared by MobileNetV4, RepGhostNetV2 and their plain counterpart."""
 
+from timm.layers import SqueezeExcite
 from torch import Tensor, nn
 
 from refold.blocks.branches import ConvNorm
@@ -11,7 +12,9 @@ class InvertedBottleneck(nn.Module):
     The first 1x1 convolution expands to ``mid_channels``; it and the depthwise convolution in the middle, which
     takes the stride, are activated, the others are not. A kernel of 0 leaves its convolution out. With ``start``
     this is MobileNetV4's universal inverted bottleneck, with ``end`` in its place the bottleneck of
-    RepGhost. The shortcut is an identity and exists only for equal channels and stride 1.
+    RepGhost, and with neither MobileNetV3's: ``squeeze_channels`` puts squeeze-excite behind the middle, and
+    ``expand=False`` leaves the first 1x1 convolution out, where both sides have equal channels. The shortcut is an
+    identity and exists only for equal channels and stride 1.
     Maps ``(batch, in_channels, height, width)`` to ``(batch, out_channels, height / stride, width /
     stride)``, rounded up.
 
@@ -29,17 +32,22 @@ class InvertedBottleneck(nn.Module):
         end: int = 0,
         stride: int = 1,
         shortcut: bool = True,
+        squeeze_channels: int | None = None,
+        expand: bool = True,
     ) -> None:
         super().__init__()
         self.start = depthwise(in_channels, start)
-        self.expand = ConvNorm(in_channels, mid_channels, activation=True)
+        self.expand = ConvNorm(in_channels, mid_channels, activation=True) if expand else nn.Identity()
         self.middle = depthwise(mid_channels, middle, stride=stride, activation=True)
+        self.se: nn.Module = nn.Identity()
+        if squeeze_channels is not None:
+            self.se = SqueezeExcite(mid_channels, rd_channels=squeeze_channels, gate_layer="hard_sigmoid")
         self.project = ConvNorm(mid_channels, out_channels)
         self.end = depthwise(out_channels, end)
         self.has_shortcut = shortcut and stride == 1 and in_channels == out_channels
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.end(self.project(self.middle(self.expand(self.start(x)))))
+        out: Tensor = self.end(self.project(self.se(self.middle(self.expand(self.start(x))))))
         return out + x if self.has_shortcut else out
 
 

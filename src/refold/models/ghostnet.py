@@ -1,7 +1,8 @@
 """GhostNet: bottlenecks of ghost modules on the plan of MobileNetV3-Large, shared by the whole family."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import groupby
 from typing import ClassVar, NamedTuple
 
@@ -87,8 +88,9 @@ class GhostNet(ImageClassifier):
     """A stem, sixteen ``GhostBottleneck`` in five resolutions and a 1x1 convolution, then ``ExpandedHead``.
 
     ``width`` scales the channels, rounded to multiples of four. A family member changes ``rows`` and
-    ``module``; ``module`` given here goes before, and ``conv`` builds the bottlenecks' strided convolutions.
-    ``identity_shortcuts=False`` leaves out the shortcuts that compute nothing.
+    ``module``; those given here go before, and ``conv`` builds the bottlenecks' strided convolutions.
+    ``identity_shortcuts=False`` leaves out the shortcuts that compute nothing. ``bottleneck`` builds something else
+    in the place of ``GhostBottleneck``, from its input channels, its row and the width.
     Images ``(batch, in_chans, height, width)`` of any height and width to logits ``(batch, num_classes)``.
     Raises ``InputError`` where an argument cannot be used.
 
@@ -111,19 +113,23 @@ class GhostNet(ImageClassifier):
         identity_shortcuts: bool = True,
         module: GhostModuleFactory | None = None,
         conv: ConvFactory = ConvNorm,
+        rows: Sequence[GhostRow] | None = None,
+        bottleneck: Callable[[int, GhostRow, float], nn.Module] | None = None,
     ) -> None:
         check_arguments(num_classes, in_chans, drop_rate, global_pool)
-        stem_channels = channels = _scaled(_STEM_CHANNELS, width)
+        build = bottleneck or partial(
+            _bottleneck, module=module or self.module, conv=conv, identity_shortcut=identity_shortcuts
+        )
+        stem_channels = channels = scaled(_STEM_CHANNELS, width)
         stages, features = [], {}
-        for stage, rows in groupby(self.rows, key=lambda row: row.stage):
+        for stage, members in groupby(rows or self.rows, key=lambda row: row.stage):
             blocks = []
-            for row in rows:
-                block = _bottleneck(channels, row, width, module or self.module, conv, identity_shortcuts)
-                blocks.append(block)
-                channels = _scaled(row.out_channels, width)
+            for row in members:
+                blocks.append(build(channels, row, width))
+                channels = scaled(row.out_channels, width)
             stages.append(nn.Sequential(*blocks))
             features[f"stages.{stage}"] = channels
-        final_channels = _scaled(_FINAL_CHANNELS, width)
+        final_channels = scaled(_FINAL_CHANNELS, width)
         super().__init__(
             stem=ConvNorm(in_chans, stem_channels, 3, stride=2, activation=True),
             stages=stages,
@@ -145,18 +151,19 @@ def _bottleneck(
     in_channels: int,
     row: GhostRow,
     width: float,
+    *,
     module: GhostModuleFactory,
     conv: ConvFactory,
     identity_shortcut: bool,
 ) -> GhostBottleneck:
-    mid_channels = _scaled(row.mid_channels, width)
+    mid_channels = scaled(row.mid_channels, width)
     return GhostBottleneck(
         in_channels,
         mid_channels,
-        _scaled(row.out_channels, width),
+        scaled(row.out_channels, width),
         row.kernel_size,
         stride=row.stride,
-        squeeze_channels=_scaled(mid_channels, 0.25) if row.squeeze else None,
+        squeeze_channels=scaled(mid_channels, 0.25) if row.squeeze else None,
         module=module,
         attention=row.attention,
         identity_shortcut=identity_shortcut,
@@ -164,6 +171,7 @@ def _bottleneck(
     )
 
 
-def _scaled(channels: int, width: float) -> int:
-    scaled: int = make_divisible(channels * width, 4)
-    return scaled
+def scaled(channels: int, width: float) -> int:
+    """The channels of a network of this width: rounded to a multiple of four, by less than a tenth downwards."""
+    rounded: int = make_divisible(channels * width, 4)
+    return rounded

@@ -23,6 +23,8 @@ from torch import nn
 
 from refold.errors import CheckpointError, RefoldError, UnknownModel
 from refold.models import (
+    cghost_cifar,
+    cghost_nets,
     gghost_regnet,
     gghost_resnet,
     gghostnet,
@@ -36,6 +38,8 @@ from refold.models import (
     repnext,
     repvgg,
 )
+from refold.models.cghost_cifar import GhostCifarResNet, GhostVGG
+from refold.models.cghost_nets import InvertedNet
 from refold.models.classifier import ImageClassifier
 from refold.models.gghost_regnet import GGhostRegNet
 from refold.models.gghost_resnet import GGhostCifarResNet, GGhostResNet
@@ -63,6 +67,9 @@ _FAMILIES: tuple[tuple[type[ImageClassifier], Mapping[str, Any]], ...] = (
     (RepGhostNetDFC, repghostnet.ATTENTION_NETWORKS),
     (RepNeXt, repnext.NETWORKS),
     (GhostResNet, ghost_resnet.NETWORKS),
+    (GhostVGG, cghost_cifar.VGG_NETWORKS),
+    (GhostCifarResNet, cghost_cifar.RESNET_NETWORKS),
+    (InvertedNet, cghost_nets.NETWORKS),
     (GGhostRegNet, gghost_regnet.NETWORKS),
     (GGhostResNet, gghost_resnet.NETWORKS),
     (GGhostCifarResNet, gghost_resnet.CIFAR_NETWORKS),
