@@ -13,7 +13,8 @@ from refold.blocks import (
     GGhostMix,
     GGhostStage,
     ResidualBottleneck,
-    gghost_reduction,
+    gghost_compression,
+    gghost_speed_up,
     gghost_stage,
     thin_width,
 )
@@ -108,18 +109,18 @@ def test_the_reduction_is_that_of_a_counted_stage(depth: int, cheap: str, ghost_
         ghost = count(stage, x)
         cheap_cost = count(stage[0].cheap, x)
     norms = sum(part.num_features * 2 for part in stage.modules() if isinstance(part, nn.BatchNorm2d))
-    flops = gghost_reduction([cost.macs for cost in costs], ghost_ratio, cheap_cost.macs)
+    flops = gghost_speed_up([cost.macs for cost in costs], ghost_ratio, cheap_cost.macs)
     assert flops == pytest.approx(sum(cost.macs for cost in costs) / ghost.macs, rel=1e-12)
     parameters = [cost.parameters for cost in costs]
-    reduction = gghost_reduction(parameters, ghost_ratio, cheap_cost.parameters - norms)
+    reduction = gghost_compression(parameters, ghost_ratio, cheap_cost.parameters - norms)
     assert reduction == pytest.approx(sum(parameters) / (ghost.parameters - norms), rel=1e-12)
 
 
 def test_the_reduction_tends_to_the_square_of_the_kept_share() -> None:
-    assert gghost_reduction([7.0], 0.5) == 1
-    assert gghost_reduction([1.0, 1.0], 0.5) == pytest.approx(2 / 1.5)
-    assert gghost_reduction([1.0] * 10_000, 0.5, 1) == pytest.approx(4, rel=1e-3)
-    assert gghost_reduction([3.0, 2.0, 1.0], 0) == 1
+    assert gghost_speed_up([7.0], 0.5) == 1
+    assert gghost_speed_up([1.0, 1.0], 0.5) == pytest.approx(2 / 1.5)
+    assert gghost_speed_up([1.0] * 10_000, 0.5, 1) == pytest.approx(4, rel=1e-3)
+    assert gghost_speed_up([3.0, 2.0, 1.0], 0) == 1
 
 
 @pytest.mark.parametrize(("ratio", "kept"), [(0, 16), (0.3, 11), (0.4, 10), (0.5, 8), (0.99, 1)])
@@ -174,9 +175,9 @@ def test_ratios_that_cannot_be_used() -> None:
         with pytest.raises(InputError, match="ghost_ratio is"):
             thin_width(16, ratio)
         with pytest.raises(InputError, match="ghost_ratio is"):
-            gghost_reduction([1.0], ratio)
-    with pytest.raises(InputError, match="block_costs is empty"):
-        gghost_reduction([], 0.5)
+            gghost_speed_up([1.0], ratio)
+    with pytest.raises(InputError, match="There are no blocks"):
+        gghost_compression([], 0.5)
 
 
 def test_the_averages_of_maps_of_any_size_are_mixed() -> None:

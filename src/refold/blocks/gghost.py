@@ -168,23 +168,37 @@ def gghost_stage(
     )
 
 
-def gghost_reduction(block_costs: Sequence[float], ghost_ratio: float, cheap_cost: float = 0) -> float:
-    """How many times less a G-Ghost stage costs than the stage of blocks that it is made from, in theory.
+def gghost_speed_up(block_macs: Sequence[float], ghost_ratio: float, cheap_macs: float = 0) -> float:
+    """The multiply-accumulates of a stage of blocks divided by those of the G-Ghost stage in its place, in theory.
 
-    ``block_costs`` are those of the blocks in order and ``cheap_cost`` that of the cheap operation: all in
-    multiply-accumulates for eq. 13, or all in parameters for eq. 14. ``ghost_ratio`` is the share of channels that
-    the cheap operation makes. The blocks are those of eq. 8: all but the first are thin.
-    Raises ``InputError`` where the ratio is not in 0 to 1 or there is no block.
+    ``block_macs`` are those of each block, in order, ``cheap_macs`` those of the cheap operation, and ``ghost_ratio``
+    is the share of channels that it makes. All blocks but the first are thin, and the mix is not counted.
+    Raises ``InputError`` for a ratio below 0 or from 1 on, or without blocks.
 
-    Source: GhostNets on Heterogeneous Devices, eq. 13 and 14.
+    Source: GhostNets on Heterogeneous Devices, eq. 13.
     """
+    return _reduction(block_macs, ghost_ratio, cheap_macs)
+
+
+def gghost_compression(
+    block_parameters: Sequence[float], ghost_ratio: float, cheap_parameters: float = 0
+) -> float:
+    """The parameters of a stage of blocks divided by those of the G-Ghost stage in its place, in theory.
+
+    The arguments are those of ``gghost_speed_up``, in parameters.
+
+    Source: GhostNets on Heterogeneous Devices, eq. 14.
+    """
+    return _reduction(block_parameters, ghost_ratio, cheap_parameters)
+
+
+def _reduction(block_costs: Sequence[float], ghost_ratio: float, cheap_cost: float) -> float:
     check_ghost_ratio(ghost_ratio)
     if not block_costs:
-        raise InputError("block_costs is empty; give the cost of every block of the stage.")
+        raise InputError("There are no blocks; give the cost of every block of the stage.")
     kept = 1 - ghost_ratio
     first, *thin = block_costs
-    reduced = first + kept * sum(thin[:1]) + kept**2 * sum(thin[1:]) + cheap_cost
-    return sum(block_costs) / reduced
+    return sum(block_costs) / (first + kept * sum(thin[:1]) + kept**2 * sum(thin[1:]) + cheap_cost)
 
 
 def thin_width(channels: int, ghost_ratio: float) -> int:

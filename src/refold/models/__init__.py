@@ -6,6 +6,7 @@ from refold.models.conversion import (
     linear_to_pointwise,
     pointwise_to_linear,
 )
+from refold.models.gghost_conversion import stages_to_gghost
 from refold.models.loading import LoadedCheckpoint, load_checkpoint
 from refold.models.registry import create_model, default_cfgs, list_models
 
@@ -19,4 +20,5 @@ __all__ = [
     "list_models",
     "load_checkpoint",
     "pointwise_to_linear",
+    "stages_to_gghost",
 ]
