@@ -1,10 +1,11 @@
 """What every image classifier of this library shares: stem, stages, head, and timm's interface to them."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 from timm.layers import ClassifierHead, SelectAdaptivePool2d
 from timm.models import checkpoint_seq
+from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from refold.errors import InputError
@@ -67,7 +68,7 @@ class ImageClassifier(nn.Module):
         self.stages = nn.Sequential(*stages)
         self.final_conv = final_conv
         self.head = head
-        self.feature_info = [
+        self.feature_info: list[dict[str, Any]] = [
             {"num_chs": channels, "reduction": stride, "module": module}
             for (module, channels), stride in zip(feature_channels.items(), self.feature_strides, strict=True)
         ]
@@ -85,6 +86,72 @@ class ImageClassifier(nn.Module):
         x = checkpoint_seq(self.stages, x, flatten=True) if self.grad_checkpointing else self.stages(x)
         out: Tensor = self.final_conv(x)
         return out
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | Sequence[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
+        """Images to what ``forward_features`` gives, and the maps of ``feature_info`` on the way there.
+
+        ``indices`` chooses the maps: all, the last so many, or those of a sequence, counted from the end where
+        negative. With ``stop_early`` nothing behind the last of them runs, and the first result is that map.
+        ``intermediates_only`` leaves the first result out. ``norm`` does nothing, these networks have no last norm.
+        Raises ``InputError`` for an index that does not exist and another ``output_fmt`` than ``NCHW``.
+        """
+        if output_fmt != "NCHW":
+            raise InputError(f"output_fmt is {output_fmt!r}; these maps are 'NCHW' alone.")
+        taken, last = self._taken(indices)
+        names = [feature["module"] for feature in self.feature_info]
+        wanted, end = {names[index] for index in taken}, names[last]
+        found = []
+        parts = [("stem", self.stem), *((f"stages.{i}", stage) for i, stage in enumerate(self.stages))]
+        for name, part in parts:
+            checkpointed = self.grad_checkpointing and part is not self.stem
+            x = checkpoint_seq(part, x) if checkpointed else part(x)
+            if name in wanted:
+                found.append(x)
+            if stop_early and name == end:
+                break
+        if intermediates_only:
+            return found
+        return (self.final_conv(x) if name == parts[-1][0] else x), found
+
+    def prune_intermediate_layers(
+        self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Remove what the maps of ``forward_intermediates`` do not need, and give their indices.
+
+        The stages behind the last map go, with the final convolution; the head keeps nothing but a pooling that does
+        nothing. ``prune_norm`` removes the final convolution where all else stays.
+        Raises ``InputError`` for an index that does not exist.
+        """
+        kept, last = self._taken(indices)
+        end = self.feature_info[last]["module"]
+        stages = 0 if end == "stem" else int(end.rpartition(".")[2]) + 1
+        truncated = stages < len(self.stages)
+        if truncated or prune_norm or prune_head:
+            self.stages = self.stages[:stages]
+            self.final_conv = nn.Identity()
+            self.num_features = self.head_hidden_size = self.feature_info[last]["num_chs"]
+            head = pooled_head(self.num_features, 0, pool_type="", drop_rate=self.drop_rate)
+            self.head = head.train(self.training)
+            self.num_classes, self.global_pool = 0, ""
+            # It can no longer be rebuilt from what `create_model` recorded.
+            self.__dict__.pop("architecture", None)
+        return kept
+
+    def _taken(self, indices: int | Sequence[int] | None) -> tuple[list[int], int]:
+        """The features that timm's `indices` mean, and the last of them."""
+        try:
+            taken: tuple[list[int], int] = feature_take_indices(len(self.feature_info), indices)
+        except AssertionError as error:
+            raise InputError(f"indices is {indices}, but {error}; `feature_info` lists the maps.") from None
+        return taken
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Last feature map to logits, or to what the classifier reads: ``(batch, head_hidden_size)``."""
