@@ -114,7 +114,8 @@ def load(
         raise CheckpointError(_wrong_form(path, card, form))
     model = _build(card, architecture, arguments, path)
     if card.form == "plain":
-        model = fold(model, example_input(model, card=card), prove=False)
+        options = (card.fold or {}).get("options", {})
+        model = fold(model, example_input(model, card=card), prove=False, **options)
     _fill(model, path, card)
     model.card = card  # type: ignore[assignment]  # nn.Module types its attributes as tensors and modules
     return model.eval()

@@ -7,7 +7,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -118,6 +118,16 @@ def fold_command(
         Path, typer.Option("--output", "-o", help="The plain checkpoint to write (.safetensors).")
     ],
     report: Annotated[Path | None, typer.Option("--report", help="Also write the report as JSON.")] = None,
+    objective: Annotated[
+        Literal["macs", "operators"],
+        typer.Option(
+            help="macs: never more multiply-accumulates; operators: those of depthwise kernels may grow."
+        ),
+    ] = "macs",
+    shortcuts: Annotated[
+        Literal["keep", "fold"],
+        typer.Option(help="fold: take shortcuts into the convolutions around, at more cost."),
+    ] = "keep",
     checkpoint: Checkpoint = None,
     input_size: InputSize = None,
     num_classes: NumClasses = None,
@@ -131,7 +141,8 @@ def fold_command(
         if path is not None:
             check_writable(path)
     model = _network(target, checkpoint, num_classes)
-    plain: Any = fold(model, example_input(model, _parse_size(input_size, model)))
+    example = example_input(model, _parse_size(input_size, model))
+    plain: Any = fold(model, example, objective=objective, shortcuts=shortcuts)
     console.print(plain.fold_report)
     save(plain, output)
     console.print(f"Plain checkpoint: {escape(str(output))}", soft_wrap=True)

@@ -89,6 +89,7 @@ def test_json_has_all_of_it(plain: Any) -> None:
         Cost(**facts["after"]),
         Proof(**{**facts["proof"], "inputs": tuple(facts["proof"]["inputs"])}),
         facts["notes"],
+        facts["options"],
     )
     assert rebuilt == report
     assert {field.name for field in dataclasses.fields(report)} == set(facts)

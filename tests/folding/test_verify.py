@@ -205,7 +205,7 @@ def test_a_region_whose_proof_fails_is_undone_and_reported(monkeypatch: pytest.M
 
 def test_a_network_whose_proof_fails_is_never_returned(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where every local proof is fooled, the proof of the whole network still stands."""
-    module = importlib.import_module("refold.folding.fold")
+    module = importlib.import_module("refold.folding.regions")
     monkeypatch.setattr(operations, "scale_outputs", without_shift(operations.scale_outputs))
     monkeypatch.setattr(module, "prove_region", lambda *_: 0.0)
     model = network().double()

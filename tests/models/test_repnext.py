@@ -5,7 +5,6 @@ import torch
 from torch import Tensor, nn
 
 from golden import assert_golden_logits, drawn_weights, golden_input, golden_record, golden_state_dict
-from refold.algebra import Convolution, fold_shortcut, side_by_side
 from refold.blocks import RepUnit1, RepUnit2, RepUnit3
 from refold.errors import CheckpointError, InputError
 from refold.folding.cost import count
@@ -46,45 +45,6 @@ def size(network: nn.Module) -> tuple[float, float]:
     return round(cost.parameters / 1e6, 2), round(cost.macs / 1e9, 3)
 
 
-def value_of(convolution: nn.Conv2d) -> Convolution:
-    return Convolution(
-        convolution.weight,
-        convolution.bias,
-        convolution.stride,
-        tuple((padding, padding) for padding in convolution.padding),
-        convolution.dilation,
-        convolution.groups,
-    )
-
-
-def layer_of(value: Convolution) -> nn.Conv2d:
-    """The convolution as a layer that holds these very tensors."""
-    layer = nn.Conv2d(
-        value.in_channels,
-        value.out_channels,
-        value.kernel_size,
-        padding=tuple(before for before, _ in value.padding),
-        groups=value.groups,
-        bias=value.bias is not None,
-        device="meta",
-    )
-    layer.weight = nn.Parameter(value.weight)
-    if value.bias is not None:
-        layer.bias = nn.Parameter(value.bias)
-    return layer
-
-
-def without_shortcuts(plain: nn.Module) -> nn.Module:
-    """The folded network with every block a chain of three convolutions (the paper's figure 4)."""
-    for stage in plain.stages:
-        for index, block in enumerate(stage):
-            if hasattr(block, "expand"):
-                chain = [value_of(layer) for layer in (block.unit, block.expand, block.project)]
-                first, second, third = map(layer_of, fold_shortcut(chain))
-                stage[index] = nn.Sequential(first, second, block.act, third)
-    return plain
-
-
 @pytest.mark.parametrize(
     "name",
     [
@@ -95,40 +55,48 @@ def without_shortcuts(plain: nn.Module) -> nn.Module:
 )
 def test_each_form_has_the_papers_size(name: str) -> None:
     network = create_model(name).eval()
-    plain = fold(network, torch.zeros(1, 3, 64, 64), prove=False)
-    training, regular, full = PUBLISHED[name]
-    assert size(network) == training
-    assert size(plain.to("meta")) == regular
-    assert size(without_shortcuts(plain)) == full
+    x = torch.zeros(1, 3, 64, 64)
+    regular, full = (fold(network, x, prove=False, shortcuts=shortcuts) for shortcuts in ("keep", "fold"))
+    assert tuple(map(size, (network, regular, full))) == PUBLISHED[name]
 
 
+@pytest.mark.parametrize("shortcuts", ["keep", "fold"])
 @pytest.mark.parametrize("unit", UNITS)
-def test_folding_gives_one_depthwise_convolution_where_it_costs_no_more(unit: type[nn.Module]) -> None:
+def test_each_unit_becomes_one_depthwise_convolution(unit: type[nn.Module], shortcuts: str) -> None:
     network = small(unit).double()
     network.load_state_dict(drawn_weights(network))
     x = torch.randn(2, 3, 64, 96, dtype=torch.float64)
-    plain = fold(network, x)
-    assert not any(isinstance(module, nn.BatchNorm2d) for module in plain.modules())
-    blocks = [module for module in plain.modules() if hasattr(module, "unit")]
-    assert len(blocks) == 5
-    if unit is RepUnit1:
-        # One 7x7 kernel for all channels takes more multiply-accumulates than 3x3, 5x5 and 7x7 on thirds.
-        macs = count(plain, x).macs
-        for block in blocks:
-            block.unit = one_convolution(block.unit)
-        assert count(plain, x).macs > macs
-    for block in blocks:
-        assert isinstance(block.unit, nn.Conv2d)
-        assert (block.unit.kernel_size, block.unit.groups) == ((7, 7), block.unit.in_channels)
+    plain = fold(network, x, objective="operators", shortcuts=shortcuts)
+    operators = plain.fold_report.after.operators
+    # The stem and three steps between stages are convolutions too.
+    assert operators["convolution"] == 3 * 5 + 4
+    assert operators["activation"] == (10 if shortcuts == "keep" else 5)
+    assert operators.get("add", 0) == (5 if shortcuts == "keep" else 0)
+    assert not operators.keys() & {"batch norm", "concatenation"}
+    depthwise = [m for m in plain.modules() if isinstance(m, nn.Conv2d) and m.groups > 1]
+    assert len(depthwise) == 5
+    for convolution in depthwise:
+        assert (convolution.kernel_size, convolution.groups) == ((7, 7), convolution.in_channels)
+        assert convolution.out_channels == convolution.in_channels * (1 if shortcuts == "keep" else 2)
     with torch.no_grad():
         expected = network.eval()(x)
         assert (plain(x) - expected).abs().max() <= 1e-9 * expected.std()
-        assert (without_shortcuts(plain)(x) - expected).abs().max() <= 1e-9 * expected.std()
 
 
-def one_convolution(unit: nn.Module) -> nn.Conv2d:
-    """The folded RepUnit1 as one convolution (eq. 2)."""
-    return layer_of(side_by_side([value_of(conv) for conv in unit.convs]))
+def test_the_first_unit_keeps_its_kernels_where_one_would_take_more_multiplications() -> None:
+    network, x = small(RepUnit1), torch.randn(1, 3, 64, 96)
+    plain = fold(network, x, prove=False)
+    cost, single = (
+        plain.fold_report.after,
+        fold(network, x, prove=False, objective="operators").fold_report.after,
+    )
+    assert cost.convolutions == 5 * 5 + 4
+    assert "batch norm" not in cost.operators
+    # 3x3, 5x5 and 7x7 on a third of the channels each, against 7x7 on all of them.
+    depthwise = sum(
+        6 * 2**stage * (16 >> stage) * (24 >> stage) * blocks for stage, blocks in enumerate((1, 2, 1, 1))
+    )
+    assert single.macs - cost.macs == depthwise * (49 - (9 + 25 + 49) / 3)
 
 
 def test_golden_logits_in_training_and_plain_form() -> None:

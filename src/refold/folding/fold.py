@@ -2,56 +2,78 @@
 
 from __future__ import annotations
 
-import copy
-from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import replace
+from functools import partial
+from typing import Any, Literal, get_args
 
 import torch
-from torch import Tensor, fx, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from refold.errors import InputError, NotFoldable
+from refold.errors import InputError
+from refold.folding.attempt import Attempt, Finder
 from refold.folding.cost import count
-from refold.folding.distribution import Bundle, bundle
-from refold.folding.edits import Edits, Extent, NewLayer, edits_of, new_layer
-from refold.folding.planning import Planner, Region
-from refold.folding.precision import release_memory
+from refold.folding.edits import Extent
 from refold.folding.proof import (
     LARGEST_DISTANCE,
     Proof,
     outputs,
     own_distances,
     prove_float64,
-    prove_region,
     require_close,
     require_same,
     require_stable,
     sensitivity,
     shared_copy,
 )
-from refold.folding.reasons import operator_kind, reason_left
-from refold.folding.recognition import is_batch_norm
-from refold.folding.report import FoldedRegion, FoldReport
-from refold.folding.rewriting import write
-from refold.folding.tracing import Arguments, Unit, copy_tensors, first_line, plain_mode
-from refold.folding.units import Untraced, find_units
+from refold.folding.regions import region_candidates
+from refold.folding.report import FoldReport
+from refold.folding.shortcuts import shortcut_candidates
+from refold.folding.tracing import Arguments, copy_tensors, first_line, plain_mode
+
+Objective = Literal["macs", "operators"]
+Shortcuts = Literal["keep", "fold"]
 
 
-def fold(model: nn.Module, example_input: Any, *, prove: bool = True) -> nn.Module:
+def fold(
+    model: nn.Module,
+    example_input: Any,
+    *,
+    prove: bool = True,
+    objective: Objective = "macs",
+    shortcuts: Shortcuts = "keep",
+) -> nn.Module:
     """A plain network that computes what `model` computes in evaluation mode, every linear part one layer.
 
     `example_input` is what the model is called with: a tensor, `[batch, channels, *size]` as a rule, or the tuple of
     positional arguments. The model is left untouched; the result keeps its class, dtype, device and methods, is in
     evaluation mode, and carries a `FoldReport` as `fold_report`. With `prove` (the default) every region is proved in
-    float64, borders included, at two sizes, and then the whole network.
+    float64, borders included, at two sizes, and then the whole netattempt.
 
-    Raises `InputError` where the model does not run on the example, `NotEquivalent` where the proof fails.
+    No fold may raise the multiply-accumulates, unless the `objective` is "operators": then those of depthwise
+    convolutions, which memory holds up rather than arithmetic, do not count, and depthwise kernels of several sizes,
+    each for a part of the channels, become one (RepNeXt, eq. 2).
+    `shortcuts="fold"` also takes each shortcut around a chain of convolutions into them, wherever it passes through
+    the chain's activations, at the price of more channels (RepNeXt, eq. 5 to 8).
+
+    Raises `InputError` where the model does not run on the example or an option is unknown, `NotEquivalent` where the
+    proof fails.
     """
+    _require_option("objective", objective, get_args(Objective))
+    _require_option("shortcuts", shortcuts, get_args(Shortcuts))
+    arguments = as_arguments(example_input)
+    find = partial(region_candidates, depthwise_counts=objective == "macs")
     with plain_mode():
-        return _fold(model, as_arguments(example_input), prove)
+        _require_runs(model, arguments)
+        plain, report = _fold(model, arguments, find, prove, may_cost=objective == "operators")
+        if shortcuts == "fold":
+            folded, second = _fold(plain, arguments, shortcut_candidates, prove, may_cost=True)
+            report = _joined(report, second, model, folded, arguments)
+            plain = folded
+    report.options = {"objective": objective, "shortcuts": shortcuts}
+    plain.fold_report = report  # type: ignore[assignment]  # nn.Module types its attributes as tensors and modules
+    return plain
 
 
 def verify(reference: nn.Module, candidate: nn.Module, example_input: Any) -> Proof:
@@ -71,30 +93,62 @@ def as_arguments(example_input: Any) -> Arguments:
     return (example_input if isinstance(example_input, tuple) else (example_input,)), {}
 
 
-def _fold(model: nn.Module, arguments: Arguments, prove: bool) -> nn.Module:
-    _require_runs(model, arguments)
+def _require_option(name: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise InputError(f"{name} is {value!r}; choose {' or '.join(map(repr, known))}.")
+
+
+def _fold(
+    model: nn.Module, arguments: Arguments, find: Finder, prove: bool, *, may_cost: bool
+) -> tuple[nn.Module, FoldReport]:
     before = count(shared_copy(model), arguments[0])
     extents, notes = iter(Extent), _notes(model)
     while True:
-        work = _runnable_work(model, arguments, prove, extents, notes)
-        proof = _prove_whole(model, work, arguments, notes) if prove else None
-        _settle(model, work)
-        after = count(shared_copy(work.model), arguments[0])
-        if after.macs <= before.macs:
+        attempt = _runnable_attempt(model, arguments, find, prove, extents, notes)
+        proof = _prove_whole(model, attempt, arguments, notes) if prove else None
+        attempt.settle(model)
+        after = count(shared_copy(attempt.model), arguments[0])
+        if may_cost or after.macs <= before.macs:
             break
         notes.append(
             f"less was folded: it would have taken {after.macs:,} multiply-accumulates, not {before.macs:,}"
         )
     if proof is not None:
-        original, folded = _own_distances(model, work.model, arguments)
+        original, folded = _own_distances(model, attempt.model, arguments)
         proof = replace(proof, original_distance=original, folded_distance=folded)
         require_close(proof)
     name = type(model).__name__
-    if after.batch_norms and not work.left:
-        work.left.append((name, f"{after.batch_norms} batch norms run as operators that are not recognised"))
-    report = FoldReport(name, work.folded, work.left, before, after, proof, notes)
-    work.model.fold_report = report  # type: ignore[assignment]
-    return work.model
+    if after.batch_norms and not attempt.left:
+        attempt.left.append(
+            (name, f"{after.batch_norms} batch norms run as operators that are not recognised")
+        )
+    return attempt.model, FoldReport(name, attempt.folded, attempt.left, before, after, proof, notes)
+
+
+def _joined(
+    first: FoldReport, second: FoldReport, model: nn.Module, folded: nn.Module, arguments: Arguments
+) -> FoldReport:
+    """The account of two folds, one after the other; the distances in the model's own dtype are those of both."""
+    proof = None
+    if first.proof is not None and second.proof is not None:
+        original, own = _own_distances(model, folded, arguments)
+        proof = replace(
+            first.proof,
+            distance_float64=max(first.proof.distance_float64, second.proof.distance_float64),
+            regions=first.proof.regions + second.proof.regions,
+            worst_region=max(first.proof.worst_region, second.proof.worst_region),
+            original_distance=original,
+            folded_distance=own,
+        )
+        require_close(proof)
+    notes = [*first.notes, *second.notes]
+    if not second.regions:
+        notes.append(
+            "no shortcut was folded: none leads around a chain of convolutions through the same activations"
+        )
+    return replace(
+        first, regions=first.regions + second.regions, after=second.after, proof=proof, notes=notes
+    )
 
 
 def _verify(reference: nn.Module, candidate: nn.Module, arguments: Arguments) -> Proof:
@@ -111,72 +165,6 @@ def _verify(reference: nn.Module, candidate: nn.Module, arguments: Arguments) ->
     require_stable(proof)
     require_close(proof)
     return proof
-
-
-@dataclass
-class _Work:
-    """One attempt to fold: the copy that is edited, and the account of it."""
-
-    model: nn.Module
-    arguments: Arguments
-    prove: bool
-    extent: Extent
-    proved: list[float] = field(default_factory=list)
-    folded: list[FoldedRegion] = field(default_factory=list)
-    left: list[tuple[str, str]] = field(default_factory=list)
-    made: list[NewLayer] = field(default_factory=list)
-    outcomes: list[tuple[Planner, Edits]] = field(default_factory=list)
-
-    def plan(self) -> None:
-        """Choose and prove the regions of every unit, and say what is left."""
-        units, untraced = find_units(self.model, self.arguments)
-        held = Counter(identity for unit in units for identity in unit.called_modules())
-        held.update(id(module) for module in _hidden(self.model, units, untraced))
-        shared = {identity for identity, times in held.items() if times > 1}
-        for unit in units:
-            planner = Planner(unit)
-            edits = edits_of(planner, self._made(planner), shared, self.extent)
-            self.made += edits.made
-            self.folded += [_describe(planner, region) for b in edits.applied for region in b.regions]
-            self.outcomes.append((planner, edits))
-        self.left = _left(self.outcomes, untraced) + _unseen(self.model, self.outcomes, untraced)
-
-    def write(self) -> None:
-        """Put the edits into the copy."""
-        for planner, edits in self.outcomes:
-            self.model = write(self.model, planner.unit, edits)
-        self.outcomes.clear()
-
-    def _made(self, planner: Planner) -> list[tuple[Bundle, list[NewLayer]]]:
-        """The bundles that hold their proof, with their layers."""
-        made = []
-        # From the end on, where layers are largest as a rule: little else is in memory then.
-        for candidate in reversed(bundle(planner, planner.plan())):
-            try:
-                layers = [self._layer(planner, region) for region in candidate.regions]
-            except NotFoldable as refusal:
-                planner.refusals.update(dict.fromkeys(candidate.operators, str(refusal)))
-                continue
-            made.append((candidate, layers))
-            release_memory()
-        return made[::-1]
-
-    def _layer(self, planner: Planner, region: Region) -> NewLayer:
-        convolution = region.convolution()
-        if self.prove:
-            self.proved.append(prove_region(region, convolution, planner.constants))
-        return new_layer(planner.unit, region, convolution)
-
-
-def _hidden(model: nn.Module, units: list[Unit], untraced: list[Untraced]) -> list[nn.Module]:
-    """The modules that only code which cannot be traced calls."""
-    seen = [unit.path for unit in units if unit.path]
-    found = {}
-    for item in untraced:
-        for name, module in model.get_submodule(item.path).named_modules(prefix=item.path):
-            if name != item.path and not any(name == path or name.startswith(f"{path}.") for path in seen):
-                found[id(module)] = module
-    return list(found.values())
 
 
 def _require_runs(model: nn.Module, arguments: Arguments) -> None:
@@ -209,61 +197,14 @@ def _notes(model: nn.Module) -> list[str]:
     return []
 
 
-def _settle(original: nn.Module, work: _Work) -> None:
-    """Give the result its own copy of every tensor that it still shares with the model."""
-    _restore_attributes(original, work)
-    shared = {id(parameter) for parameter in original.parameters()}
-    copies: dict[int, nn.Parameter] = {}
-    for module in work.model.modules():
-        for name, parameter in module._parameters.items():
-            if parameter is not None and id(parameter) in shared:
-                module._parameters[name] = copies.setdefault(id(parameter), copy.deepcopy(parameter))
-    # Running the example may have changed what the forward pass itself keeps, a counter for example.
-    before = dict(original.named_buffers())
-    for name, buffer in work.model.named_buffers():
-        if name in before and before[name].shape == buffer.shape:
-            buffer.copy_(before[name])
-
-
-def _restore_attributes(original: nn.Module, work: _Work) -> None:
-    """Take back what tracing and running left in the attributes of modules: caches above all."""
-    made = {id(part) for layer in work.made for part in layer.module.modules()}
-    before = dict(original.named_modules())
-    for path, module in work.model.named_modules():
-        old = before.get(path)
-        if old is None or id(module) in made or not isinstance(module, type(old)):
-            continue
-        for name in set(vars(module)) - set(vars(old)):
-            delattr(module, name)
-        for name, value in vars(old).items():
-            plain = isinstance(value, (dict, list, set)) and not name.startswith("_")
-            if plain and not any(isinstance(leaf, nn.Module) for leaf in tree_leaves(value)):
-                setattr(module, name, copy.deepcopy(value))
-
-
-def _runnable_work(
-    model: nn.Module, arguments: Arguments, prove: bool, extents: Iterator[Extent], notes: list[str]
-) -> _Work:
-    """Fold as much as leaves a network that runs: code around a folded block may ask for what is no longer there."""
-    for extent in extents:
-        work = _Work(shared_copy(model).eval(), arguments, prove, extent)
-        work.plan()
-        try:
-            work.write()
-            outputs(work.model, arguments, float64=True)
-            break
-        except Exception as error:
-            if extent is not Extent.EVERYTHING:
-                notes.append(f"less was folded: the rewritten network did not run ({first_line(error)})")
-    return work
-
-
-def _prove_whole(model: nn.Module, work: _Work, arguments: Arguments, notes: list[str]) -> Proof:
+def _prove_whole(model: nn.Module, attempt: Attempt, arguments: Arguments, notes: list[str]) -> Proof:
     """Prove the network in float64, the new layers as they were before they were rounded."""
     inputs = _proof_inputs(model, arguments)
-    exact = {identity: compute for layer in work.made for identity, compute in layer.exact().items()}
-    distance = prove_float64(model, work.model, inputs, exact)
-    proof = Proof(distance, _shapes(inputs), regions=len(work.proved), worst_region=max([0.0, *work.proved]))
+    exact = {identity: compute for layer in attempt.made for identity, compute in layer.exact().items()}
+    distance = prove_float64(model, attempt.model, inputs, exact)
+    proof = Proof(
+        distance, _shapes(inputs), regions=len(attempt.proved), worst_region=max([0.0, *attempt.proved])
+    )
     if distance > LARGEST_DISTANCE:
         proof = replace(proof, sensitivity=sensitivity(model, inputs))
         notes.append(
@@ -317,53 +258,23 @@ def _own_distances(
     return own_distances(reference, candidate, arguments) or (None, None)
 
 
-def _describe(planner: Planner, region: Region) -> FoldedRegion:
-    kinds = Counter(operator_kind(node, planner) for node in region.operators)
-    convolution = region.structure
-    size = "×".join(map(str, convolution.kernel_size))
-    kind = f"{size} convolution" if size else "linear"
-    if region.rescales:
-        kind = type(planner.unit.attribute(str(region.source.target))).__name__
-    groups = f", {convolution.groups} groups" if convolution.groups > 1 and not region.rescales else ""
-    channels = f"{convolution.in_channels} to {convolution.out_channels} channels"
-    path = planner.unit.full_path(region.root.meta["scope"][-1][0] if region.root.meta["scope"] else "")
-    return FoldedRegion(path, dict(kinds), f"{kind}, {channels}{groups}")
-
-
-def _left(outcomes: list[tuple[Planner, Edits]], untraced: list[Untraced]) -> list[tuple[str, str]]:
-    """Every batch norm that stays and every module that was not looked into, with the reason."""
-    replaced = {planner.unit.full_path(path) for planner, edits in outcomes for path in edits.slots}
-    left = [(item.path or "the whole model", item.reason) for item in untraced if item.path not in replaced]
-    for planner, edits in outcomes:
-        folded = {node for applied in edits.applied for node in applied.operators}
-        remaining = [node for node in _batch_norms(planner) if node not in folded]
-        left += [(_name(planner, node), reason_left(node, planner)) for node in remaining]
-    return list(dict.fromkeys(left))
-
-
-def _unseen(
-    model: nn.Module, outcomes: list[tuple[Planner, Edits]], untraced: list[Untraced]
-) -> list[tuple[str, str]]:
-    """The batch norms that are in no graph, and why."""
-    seen = {_name(planner, node) for planner, _ in outcomes for node in _batch_norms(planner)}
-    opaque = {item.path for item in untraced}
-    found = []
-    for name, module in model.named_modules():
-        if isinstance(module, _BatchNorm) and name not in seen and name:
-            alone = name.rpartition(".")[0] in opaque
-            reason = (
-                "the code around it cannot be traced" if alone else "it does not run on the example input"
-            )
-            found.append((name, reason))
-    return found
-
-
-def _batch_norms(planner: Planner) -> list[fx.Node]:
-    constants = planner.constants
-    return [n for n in planner.unit.graph.nodes if constants.varies(n) and is_batch_norm(n, constants)]
-
-
-def _name(planner: Planner, node: fx.Node) -> str:
-    if node.op == "call_module":
-        return planner.unit.full_path(str(node.target))
-    return planner.unit.full_path(node.meta["scope"][-1][0] if node.meta["scope"] else "")
+def _runnable_attempt(
+    model: nn.Module,
+    arguments: Arguments,
+    find: Finder,
+    prove: bool,
+    extents: Iterator[Extent],
+    notes: list[str],
+) -> Attempt:
+    """Fold as much as leaves a network that runs: code around a folded block may ask for what is no longer there."""
+    for extent in extents:
+        attempt = Attempt(shared_copy(model).eval(), arguments, find, prove, extent)
+        attempt.plan()
+        try:
+            attempt.write()
+            outputs(attempt.model, arguments, float64=True)
+            break
+        except Exception as error:
+            if extent is not Extent.EVERYTHING:
+                notes.append(f"less was folded: the rewritten network did not run ({first_line(error)})")
+    return attempt

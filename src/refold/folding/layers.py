@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,6 +16,36 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from refold.algebra import Convolution, with_groups
 from refold.errors import NotFoldable
+
+
+@dataclass(frozen=True)
+class NewLayer:
+    """A layer in the place of a region, rounded to the dtype of the model, and how to build it in float64."""
+
+    module: nn.Module
+    build: Callable[[], nn.Module]
+
+    def exact(self) -> dict[int, Callable[[], Tensor]]:
+        """What each rounded parameter is in float64: built when it is read, and only biases are kept."""
+        biases: dict[str, Tensor] = {}
+
+        def compute(name: str) -> Tensor:
+            if name in biases:
+                return biases[name]
+            parameters = dict(self.build().named_parameters())
+            biases.update((key, value) for key, value in parameters.items() if value.dim() == 1)
+            return parameters[name]
+
+        return {id(value): partial(compute, name) for name, value in self.module.named_parameters()}
+
+
+def new_layer(
+    build: Callable[[], nn.Module], made: nn.Module, kind: tuple[torch.dtype, torch.device]
+) -> NewLayer:
+    """The layer `made`, rounded; `build` makes it anew. Raises NotFoldable where it does not fit the dtype."""
+    dtype, device = kind
+    require_fit(made, dtype)
+    return NewLayer(made.to(device, dtype), lambda: build().to(device))
 
 
 def layer(convolution: Convolution) -> nn.Module:

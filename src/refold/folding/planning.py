@@ -73,11 +73,16 @@ class Planner:
         self._times = Counter(scope[-1][0] for scope in unit.calls if scope)
         self.operators = {n: op for n in unit.graph.nodes if (op := self._recognise(n)) is not None}
         self.composer = Composer(self.operators, unit.shapes)
+        self._depthwise_counts = True
         self._own_prices: dict[fx.Node, Price] = {}
         self._emission_prices: dict[tuple[fx.Node, fx.Node], Price | None] = {}
 
-    def plan(self) -> list[Region]:
-        """Choose for every value that something non-linear needs, from the last to the first, how to compute it."""
+    def plan(self, *, depthwise_counts: bool = True) -> list[Region]:
+        """Choose for every value that something non-linear needs, from the last to the first, how to compute it.
+
+        `depthwise_counts` says whether the multiply-accumulates and weights of depthwise convolutions have a price.
+        """
+        self._depthwise_counts = depthwise_counts
         regions: list[Region] = []
         demanded = self.demanded
         for node in reversed(self.unit.graph.nodes):
@@ -200,6 +205,8 @@ class Planner:
         read = convolution.weight.shape[1] if convolution.spatial_axes else convolution.in_channels
         taps = read * math.prod(convolution.kernel_size)
         layers = 1 if convolution.has_symmetric_padding else 2
+        if convolution.groups == convolution.in_channels and not self._depthwise_counts:
+            return 0, 0, layers
         return math.prod(self.unit.shapes[node]) * taps, convolution.out_channels * taps, layers
 
     def _emission_price(self, node: fx.Node, source: fx.Node) -> Price | None:

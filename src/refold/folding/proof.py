@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -60,10 +60,12 @@ def prove_region(region: Region, convolution: Convolution, constants: Constants)
     generator = torch.Generator().manual_seed(0)
     device = constants.unit.kinds[region.root][1]
     worst, proved, failure = 0.0, 0, ""
-    for shape in _probe_shapes(region, constants):
+    own, structure = constants.unit.shapes[region.source], region.structure
+    for shape in _probe_shapes(own, [structure], max(structure.stride, default=1)):
         x = torch.randn(shape, dtype=torch.float64, generator=generator)
         try:
-            expected = _with_tail(region, _run_operators(region, constants, x.clone().to(device)).cpu())
+            result = _run(region.nodes, region.source, region.root, constants, x.clone().to(device))
+            expected = _with_tail(region, result.cpu())
         except Exception as error:  # strided branches may agree in size for some inputs only
             failure = f"its operators do not run on a {shape} input ({first_line(error)})"
             continue
@@ -74,6 +76,32 @@ def prove_region(region: Region, convolution: Convolution, constants: Constants)
         raise NotFoldable(failure)
     if region.rescales:
         worst = max(worst, _rescaling_distance(region, convolution, constants, generator))
+    if not worst <= LARGEST_DISTANCE:
+        raise NotFoldable(f"the proof failed: the results differ by {worst:.1e}")
+    return worst
+
+
+def prove_chain(
+    nodes: Set[fx.Node],
+    source: fx.Node,
+    root: fx.Node,
+    last: fx.Node,
+    folded: Mapping[fx.Node, Convolution],
+    constants: Constants,
+) -> float:
+    """How far `last`, with `folded` for the convolutions before it, is from `root`: in float64, on two random inputs.
+
+    Raises NotFoldable where it is more than rounding.
+    """
+    generator = torch.Generator().manual_seed(0)
+    worst, convolutions = 0.0, list(folded.values())
+    stride = max(convolutions[-1].stride, default=1)
+    for _, shape in zip(
+        range(2), _probe_shapes(constants.unit.shapes[source], convolutions, stride), strict=False
+    ):
+        x = torch.randn(shape, dtype=torch.float64, generator=generator).to(constants.unit.kinds[root][1])
+        expected = _run(nodes, source, root, constants, x.clone())
+        worst = max(worst, distance(expected, _run(nodes, source, last, constants, x.clone(), folded)))
     if not worst <= LARGEST_DISTANCE:
         raise NotFoldable(f"the proof failed: the results differ by {worst:.1e}")
     return worst
@@ -246,34 +274,49 @@ def _spread(truth: list[Tensor], found: list[Tensor]) -> float:
     return float((difference / scale) ** 0.5) if scale else float(difference**0.5)
 
 
-def _probe_shapes(region: Region, constants: Constants) -> Iterator[tuple[int, ...]]:
+def _probe_shapes(
+    own: tuple[int, ...], convolutions: Sequence[Convolution], stride: int
+) -> Iterator[tuple[int, ...]]:
     """Small inputs, not square and of odd and even sizes, in which every tap meets the border."""
-    own, convolution = constants.unit.shapes[region.source], region.structure
-    if convolution.spatial_axes == 0:
+    if convolutions[0].spatial_axes == 0:
         yield (*(min(size, 3 + i) for i, size in enumerate(own[:-1])), own[-1])
         yield (*(1,) * (len(own) - 1), own[-1])
         return
-    reach = [d * (k - 1) + 1 for d, k in zip(convolution.dilation, convolution.kernel_size, strict=True)]
-    for extra in range(2 * max(convolution.stride)):
+    spans = [[d * (k - 1) for d, k in zip(c.dilation, c.kernel_size, strict=True)] for c in convolutions]
+    reach = [1 + sum(along) for along in zip(*spans, strict=True)]
+    for extra in range(2 * stride):
         yield (2, own[1], *(extent + 4 + extra + 3 * i for i, extent in enumerate(reach)))
         yield (1, own[1], *(extent + 7 + extra - 2 * i for i, extent in enumerate(reach)))
 
 
-def _run_operators(region: Region, constants: Constants, x: Tensor) -> Tensor:
-    values: dict[fx.Node, Any] = {region.source: x}
+def _run(
+    nodes: Set[fx.Node],
+    source: fx.Node,
+    root: fx.Node,
+    constants: Constants,
+    x: Tensor,
+    instead: Mapping[fx.Node, Convolution] | None = None,
+) -> Tensor:
+    """What `nodes` make of `x` in the place of `source`, in float64; some of them convolutions `instead`."""
+    values: dict[fx.Node, Any] = {source: x}
+    replaced = instead or {}
 
     def value(node: fx.Node) -> Any:
         return values[node] if node in values else constants.evaluate(node)
 
     with in_float64(), torch.no_grad():
         for node in constants.unit.graph.nodes:
-            if node in region.nodes:
+            if node in nodes:
                 args, kwargs = fx.node.map_arg((node.args, node.kwargs), value)
-                if node.op == "call_module":
+                if node in replaced:
+                    values[node] = replaced[node](args[0].cpu()).to(args[0].device)
+                elif node.op == "call_module":
                     values[node] = constants.unit.attribute(str(node.target))(*args, **kwargs)
                 else:
                     values[node] = apply(node, args, kwargs)
-    result = values[region.root]
+            if node is root:
+                break
+    result = values[root]
     assert isinstance(result, Tensor)
     return result
 

@@ -34,11 +34,14 @@ class FoldReport:
     after: Cost
     proof: Proof | None
     notes: list[str] = field(default_factory=list)
+    options: dict[str, str] = field(default_factory=dict)
+    """How `fold` was called, besides its defaults."""
 
     def to_dict(self) -> dict[str, Any]:
         """The same facts as plain JSON-able values."""
         return {
             "model": self.model,
+            "options": self.options,
             "notes": self.notes,
             "regions": [asdict(region) for region in self.regions],
             "left": [{"name": name, "reason": reason} for name, reason in self.left],

@@ -10,7 +10,8 @@ from typing import Any
 from torch import fx, nn
 from torch.nn.modules.conv import _ConvNd
 
-from refold.folding.edits import Edits, Extent, Rewire, common_scope, relative_key
+from refold.folding.drafts import common_scope, relative_key
+from refold.folding.edits import Edits, Extent, Rewire
 from refold.folding.observing import rebind
 from refold.folding.plain_class import become_plain, require_fixed
 from refold.folding.tracing import (
