@@ -1,0 +1,1 @@
+"""Training-time branches for any model, at nearly the price of one."""

@@ -1,0 +1,232 @@
+"""The two ways to run parallel branches in training mode that are cheaper than one after the other."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import reduce
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from refold.unfolding.branch import Geometry, scale_and_shift, step, uses_batch, widened
+from refold.unfolding.statistics import neighbourhood_moments, pointwise_moments
+
+
+def from_moments(
+    x: Tensor,
+    branches: Sequence[Any],
+    skip: nn.BatchNorm2d | None,
+    adds_input: bool,
+    geometry: Geometry,
+    *,
+    pointwise: bool,
+) -> Tensor:
+    """The sum of branches, of the skip and of the input as one convolution, its kernel from the input's statistics.
+
+    `pointwise` says that all kernels are 1x1; else the layer is depthwise, 3x3 with stride 1. `x` is `[batch,
+    in_channels, height, width]`.
+    """
+    kernel_size = (1, 1) if pointwise else geometry.kernel_size
+    stride = geometry.stride
+    seen = x[:, :, :: stride[0], :: stride[1]] if pointwise and stride != (1, 1) else x
+    padding = (0, 0) if pointwise else geometry.padding
+    device = x.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    with torch.autocast(device, enabled=False):
+        seen = seen.to(dtype)
+        # Half precision holds inputs, outputs and what is kept. In between all is float32: most of the gradients
+        # cancels behind batch norms, and what is left of a rounded kernel or a rounded part of a gradient is noise.
+        wide = seen if dtype == torch.float64 else seen.float()
+        weight, bias = _summed(wide, seen, branches, skip, adds_input, geometry, kernel_size)
+        if wide is seen:
+            return F.conv2d(seen, weight, bias, padding=padding, groups=geometry.groups)
+        out: Tensor = _Convolution.apply(wide, seen, weight, bias, padding, geometry.groups)
+        return out.to(dtype)
+
+
+class _Convolution(torch.autograd.Function):
+    """A convolution of `x` that keeps `kept`, the narrower tensor that `x` was cast from."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, kept: Tensor, weight: Tensor, bias: Tensor, padding: tuple[int, int], groups: int
+    ) -> Tensor:
+        ctx.save_for_backward(kept, weight)
+        ctx.settings = (padding, groups)
+        return F.conv2d(x, weight, bias, padding=padding, groups=groups)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        kept, weight = ctx.saved_tensors
+        padding, groups = ctx.settings
+        needs_x, _, needs_weight, needs_bias = ctx.needs_input_grad[:4]
+        of_x, of_weight, of_bias = torch.ops.aten.convolution_backward(
+            gradients[0],
+            kept.to(weight.dtype),
+            weight,
+            [len(weight)],
+            [1, 1],
+            padding,
+            [1, 1],
+            False,
+            [0, 0],
+            groups,
+            [needs_x, needs_weight, needs_bias],
+        )
+        return of_x, None, of_weight, of_bias, None, None
+
+
+def stacked(x: Tensor, branches: Sequence[Any]) -> list[Tensor]:
+    """What the branches write, those with equal kernels and settings as one convolution and one batch norm."""
+    parts = []
+    for size in dict.fromkeys(branch.conv.kernel_size for branch in branches):
+        alike = [branch for branch in branches if branch.conv.kernel_size == size]
+        if len(alike) > 1 and _share_settings([branch.bn for branch in alike]):
+            parts.append(_stack(x, alike))
+        else:
+            parts += [branch(x) for branch in alike]
+    return parts
+
+
+def _summed(
+    x: Tensor,
+    kept: Tensor,
+    branches: Sequence[Any],
+    skip: nn.BatchNorm2d | None,
+    adds_input: bool,
+    geometry: Geometry,
+    kernel_size: tuple[int, int],
+) -> tuple[Tensor, Tensor]:
+    """Kernel and bias of the one convolution, in the dtype of `x`; the running averages are updated."""
+    dtype = x.dtype
+    convolutions = [branch.conv for branch in branches]
+    norms = [branch.bn for branch in branches] + ([] if skip is None else [skip])
+    kernels = [widened(conv.weight, kernel_size).to(dtype) for conv in convolutions]
+    if kernels:
+        stack = torch.stack(kernels)
+    else:
+        stack = x.new_empty(
+            0, geometry.out_channels, geometry.in_channels // geometry.groups, *kernel_size, dtype=dtype
+        )
+    means = variances = None
+    if any(uses_batch(norm) for norm in norms):
+        if kernel_size == (1, 1):
+            mean, covariance = pointwise_moments(x, geometry.groups, kept)
+        else:
+            mean, covariance = neighbourhood_moments(x, kept)
+        means, variances = _statistics(stack, mean, covariance)
+        if skip is not None:
+            own_mean, own_variance = _input_statistics(mean, covariance, geometry)
+            means, variances = torch.cat([means, own_mean]), torch.cat([variances, own_variance])
+    biases = _biases(convolutions, stack, skip is not None)
+    if means is not None and biases is not None:
+        means = means + biases
+    count = x.shape[0] * x.shape[2] * x.shape[3]
+    scale, shift = scale_and_shift(norms, means, variances, stack, count)
+    if biases is not None:
+        shift = shift + scale * biases
+    weight = (stack * scale[: len(stack), :, None, None, None]).sum(0)
+    if skip is not None or adds_input:
+        own = scale[len(stack) :].sum(0) + float(adds_input)
+        weight = weight + _through(geometry, kernel_size, stack, own)
+    return weight, shift.sum(0)
+
+
+def _statistics(kernels: Tensor, mean: Tensor, covariance: Tensor) -> tuple[Tensor, Tensor]:
+    """Batch mean and variance, `[branches, out_channels]`, of what kernels write, from those of what they see."""
+    branches, channels = kernels.shape[:2]
+    by_group = kernels.reshape(branches, mean.shape[0], channels // mean.shape[0], -1)
+    variances = ((by_group @ covariance) * by_group).sum(-1)
+    return _means(kernels, mean), variances.reshape(branches, channels)
+
+
+def _means(kernels: Tensor, mean: Tensor) -> Tensor:
+    """Batch mean, `[branches, out_channels]`, of what kernels write, from that of what they see."""
+    branches, channels = kernels.shape[:2]
+    by_group = kernels.reshape(branches, mean.shape[0], channels // mean.shape[0], -1)
+    return (by_group @ mean.unsqueeze(-1)).reshape(branches, channels)
+
+
+def _input_statistics(mean: Tensor, covariance: Tensor, geometry: Geometry) -> tuple[Tensor, Tensor]:
+    """Batch mean and variance of the input, `[1, channels]`, from those of all that kernels see."""
+    each = geometry.in_channels // geometry.groups
+    taps = mean.shape[1] // each
+    spread = covariance.diagonal(dim1=1, dim2=2)
+    own = [values.reshape(-1, each, taps)[..., taps // 2].reshape(1, -1) for values in (mean, spread)]
+    return own[0], own[1]
+
+
+def _through(geometry: Geometry, kernel_size: tuple[int, int], like: Tensor, scale: Tensor) -> Tensor:
+    """The kernel that multiplies every channel of the input by `scale`."""
+    each = geometry.in_channels // geometry.groups
+    centre = F.pad(like.new_ones(1, 1), [s // 2 for s in reversed(kernel_size) for _ in (0, 1)])
+    place = torch.arange(geometry.out_channels, device=like.device) % each
+    chosen = F.one_hot(place, each).to(like.dtype) * scale[:, None]
+    return chosen[:, :, None, None] * centre
+
+
+def _biases(convolutions: Sequence[nn.Conv2d], kernels: Tensor, skip: bool) -> Tensor | None:
+    """The biases of the convolutions, and none for the skip: `[branches, out_channels]`."""
+    if all(conv.bias is None for conv in convolutions):
+        return None
+    none = kernels.new_zeros(kernels.shape[1])
+    biases = [none if conv.bias is None else conv.bias.to(kernels.dtype) for conv in convolutions]
+    return torch.stack(biases + [none] * skip)
+
+
+def _share_settings(norms: Sequence[Any]) -> bool:
+    """Whether one batch norm over all channels does what these do."""
+    settings = {
+        (type(n), n.eps, n.momentum, n.training, n.affine, n.track_running_stats, n.running_mean is None)
+        for n in norms
+        if type(n) is nn.BatchNorm2d
+    }
+    plain = all(type(n) is nn.BatchNorm2d and uses_batch(n) for n in norms)
+    return plain and len(settings) == 1 and norms[0].momentum is not None
+
+
+def _stack(x: Tensor, branches: Sequence[Any]) -> Tensor:
+    """The sum of branches with equal kernels and norms: one convolution, one batch norm and one sum."""
+    convolutions = [branch.conv for branch in branches]
+    norms = [branch.bn for branch in branches]
+    first, norm = convolutions[0], norms[0]
+    shape = (first.groups, len(branches), first.out_channels // first.groups)
+
+    def interleaved(tensors: list[Tensor]) -> Tensor:
+        # Grouped convolutions write group by group, so the branches of one group have to be neighbours.
+        stack = torch.stack([t.unflatten(0, (first.groups, -1)) for t in tensors], 1)
+        return stack.flatten(0, 2)
+
+    has_bias = any(conv.bias is not None for conv in convolutions)
+    zeros = first.weight.new_zeros(first.out_channels)
+    y = F.conv2d(
+        x,
+        interleaved([conv.weight for conv in convolutions]),
+        interleaved([zeros if c.bias is None else c.bias for c in convolutions]) if has_bias else None,
+        first.stride,
+        first.padding,
+        first.dilation,
+        first.groups,
+    )
+    tracked = norm.track_running_stats and norm.running_mean is not None and norm.training
+    mean = interleaved([n.running_mean for n in norms]) if tracked else None
+    variance = interleaved([n.running_var for n in norms]) if tracked else None
+    factors = [step(n) if tracked else 0.0 for n in norms]
+    y = F.batch_norm(
+        y,
+        mean,
+        variance,
+        interleaved([n.weight for n in norms]) if norm.affine else None,
+        interleaved([n.bias for n in norms]) if norm.affine else None,
+        True,
+        factors[0],
+        norm.eps,
+    )
+    if mean is not None and variance is not None:
+        for new, name in ((mean, "running_mean"), (variance, "running_var")):
+            for n, value in zip(norms, new.reshape(shape).unbind(1), strict=True):
+                getattr(n, name).copy_(value.flatten())
+    total: Tensor = reduce(torch.add, y.unflatten(1, shape).unbind(2))
+    return total.flatten(1, 2)

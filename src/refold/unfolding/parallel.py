@@ -1,0 +1,154 @@
+"""Parallel branches of one input, run in training mode at nearly the price of one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import reduce
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from refold.errors import InputError
+from refold.unfolding.branch import common_geometry, is_linear, padding_of, require_several, uses_batch
+from refold.unfolding.choosing import Part, choose
+from refold.unfolding.forms import from_moments, stacked
+
+Form = Literal["auto", "looped", "stacked", "moments"]
+
+
+class ParallelBranches(nn.Module):
+    """The sum of branches of one input, each a convolution with its batch norm, and a batch norm of the input as skip.
+
+    Maps `[batch, in_channels, height, width]` to `[batch, out_channels, height / stride, width / stride]`. In
+    evaluation mode, and for whoever traces it, it is the plain sum. In training mode `form` says how the same
+    function, gradients and running statistics are computed:
+
+    - `looped`: branch by branch.
+    - `stacked`: kernels of one size as one convolution and one batch norm.
+    - `moments`: the batch statistics of 1x1 branches (depthwise with stride 1: up to 3x3) and of the skip follow from
+      mean and covariance of the input, so that one convolution with the summed kernel remains, and only the input is
+      kept for the backward pass. Other branches run looped.
+    - `auto`: what was measured fastest for the shape (`refold.unfolding.choosing`).
+
+    `branches` have the attributes `conv` and `bn` (the latter `nn.Identity` for none); any other module is run as it
+    is and added. `adds_input` adds the input itself. Parameters keep the names of the plain loop: `branches.0.conv`,
+    `branches.0.bn`, `skip`. Hooks on a branch, and inputs without elements, make it run looped.
+
+    Raises `InputError` where the branches do not fit each other.
+    """
+
+    def __init__(
+        self,
+        branches: Sequence[nn.Module],
+        skip: nn.BatchNorm2d | None = None,
+        *,
+        adds_input: bool = False,
+        form: Form = "auto",
+    ) -> None:
+        super().__init__()
+        if form not in get_args(Form):
+            raise InputError(f"There is no form '{form}'; choose one of {', '.join(get_args(Form))}.")
+        linear = [i for i, branch in enumerate(branches) if is_linear(branch)]
+        if not linear:
+            raise InputError(
+                "Parallel branches need at least one branch that is a convolution with its batch norm."
+            )
+        self.branches = nn.ModuleList(branches)
+        self.skip = skip
+        self.adds_input = adds_input
+        self.form: Form = form
+        convolutions = {i: self._branch(i).conv for i in linear}
+        self.geometry = common_geometry(list(convolutions.values()))
+        if (skip is not None or adds_input) and not self.geometry.keeps_shape:
+            raise InputError(
+                "The input cannot be added: channels or size of the map differ from what is written."
+            )
+        single = [i for i in linear if convolutions[i].kernel_size == (1, 1)]
+        # A padded 1x1 kernel sees zeros around the map, which the statistics of the map alone do not.
+        self._pointwise = single if all(padding_of(convolutions[i]) == (0, 0) for i in single) else []
+        self._spatial = [i for i in linear if i not in self._pointwise]
+        self._others = [i for i in range(len(branches)) if i not in linear]
+
+    def extra_repr(self) -> str:
+        return f"form={self.form}, adds_input={self.adds_input}"
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or self.form == "looped" or not self._is_plain(x):
+            return self._looped(x)
+        require_several(*self._count(x))
+        if self._spatial and self._fits_neighbourhood() and self._pick(x, "neighbourhood") == "moments":
+            parts = [self._from_moments(x, [*self._spatial, *self._pointwise], pointwise=False)]
+        else:
+            parts = [*self._spatial_parts(x), *self._pointwise_parts(x)]
+        parts += [self.branches[i](x) for i in self._others]
+        out: Tensor = reduce(torch.add, parts)
+        return out
+
+    def _looped(self, x: Tensor) -> Tensor:
+        parts: list[Tensor] = [branch(x) for branch in self.branches]
+        if self.skip is not None:
+            parts.append(self.skip(x))
+        if self.adds_input:
+            parts.append(x)
+        out: Tensor = reduce(torch.add, parts)
+        return out
+
+    def _is_plain(self, x: Tensor) -> bool:
+        """Whether nothing but the result of the branches can be seen from outside."""
+        if not isinstance(x, Tensor) or x.dim() != 4 or x.numel() == 0:
+            return False
+        # The input itself is added in its own precision, which a convolution under autocast does not have.
+        wider = x.dtype == torch.float32 and torch.is_autocast_enabled(x.device.type)
+        if wider and (self.skip is not None or self.adds_input):
+            return False
+        return not any(
+            m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks
+            for i in (*self._pointwise, *self._spatial)
+            for m in self.branches[i].modules()
+        ) and not (self.skip is not None and (self.skip._forward_hooks or self.skip._forward_pre_hooks))
+
+    def _count(self, x: Tensor) -> tuple[int, list[int]]:
+        """Positions that enter a batch norm, and the shape of the map; a count of two where none uses the batch."""
+        norms = [self._branch(i).bn for i in (*self._pointwise, *self._spatial)] + [self.skip]
+        height, width = self.geometry.output_size(x)
+        size = [x.shape[0], self.geometry.out_channels, height, width]
+        used = any(norm is not None and uses_batch(norm) for norm in norms)
+        return (x.shape[0] * height * width if used else 2), size
+
+    def _pick(self, x: Tensor, part: Part) -> str:
+        if self.form != "auto":
+            return self.form
+        counted = self._pointwise if part == "pointwise" else [*self._spatial, *self._pointwise]
+        return choose(self.geometry, x, part, len(counted), self.skip is not None)
+
+    def _fits_neighbourhood(self) -> bool:
+        g = self.geometry
+        shape = (g.kernel_size, g.padding, g.stride, g.dilation)
+        return g.depthwise and shape == ((3, 3), (1, 1), (1, 1), (1, 1))
+
+    def _spatial_parts(self, x: Tensor) -> list[Tensor]:
+        if not self._spatial:
+            return []
+        if len(self._spatial) > 1 and self._pick(x, "spatial") == "stacked":
+            return stacked(x, [self._branch(i) for i in self._spatial])
+        return [self.branches[i](x) for i in self._spatial]
+
+    def _pointwise_parts(self, x: Tensor) -> list[Tensor]:
+        if not (self._pointwise or self.skip is not None or self.adds_input):
+            return []
+        form = self._pick(x, "pointwise")
+        if form == "moments":
+            return [self._from_moments(x, self._pointwise, pointwise=True)]
+        members = [self._branch(i) for i in self._pointwise]
+        parts = stacked(x, members) if form == "stacked" else [branch(x) for branch in members]
+        if self.skip is not None:
+            parts.append(self.skip(x))
+        return [*parts, x] if self.adds_input else parts
+
+    def _from_moments(self, x: Tensor, members: list[int], *, pointwise: bool) -> Tensor:
+        branches = [self._branch(i) for i in members]
+        return from_moments(x, branches, self.skip, self.adds_input, self.geometry, pointwise=pointwise)
+
+    def _branch(self, index: int) -> Any:
+        return self.branches[index]
