@@ -1,5 +1,6 @@
 """The networks of the papers: one file a family, channel tables as data, one registry."""
 
+from refold.models.cghost_conversion import convolutions_to_ghost
 from refold.models.classifier import ImageClassifier
 from refold.models.conversion import (
     concatenation_to_addition,
@@ -14,6 +15,7 @@ __all__ = [
     "ImageClassifier",
     "LoadedCheckpoint",
     "concatenation_to_addition",
+    "convolutions_to_ghost",
     "create_model",
     "default_cfgs",
     "linear_to_pointwise",

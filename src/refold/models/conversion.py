@@ -58,6 +58,16 @@ def concatenation_to_addition(model: nn.Module) -> nn.Module:
 
 def _converted(model: nn.Module, convert: Callable[[nn.Module], nn.Module | None]) -> nn.Module:
     """A copy in which `convert` has replaced what it gives a module for, from the inside out."""
+    # Held until the end: the identity of a replaced module must not be given to a new one.
+    whole = copy.deepcopy(model)
+    return replaced(whole, convert)
+
+
+def replaced(model: nn.Module, convert: Callable[[nn.Module], nn.Module | None]) -> nn.Module:
+    """The model itself after `convert` has replaced what it gives a module for, from the inside out.
+
+    A module that is used in several places stays one. Whoever calls this holds on to the model meanwhile.
+    """
     twins: dict[int, nn.Module] = {}
 
     def visit(module: nn.Module) -> nn.Module:
@@ -69,9 +79,7 @@ def _converted(model: nn.Module, convert: Callable[[nn.Module], nn.Module | None
             twins[id(module)] = module if replacement is None else replacement.train(module.training)
         return twins[id(module)]
 
-    # Held until the end: the identity of a replaced module must not be given to a new one.
-    whole = copy.deepcopy(model)
-    return visit(whole)
+    return visit(model)
 
 
 def _linear_of(module: nn.Module) -> nn.Module | None:

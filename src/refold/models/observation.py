@@ -1,0 +1,200 @@
+"""How the convolutions of any model run: in which order, on what maps, and what reads their outputs."""
+
+import copy
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from timm.layers import BatchNormAct2d
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
+
+from refold.errors import InputError
+
+_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm, BatchNormAct2d)
+_ACTIVATION_FILES = ("torch.nn.modules.activation", "timm.layers.activations")
+# What these give for one channel depends on others, or has another shape.
+_NOT_ELEMENTWISE = (nn.GLU, nn.MultiheadAttention, nn.Softmax, nn.Softmax2d, nn.Softmin, nn.LogSoftmax)
+_FUNCTIONS: dict[str, type[nn.Module]] = {
+    "relu": nn.ReLU,
+    "relu6": nn.ReLU6,
+    "silu": nn.SiLU,
+    "gelu": nn.GELU,
+    "hardswish": nn.Hardswish,
+    "mish": nn.Mish,
+}
+_DEFAULT_SIZE = (3, 224, 224)
+
+
+@dataclass
+class Call:
+    """How a convolution ran: as the how manieth, and the pixels of its output.
+
+    ``norm`` is the batch norm that alone reads the output, if one does. ``activation`` computes what reads the output
+    or that of the norm first, if that is an activation; it never works in place.
+    """
+
+    place: int
+    pixels: int
+    norm: nn.Module | None = None
+    activation: nn.Module | None = None
+
+
+def observe_convolutions(model: nn.Module, example_input: Tensor | None = None) -> dict[int, Call]:
+    """How each ``nn.Conv2d`` of the model runs on a batch of images, by its id; those that do not run have no entry.
+
+    The model runs once, in evaluation mode, and is left as it was. Without ``example_input`` it runs on one
+    random image of the size in its ``pretrained_cfg``, else of 224x224 pixels.
+    Raises ``InputError`` where it does not run on them.
+    """
+    x = _image_for(model) if example_input is None else example_input
+    watch = _Watch()
+    with _evaluated(model), watch.hooked(model):
+        try:
+            with torch.no_grad(), watch:
+                model(x)
+        except Exception as error:
+            reason = next(iter(str(error).splitlines()), type(error).__name__).rstrip(".")
+            raise InputError(
+                f"{type(model).__name__} does not run on images of shape {tuple(x.shape)} ({reason}); "
+                "give it images that fit by example_input=..."
+            ) from error
+    return {key: watch.call(key) for key in watch.outputs}
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether calling the module runs more than its forward."""
+    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
+
+
+class _Watch(TorchFunctionMode):
+    """Notes what reads the outputs of convolutions and of batch norms, first readers first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.outputs: dict[int, Tensor] = {}
+        self.norm_outputs: dict[int, Tensor] = {}
+        self.norms: dict[int, nn.Module] = {}
+        self.times: Counter[int] = Counter()
+        self.readers: dict[int, list[nn.Module | str]] = {}
+        # Whatever has readers, so that no other tensor gets its id.
+        self.held: list[Tensor] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if any(isinstance(leaf, Tensor) for leaf in tree_leaves(out)):
+            for leaf in tree_leaves((args, kwargs)):
+                if isinstance(leaf, Tensor):
+                    self._note(leaf, str(getattr(func, "__name__", func)))
+        return out
+
+    def _watch(self, tensor: Tensor) -> None:
+        self.held.append(tensor)
+        self.readers.setdefault(id(tensor), [])
+
+    def _note(self, tensor: Tensor, reader: nn.Module | str) -> None:
+        if id(tensor) in self.readers:
+            self.readers[id(tensor)].append(reader)
+
+    @contextmanager
+    def hooked(self, model: nn.Module) -> Iterator[None]:
+        """Watch the layers of the model meanwhile."""
+        handles = []
+        for module in model.modules():
+            if isinstance(module, nn.Conv2d):
+                handles.append(module.register_forward_hook(self._after_convolution))
+            elif isinstance(module, _BatchNorm):
+                handles.append(module.register_forward_pre_hook(self._before_norm))
+                handles.append(module.register_forward_hook(self._after_norm))
+            elif _is_activation(module):
+                handles.append(module.register_forward_pre_hook(self._before_activation))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _after_convolution(self, module: nn.Module, args: Any, out: Tensor) -> None:
+        self.times[id(module)] += 1
+        self._watch(out)
+        self.outputs.setdefault(id(module), out)
+
+    def _before_norm(self, module: nn.Module, args: Any) -> None:
+        self.times[id(module)] += 1
+        if args and id(args[0]) in self.readers:
+            self.norms[id(args[0])] = module
+
+    def _after_norm(self, module: nn.Module, args: Any, out: Tensor) -> None:
+        self._watch(out)
+        self.norm_outputs.setdefault(id(module), out)
+
+    def _before_activation(self, module: nn.Module, args: Any) -> None:
+        if args:
+            self._note(args[0], module)
+
+    def call(self, convolution: int) -> Call:
+        """What the run showed of the convolution with this id."""
+        out = self.outputs[convolution]
+        found = Call(list(self.outputs).index(convolution), out.shape[-2:].numel())
+        norm = self.norms.get(id(out))
+        is_own = (
+            norm is not None
+            and type(norm) in _NORMS
+            and not has_hooks(norm)
+            and self.times[convolution] == self.times[id(norm)] == len(self.readers[id(out)]) == 1
+        )
+        if norm is None or not is_own:
+            found.activation = _activation(self.readers[id(out)])
+            return found
+        found.norm = norm
+        inner = getattr(norm, "act", None)
+        if isinstance(inner, nn.Module) and not isinstance(inner, nn.Identity):
+            found.activation = _activation([inner])
+        else:
+            found.activation = _activation(self.readers[id(self.norm_outputs[id(norm)])])
+        return found
+
+
+def _is_activation(module: nn.Module) -> bool:
+    return type(module).__module__ in _ACTIVATION_FILES and not isinstance(module, _NOT_ELEMENTWISE)
+
+
+def _activation(readers: list[nn.Module | str]) -> nn.Module | None:
+    """A copy of the activation that reads first, which leaves its input alone; None where something else does."""
+    if not readers:
+        return None
+    first = readers[0]
+    if isinstance(first, str):
+        function = _FUNCTIONS.get(first.removesuffix("_"))
+        return None if function is None else function()
+    own = copy.deepcopy(first)
+    if hasattr(own, "inplace"):
+        own.inplace = False  # type: ignore[assignment]  # an attribute of activations, which nn.Module does not know
+    return own
+
+
+@contextmanager
+def _evaluated(model: nn.Module) -> Iterator[None]:
+    """The model in evaluation mode meanwhile."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def _image_for(model: nn.Module) -> Tensor:
+    configured = getattr(model, "pretrained_cfg", None) or {}
+    size = list(configured.get("input_size", _DEFAULT_SIZE))
+    first = next((module for module in model.modules() if isinstance(module, nn.Conv2d)), None)
+    if first is None:
+        return torch.empty(1, *size)
+    # The first layer knows the channels of the images best, where they are not colours.
+    return torch.randn(1, first.in_channels, *size[1:], device=first.weight.device, dtype=first.weight.dtype)
