@@ -107,11 +107,12 @@ def test_net_a_to_d_differ_as_the_paper_says() -> None:
         kernels = [block.middle.conv.kernel_size[0] for block in of]
         assert set(kernels) == {3, 5}
         assert sum(block.middle.conv.stride == (2, 2) for block in of) == 4
-        # As in MobileNetV3 the first bottleneck has nothing to expand.
-        assert isinstance(of[0].expand, nn.Identity)
-        assert not any(
-            isinstance(block.expand, nn.Identity) for block in of if block.middle.conv.stride == (2, 2)
-        )
+    # As in MobileNetV3 the first bottleneck, and so its copies, has nothing to expand.
+    unexpanded = {
+        letter: [index for index, block in enumerate(of) if isinstance(block.expand, nn.Identity)]
+        for letter, of in blocks.items()
+    }
+    assert unexpanded == {"a": [0], "b": [0], "c": [0, 1], "d": [0, 1, 2]}
     assert nets["b"].pretrained_cfg["input_size"] == (3, 192, 192)
     assert cost("cghost_net_a", width=0.5).parameters > cost("cghost_net_a").parameters
 
