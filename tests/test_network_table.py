@@ -1,0 +1,105 @@
+"""The table of all networks in docs/models.md is that of the present networks and of the published sizes."""
+
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+sys.path += [str(REPOSITORY / "benchmarks"), str(REPOSITORY / "tests" / "models")]
+
+from test_networks import OFFICIAL_COST  # noqa: E402
+
+from list_networks import BEGIN, DOCUMENT, END, Figure, read_figures, table, write_between_marks  # noqa: E402
+from refold.models import list_models  # noqa: E402
+
+ROW = re.compile(r"\| `(\w+)` \| (\d+) \| " + r" \| ".join([r"([\d,.]+)"] * 6) + r" \| (.+) \|")
+# Plain forms by the official conversions, where they leave no batch norm.
+PLAIN = {
+    "repvgg_a0": (8_309_384, 1361.5, 1.79),
+    "repvgg_b3g2": (87_404_776, 19446.0, 7.55),
+    "repvgg_d2se": (120_387_572, 32829.6, 11.49),
+    "mobileone_s0": (2_078_504, 275.1, 3.79),
+    "mobileone_s4": (14_838_352, 2979.3, 11.81),
+    "repnext_u3_b": (88_533_224, 15355.0, None),
+}
+
+
+def text_between_marks() -> str:
+    return DOCUMENT.read_text(encoding="utf-8").partition(BEGIN)[2].partition(END)[0].strip("\n")
+
+
+@pytest.fixture(scope="module")
+def records() -> dict[str, dict[str, Any]]:
+    found = {}
+    for line in text_between_marks().splitlines():
+        if row := ROW.fullmatch(line):
+            name, pixels, *counts = row.groups()[:8]
+            numbers = [float(count.replace(",", "")) for count in counts]
+            forms = {
+                form: {"parameters": round(a), "macs": round(b * 1e6), "activations": round(c * 1e6)}
+                for form, (a, b, c) in (("training", numbers[:3]), ("plain", numbers[3:]))
+            }
+            found[name] = {"name": name, "pixels": int(pixels), **forms}
+    return found
+
+
+def test_it_lists_every_network_as_it_is(records: dict[str, dict[str, Any]]) -> None:
+    rewrite = "run `python benchmarks/list_networks.py`, it writes the table"
+    assert sorted(records) == list_models() == sorted(OFFICIAL_COST), rewrite
+    for name, (parameters, macs, activations) in OFFICIAL_COST.items():
+        training, plain = records[name]["training"], records[name]["plain"]
+        assert training["parameters"] == parameters, f"{name}: {rewrite}"
+        assert abs(training["macs"] / 1e6 - macs) <= 0.051, f"{name}: {rewrite}"
+        assert abs(training["activations"] / 1e6 - activations) <= 0.0051, f"{name}: {rewrite}"
+        assert all(plain[quantity] <= training[quantity] for quantity in plain), name
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_plain_forms_are_those_of_the_official_conversions(
+    name: str, records: dict[str, dict[str, Any]]
+) -> None:
+    parameters, macs, activations = PLAIN[name]
+    plain = records[name]["plain"]
+    assert plain["parameters"] == parameters
+    assert abs(plain["macs"] / 1e6 - macs) <= 0.5
+    assert activations is None or plain["activations"] / 1e6 == activations
+
+
+def test_published_figures_are_met_where_no_note_says_how_not(records: dict[str, dict[str, Any]]) -> None:
+    figures = read_figures()
+    assert len(figures) == len({(figure.network, figure.source, figure.form) for figure in figures}) > 60
+    for figure in figures:
+        measured = records[figure.network][figure.form]
+        assert figure.met_by(measured) == (figure.note is None), figure
+
+
+def test_the_table_is_what_the_script_writes(records: dict[str, dict[str, Any]]) -> None:
+    assert table(records.values(), read_figures()) == text_between_marks()
+
+
+@pytest.mark.parametrize(
+    ("printed", "parameters", "met"),
+    [
+        ("7.3 M", 7_358_820, True),
+        ("7.4 M", 7_358_820, True),
+        ("7.2 M", 7_358_820, False),
+        ("7 M", 6_999_999, True),
+    ],
+)
+def test_a_printed_figure_is_rounded_or_cut_off(printed: str, parameters: int, met: bool) -> None:
+    figure = Figure("a", "table 1", "training", (printed, "1.4 B"), None)
+    assert figure.met_by({"parameters": parameters, "macs": 1_361_451_008}) == met
+    assert not figure.met_by({"parameters": parameters, "macs": 1_561_451_008})
+
+
+def test_only_what_is_between_the_marks_changes(tmp_path: Path) -> None:
+    document = tmp_path / "models.md"
+    document.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
+    write_between_marks(document, "new")
+    assert document.read_text() == f"before\n{BEGIN}\nnew\n{END}\nafter\n"
+    document.write_text("no marks")
+    with pytest.raises(ValueError, match="has no lines <!-- networks: begin -->"):
+        write_between_marks(document, "new")
