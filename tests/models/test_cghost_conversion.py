@@ -189,6 +189,22 @@ def test_models_without_anything_to_replace_are_refused() -> None:
         convolutions_to_ghost(network)
 
 
+class Asking(nn.Sequential):
+    """Reads more of its layer than what the layer computes."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).to(self[1].weight.dtype)
+
+
+def test_a_model_that_asks_its_convolutions_for_more_is_refused() -> None:
+    model = Asking(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Conv2d(8, 8, 3))
+    with pytest.raises(
+        InputError, match=r"Asking does not run with ghost modules \(.*'weight'\): .*; exclude"
+    ):
+        convolutions_to_ghost(model)
+    assert set(ghosts(convolutions_to_ghost(model, exclude="1"))) == {"2"}
+
+
 def test_shared_layers_stay_shared_and_their_norms_stay_behind() -> None:
     shared = nn.Conv2d(4, 4, 3, padding=1)
     model = nn.Sequential(nn.Conv2d(3, 4, 1), shared, nn.BatchNorm2d(4), nn.ReLU(), shared, nn.BatchNorm2d(4))

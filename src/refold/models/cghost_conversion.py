@@ -16,7 +16,14 @@ from torch.nn.utils.parametrize import is_parametrized
 from refold.blocks import GhostConv2d, GhostModule
 from refold.errors import InputError
 from refold.models.conversion import replaced
-from refold.models.observation import Call, has_hooks, observe_convolutions
+from refold.models.observation import (
+    Call,
+    first_line,
+    has_hooks,
+    image_for,
+    observe_convolutions,
+    run_once,
+)
 
 _GHOSTS = (GhostModule, GhostConv2d)
 _SHAPE = ("kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
@@ -44,12 +51,13 @@ def convolutions_to_ghost(
     hooks or computed weights and layers that do not run are never replaced.
 
     The primary convolutions and their norms start from the first filters of what they replace; the cheap ones are
-    new. So the copy computes something else and needs training; the model is left as it was. It runs once on
-    ``example_input``, a batch of images; without one, on a random image of the size that the model states, else of
-    224x224 pixels.
+    new. So the copy computes something else and needs training; the model is left as it was. How the layers follow
+    each other is seen by running ``example_input``, a batch of images; without one, a random image of the size that
+    the model states in its ``pretrained_cfg``, else of 224x224 pixels.
 
     Raises ``InputError`` where the model has nothing to replace, a pattern names no convolution or one that cannot be
-    replaced, the ratio is below 2, the ``cheap_kernel_size`` is even or the model does not run on the image.
+    replaced, the ratio is below 2, the ``cheap_kernel_size`` is even, or the model does not run on the image, before
+    or after.
 
     Source: GhostNets on Heterogeneous Devices, sections 3.1, 5.2.2 and 5.2.3.
     """
@@ -59,7 +67,8 @@ def convolutions_to_ghost(
         )
     # Held until the end: the identity of a replaced module must not be given to a new one.
     whole = copy.deepcopy(model)
-    calls = observe_convolutions(whole, example_input)
+    x = image_for(whole) if example_input is None else example_input
+    calls = observe_convolutions(whole, x)
     layers = {name: module for name, module in whole.named_modules() if isinstance(module, nn.Conv2d)}
     ghosts = [
         module for module in whole.modules() if isinstance(module, _GHOSTS) and module.cheap is not None
@@ -77,7 +86,15 @@ def convolutions_to_ghost(
     if not replacements:
         raise InputError(_nothing_to_replace(model, reasons, excluded))
     vars(whole).pop("architecture", None)  # by its record another network would be built
-    return replaced(whole, lambda module: replacements.get(id(module)))
+    converted = replaced(whole, lambda module: replacements.get(id(module)))
+    try:
+        run_once(converted, x)
+    except Exception as error:
+        raise InputError(
+            f"{type(model).__name__} does not run with ghost modules ({first_line(error)}): "
+            "its code asks for more than what a convolution computes; exclude those that it asks."
+        ) from error
+    return converted
 
 
 @dataclass(frozen=True)

@@ -45,26 +45,50 @@ class Call:
     activation: nn.Module | None = None
 
 
-def observe_convolutions(model: nn.Module, example_input: Tensor | None = None) -> dict[int, Call]:
+def observe_convolutions(model: nn.Module, x: Tensor) -> dict[int, Call]:
     """How each ``nn.Conv2d`` of the model runs on a batch of images, by its id; those that do not run have no entry.
 
-    The model runs once, in evaluation mode, and is left as it was. Without ``example_input`` it runs on one
-    random image of the size in its ``pretrained_cfg``, else of 224x224 pixels.
+    The model runs once, in evaluation mode, and is left as it was.
     Raises ``InputError`` where it does not run on them.
     """
-    x = _image_for(model) if example_input is None else example_input
     watch = _Watch()
-    with _evaluated(model), watch.hooked(model):
+    with watch.hooked(model), watch:
         try:
-            with torch.no_grad(), watch:
-                model(x)
+            run_once(model, x)
         except Exception as error:
-            reason = next(iter(str(error).splitlines()), type(error).__name__).rstrip(".")
             raise InputError(
-                f"{type(model).__name__} does not run on images of shape {tuple(x.shape)} ({reason}); "
+                f"{type(model).__name__} does not run on images of shape {tuple(x.shape)} ({first_line(error)}); "
                 "give it images that fit by example_input=..."
             ) from error
     return {key: watch.call(key) for key in watch.outputs}
+
+
+@torch.no_grad()
+def run_once(model: nn.Module, x: Tensor) -> None:
+    """Run the model in evaluation mode, and leave it in the mode that it was in. Raises whatever its code raises."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        model(x)
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def image_for(model: nn.Module) -> Tensor:
+    """One random image of the size in the model's ``pretrained_cfg``, else of 224x224 pixels, in its dtype."""
+    configured = getattr(model, "pretrained_cfg", None) or {}
+    size = list(configured.get("input_size", _DEFAULT_SIZE))
+    first = next((module for module in model.modules() if isinstance(module, nn.Conv2d)), None)
+    if first is None:
+        return torch.empty(1, *size)
+    # The first layer knows the channels of the images best, where they are not colours.
+    return torch.randn(1, first.in_channels, *size[1:], device=first.weight.device, dtype=first.weight.dtype)
+
+
+def first_line(error: Exception) -> str:
+    """What an error says in short."""
+    return next(iter(str(error).splitlines()), type(error).__name__).rstrip(".")
 
 
 def has_hooks(module: nn.Module) -> bool:
@@ -176,25 +200,3 @@ def _activation(readers: list[nn.Module | str]) -> nn.Module | None:
     if hasattr(own, "inplace"):
         own.inplace = False  # type: ignore[assignment]  # an attribute of activations, which nn.Module does not know
     return own
-
-
-@contextmanager
-def _evaluated(model: nn.Module) -> Iterator[None]:
-    """The model in evaluation mode meanwhile."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
-
-
-def _image_for(model: nn.Module) -> Tensor:
-    configured = getattr(model, "pretrained_cfg", None) or {}
-    size = list(configured.get("input_size", _DEFAULT_SIZE))
-    first = next((module for module in model.modules() if isinstance(module, nn.Conv2d)), None)
-    if first is None:
-        return torch.empty(1, *size)
-    # The first layer knows the channels of the images best, where they are not colours.
-    return torch.randn(1, first.in_channels, *size[1:], device=first.weight.device, dtype=first.weight.dtype)
