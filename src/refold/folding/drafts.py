@@ -52,7 +52,7 @@ def bundle_draft(planner: Planner, bundle: Bundle) -> Draft:
         slots.update(draft.slots)
         rewires += draft.rewires
     if bundle.absorbed is not None:
-        _edit(bundle.absorbed, planner.operators[bundle.absorbed], None, slots, rewires)
+        edit(bundle.absorbed, planner.operators[bundle.absorbed], None, slots, rewires)
     return Draft(slots, tuple(rewires))
 
 
@@ -88,11 +88,11 @@ def _chain_draft(region: Region, index: int) -> Draft:
         emits = not placed and isinstance(operator, Map) and operator.multiplies
         placed = placed or emits
         if not isinstance(operator, Same):
-            _edit(node, operator, index if emits else None, slots, rewires)
+            edit(node, operator, index if emits else None, slots, rewires)
     return Draft(slots, tuple(rewires))
 
 
-def _edit(
+def edit(
     node: fx.Node,
     operator: Linear,
     layer: int | None,

@@ -64,7 +64,7 @@ def prove_region(region: Region, convolution: Convolution, constants: Constants)
     for shape in _probe_shapes(own, [structure], max(structure.stride, default=1)):
         x = torch.randn(shape, dtype=torch.float64, generator=generator)
         try:
-            result = _run(region.nodes, region.source, region.root, constants, x.clone().to(device))
+            result = run(region.nodes, region.source, region.root, constants, x.clone().to(device))
             expected = _with_tail(region, result.cpu())
         except Exception as error:  # strided branches may agree in size for some inputs only
             failure = f"its operators do not run on a {shape} input ({first_line(error)})"
@@ -76,8 +76,7 @@ def prove_region(region: Region, convolution: Convolution, constants: Constants)
         raise NotFoldable(failure)
     if region.rescales:
         worst = max(worst, _rescaling_distance(region, convolution, constants, generator))
-    if not worst <= LARGEST_DISTANCE:
-        raise NotFoldable(f"the proof failed: the results differ by {worst:.1e}")
+    require_proved(worst)
     return worst
 
 
@@ -100,11 +99,16 @@ def prove_chain(
         range(2), _probe_shapes(constants.unit.shapes[source], convolutions, stride), strict=False
     ):
         x = torch.randn(shape, dtype=torch.float64, generator=generator).to(constants.unit.kinds[root][1])
-        expected = _run(nodes, source, root, constants, x.clone())
-        worst = max(worst, distance(expected, _run(nodes, source, last, constants, x.clone(), folded)))
+        expected = run(nodes, source, root, constants, x.clone())
+        worst = max(worst, distance(expected, run(nodes, source, last, constants, x.clone(), folded)))
+    require_proved(worst)
+    return worst
+
+
+def require_proved(worst: float) -> None:
+    """Raise NotFoldable where a distance in float64 is more than rounding."""
     if not worst <= LARGEST_DISTANCE:
         raise NotFoldable(f"the proof failed: the results differ by {worst:.1e}")
-    return worst
 
 
 def distance(expected: Tensor, found: Tensor) -> float:
@@ -289,7 +293,7 @@ def _probe_shapes(
         yield (1, own[1], *(extent + 7 + extra - 2 * i for i, extent in enumerate(reach)))
 
 
-def _run(
+def run(
     nodes: Set[fx.Node],
     source: fx.Node,
     root: fx.Node,

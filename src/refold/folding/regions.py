@@ -8,6 +8,7 @@ from functools import partial
 from torch import nn
 
 from refold.algebra import Convolution
+from refold.folding.commuting import commuting_candidates
 from refold.folding.distribution import Bundle, bundle
 from refold.folding.drafts import bundle_draft
 from refold.folding.edits import Candidate
@@ -20,7 +21,7 @@ from refold.folding.report import FoldedRegion
 
 def region_candidates(planner: Planner, *, depthwise_counts: bool = True) -> list[Candidate]:
     """Every linear part of a unit that is worth a fold; `depthwise_counts` as for `Planner.plan`."""
-    return [
+    found = [
         Candidate(
             operators=each.operators,
             draft=bundle_draft(planner, each),
@@ -29,6 +30,7 @@ def region_candidates(planner: Planner, *, depthwise_counts: bool = True) -> lis
         )
         for each in bundle(planner, planner.plan(depthwise_counts=depthwise_counts))
     ]
+    return found + commuting_candidates(planner, {node for each in found for node in each.operators})
 
 
 def _make(planner: Planner, candidate: Bundle, prove: bool) -> tuple[list[NewLayer], list[float]]:
