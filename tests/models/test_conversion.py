@@ -1,6 +1,7 @@
 """Conversions: pointwise convolutions and linear layers are one function; C3 adds where it concatenated."""
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from torch import Tensor, nn
 
 from golden import drawn_weights
 from refold.blocks import AddedC3, PointwiseLinear, RepUnit3
+from refold.checkpoints import load, read_card, save
 from refold.errors import InputError
 from refold.folding.cost import count
 from refold.folding.fold import fold
@@ -47,6 +49,18 @@ def test_pointwise_convolutions_become_linear_layers_and_back(folded: bool) -> N
         assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     assert count(linear, x).macs == count(network, x).macs
     assert count(linear, x).parameters == count(network, x).parameters
+
+
+def test_a_converted_network_is_saved_as_one_of_its_own(tmp_path: Path) -> None:
+    """By the name that built the original, another network would be read back."""
+    network = create_model("repghostnet_050", num_classes=5)
+    converted = pointwise_to_linear(network)
+    assert network.architecture["name"] == "repghostnet_050"
+    save(converted, tmp_path / "converted.safetensors")
+    assert read_card(tmp_path / "converted.safetensors").architecture is None
+    rebuilt = load(tmp_path / "converted.safetensors", lambda: pointwise_to_linear(network))
+    state = converted.state_dict()
+    assert all(torch.equal(value, state[name]) for name, value in rebuilt.state_dict().items())
 
 
 def test_what_is_no_pointwise_convolution_stays() -> None:

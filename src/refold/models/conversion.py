@@ -60,7 +60,10 @@ def _converted(model: nn.Module, convert: Callable[[nn.Module], nn.Module | None
     """A copy in which `convert` has replaced what it gives a module for, from the inside out."""
     # Held until the end: the identity of a replaced module must not be given to a new one.
     whole = copy.deepcopy(model)
-    return replaced(whole, convert)
+    converted = replaced(whole, convert)
+    # What `create_model` recorded no longer rebuilds this network.
+    vars(converted).pop("architecture", None)
+    return converted
 
 
 def replaced(model: nn.Module, convert: Callable[[nn.Module], nn.Module | None]) -> nn.Module:
