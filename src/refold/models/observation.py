@@ -33,7 +33,7 @@ _DEFAULT_SIZE = (3, 224, 224)
 
 @dataclass
 class Call:
-    """How a convolution ran: as the how manieth, and the pixels of its output.
+    """How a convolution ran: its place in the order, and the pixels of its output.
 
     ``norm`` is the batch norm that alone reads the output, if one does. ``activation`` computes what reads the output
     or that of the norm first, if that is an activation; it never works in place.
