@@ -10,6 +10,11 @@ from torch import nn
 torch.set_num_threads(1)
 
 
+def pytest_runtest_setup() -> None:
+    """Every test draws the same numbers whenever and beside whatever it runs."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture(scope="session")
 def randomised() -> Callable[[nn.Module], nn.Module]:
     """Give the batch norms of a model statistics as if it had been trained, and put it in eval mode."""
