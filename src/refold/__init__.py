@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from refold.checkpoints import load, save
     from refold.folding import FoldReport, Proof, fold, verify
     from refold.models import create_model, list_models, load_checkpoint
+    from refold.unfolding import UnfoldReport, original_state_dict, unfold
 
 __all__ = [
     "CheckpointError",
@@ -29,6 +30,7 @@ __all__ = [
     "NotFoldable",
     "Proof",
     "RefoldError",
+    "UnfoldReport",
     "UnknownModel",
     "create_model",
     "export",
@@ -36,7 +38,9 @@ __all__ = [
     "list_models",
     "load",
     "load_checkpoint",
+    "original_state_dict",
     "save",
+    "unfold",
     "verify",
 ]
 
@@ -45,6 +49,7 @@ _HOME = {
     **dict.fromkeys(("load", "save"), "refold.checkpoints"),
     **dict.fromkeys(("FoldReport", "Proof", "fold", "verify"), "refold.folding"),
     **dict.fromkeys(("create_model", "list_models", "load_checkpoint"), "refold.models"),
+    **dict.fromkeys(("UnfoldReport", "original_state_dict", "unfold"), "refold.unfolding"),
 }
 
 

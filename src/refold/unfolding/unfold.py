@@ -1,0 +1,291 @@
+"""`unfold`: a copy of any model with training-time branches beside its convolutions."""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import Any, Literal, get_args
+
+import torch
+from timm.layers import BatchNormAct2d
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from refold.blocks.branches import BranchSum
+from refold.checkpoints import example_input as default_input
+from refold.errors import InputError, NotEquivalent
+from refold.unfolding.building import build
+from refold.unfolding.parallel import Form, ParallelBranches
+from refold.unfolding.plans import Kind, Plan, find_plan
+from refold.unfolding.selection import Candidate, observe
+
+Start = Literal["preserving", "random"]
+
+
+@dataclass(frozen=True)
+class UnfoldedLayer:
+    """One layer that got branches: `kernels` of all its convolutions that see the whole input, and the skip."""
+
+    path: str
+    norm: str | None
+    kind: Kind
+    stage: int
+    branches: int
+    skip: bool
+
+
+@dataclass(frozen=True)
+class UnfoldReport:
+    """What `unfold` did, and what the way back needs to know of the original model."""
+
+    plan: str
+    layers: list[UnfoldedLayer]
+    norms: dict[str, str] = field(repr=False)
+    """The batch norm behind each convolution of the original."""
+    tensors: dict[str, tuple[tuple[int, ...], torch.dtype]] = field(repr=False)
+    """The state dict of the original: shape and dtype by name."""
+    epsilons: dict[str, float] = field(repr=False)
+
+    def __str__(self) -> str:
+        kinds = Counter(layer.kind for layer in self.layers)
+        counted = ", ".join(f"{number} {kind}" for kind, number in kinds.items())
+        return f"{self.plan}: {len(self.layers)} layers unfolded ({counted})"
+
+
+def unfold(
+    model: nn.Module,
+    plan: str | Plan = "ghostnetv3",
+    *,
+    kinds: Collection[Kind] | None = None,
+    layers: str | Sequence[str] = "*",
+    exclude: str | Sequence[str] = (),
+    stages: Collection[int] | None = None,
+    branches: int | Mapping[str, int] | None = None,
+    start: Start = "preserving",
+    form: Form = "auto",
+    example_input: Any = None,
+) -> nn.Module:
+    """A copy of `model` with training-time branches, which `refold.fold` takes back to the original architecture.
+
+    `plan` names one of `refold.unfolding.PLANS`, or is a `Plan`. Layers can be limited to some `kinds` ("pointwise",
+    "depthwise", "dense", "grouped"), to names that match one of the shell patterns `layers` and none of `exclude`, and
+    to `stages`: how often the image was halved before the layer's output. `branches` is the number of kernels of the
+    layer's own size, the layer's own among them: one number, or one for each pattern of names, the first match
+    counting; by default that of the plan.
+
+    The batch norm that alone reads a convolution becomes that of its first branch, as in the papers. With the
+    "preserving" `start` all other branches begin with a batch norm scale of zero: the model computes exactly what it
+    did, in evaluation and in training mode, and a branch grows as far as its gradient asks for; its random kernel
+    makes it different from its neighbours. With "random" they begin at one, as in the papers' training from scratch.
+
+    `form` is how the branches run in training mode (`refold.unfolding.ParallelBranches`). The model runs once on
+    `example_input` (one image of its own size by default; a tensor or the tuple of positional arguments), so that its
+    layers are known. The argument is untouched; the result has its class, device, dtype and mode, and an
+    `UnfoldReport` as `unfold_report`.
+
+    Raises `InputError` for a plan, kind, pattern, stage or number that does not exist, and where nothing can be
+    unfolded; `NotEquivalent` where the result does not compute what the model did.
+    """
+    chosen = find_plan(plan)
+    if start not in get_args(Start):
+        raise InputError(f"There is no start '{start}'; choose one of {', '.join(get_args(Start))}.")
+    if form not in get_args(Form):
+        raise InputError(f"There is no form '{form}'; choose one of {', '.join(get_args(Form))}.")
+    if any(isinstance(module, ParallelBranches) for module in model.modules()):
+        raise InputError(f"{type(model).__name__} is unfolded already; fold it before it is unfolded again.")
+    given = default_input(model) if example_input is None else example_input
+    arguments = given if isinstance(given, tuple) else (given,)
+    wide = copy.deepcopy(model)
+    seen = observe(wide, arguments)
+    found = seen.candidates
+    selected = _select(
+        found, chosen, kinds, _patterns(layers), _patterns(exclude), stages, type(model).__name__
+    )
+    repeats = _repeats(selected, branches, chosen)
+    unfolded = []
+    for candidate in selected:
+        scale = 0.0 if start == "preserving" else 1.0
+        layer = _unfold_layer(wide, candidate, chosen, repeats[candidate.path], scale, form)
+        unfolded += [layer] if layer else []
+    if not unfolded:
+        names = ", ".join(candidate.path for candidate in selected[:5])
+        raise InputError(
+            f"No branch of the plan '{chosen.name}' fits any of the {len(selected)} layers chosen ({names}); choose "
+            "other layers, another plan or more branches."
+        )
+    report = UnfoldReport(
+        chosen.name,
+        unfolded,
+        seen.norms,
+        {name: (tuple(t.shape), t.dtype) for name, t in model.state_dict().items()},
+        {norm: model.get_submodule(norm).eps for norm in seen.norms.values()},  # type: ignore[misc]
+    )
+    wide.unfold_report = report  # type: ignore[assignment]
+    if start == "preserving":
+        _require_same(model, wide, arguments)
+    return wide
+
+
+def parallelise(model: nn.Module, form: Form = "auto") -> nn.Module:
+    """A copy of a network of refold's own whose sums of branches train at nearly the price of one.
+
+    Every `BranchSum` becomes `ParallelBranches` with the same branches: names in the state dict, outputs, gradients
+    and running statistics stay the same. Raises `InputError` where there is none.
+    """
+    fast = copy.deepcopy(model)
+    sums = {path: module for path, module in fast.named_modules() if isinstance(module, BranchSum)}
+    if not sums:
+        raise InputError(f"{type(model).__name__} has no BranchSum; use refold.unfold to give it branches.")
+    for path, module in sums.items():
+        skip: Any = module.skip
+        made = ParallelBranches(list(module.branches), skip, adds_input=module.adds_input, form=form)
+        made.training = module.training
+        if not path:
+            return made
+        fast.set_submodule(path, made)
+    return fast
+
+
+def _patterns(given: str | Sequence[str]) -> list[str]:
+    return [given] if isinstance(given, str) else list(given)
+
+
+def _select(
+    found: Sequence[Candidate],
+    plan: Plan,
+    kinds: Collection[Kind] | None,
+    layers: Sequence[str],
+    exclude: Sequence[str],
+    stages: Collection[int] | None,
+    model: str,
+) -> list[Candidate]:
+    """The candidates that were asked for. Raises InputError where a condition matches nothing, saying what there is."""
+    if not found:
+        raise InputError(
+            f"{model} has nothing to unfold: no 2-d convolution runs once, pads with zeros, writes more than one "
+            "pixel, and has a bias or a batch norm behind it."
+        )
+    for kind in kinds or ():
+        if kind not in get_args(Kind):
+            raise InputError(f"There is no kind of layer '{kind}'; choose from {', '.join(get_args(Kind))}.")
+    for pattern in (*layers, *exclude):
+        if not any(fnmatchcase(candidate.path, pattern) for candidate in found):
+            names = ", ".join(candidate.path for candidate in found[:20])
+            more = f" and {len(found) - 20} more" if len(found) > 20 else ""
+            raise InputError(
+                f"No layer of {model} that can be unfolded matches '{pattern}'; there are: {names}{more}."
+            )
+    for stage in stages or ():
+        if stage not in {candidate.stage for candidate in found}:
+            known = ", ".join(map(str, sorted({candidate.stage for candidate in found})))
+            raise InputError(
+                f"No layer of {model} that can be unfolded is in stage {stage}; there are: {known}."
+            )
+    selected = [
+        candidate
+        for candidate in found
+        if candidate.kind in plan.rules
+        and (kinds is None or candidate.kind in kinds)
+        and any(fnmatchcase(candidate.path, pattern) for pattern in layers)
+        and not any(fnmatchcase(candidate.path, pattern) for pattern in exclude)
+        and (stages is None or candidate.stage in stages)
+    ]
+    if not selected:
+        counted = Counter(candidate.kind for candidate in found)
+        there = ", ".join(f"{number} {kind}" for kind, number in counted.items())
+        raise InputError(
+            f"The plan '{plan.name}' adds branches to {', '.join(plan.rules)} layers, and none of {model} that was "
+            f"asked for is one; it has {there}."
+        )
+    return selected
+
+
+def _repeats(
+    selected: Sequence[Candidate], branches: int | Mapping[str, int] | None, plan: Plan
+) -> dict[str, int]:
+    rules = {"*": plan.repeats} if branches is None else branches
+    if isinstance(rules, int):
+        rules = {"*": rules}
+    for pattern, number in rules.items():
+        if number < 1:
+            raise InputError(
+                f"{number} branches for '{pattern}' are too few; the layer itself is one, so 1 or more."
+            )
+        if not any(fnmatchcase(candidate.path, pattern) for candidate in selected):
+            names = ", ".join(candidate.path for candidate in selected[:20])
+            raise InputError(f"The number of branches for '{pattern}' concerns no layer; there are: {names}.")
+    return {
+        candidate.path: next(
+            (number for pattern, number in rules.items() if fnmatchcase(candidate.path, pattern)),
+            plan.repeats,
+        )
+        for candidate in selected
+    }
+
+
+def _unfold_layer(
+    model: nn.Module, candidate: Candidate, plan: Plan, repeats: int, scale: float, form: Form
+) -> UnfoldedLayer | None:
+    conv = model.get_submodule(candidate.path)
+    old = nn.Identity() if candidate.norm is None else model.get_submodule(candidate.norm)
+    norm, rest = _without_activation(old)
+    assert isinstance(conv, nn.Conv2d)
+    made = build(conv, norm, plan.rules[candidate.kind], repeats, scale=scale, form=form)
+    if made is None:
+        return None
+    model.set_submodule(candidate.path, made)
+    if candidate.norm is not None:
+        model.set_submodule(candidate.norm, rest)
+    return UnfoldedLayer(
+        candidate.path,
+        candidate.norm,
+        candidate.kind,
+        candidate.stage,
+        len(made.branches),
+        made.skip is not None,
+    )
+
+
+def _without_activation(norm: nn.Module) -> tuple[nn.Module, nn.Module]:
+    """A batch norm alone, and what its module does after it."""
+    if not isinstance(norm, BatchNormAct2d):
+        return norm, nn.Identity()
+    plain = nn.BatchNorm2d(
+        norm.num_features, norm.eps, norm.momentum, norm.affine, norm.track_running_stats, device="meta"
+    )
+    plain._parameters.update(norm._parameters)
+    plain._buffers.update(norm._buffers)
+    plain.train(norm.training)
+    after = [part for part in (norm.drop, norm.act) if not isinstance(part, nn.Identity)]
+    return plain, after[0] if len(after) == 1 else nn.Sequential(*after)
+
+
+@torch.no_grad()
+def _require_same(model: nn.Module, wide: nn.Module, arguments: tuple[Any, ...]) -> None:
+    """Run both in evaluation mode and compare: the code of a model may do with its layers what nobody foresees."""
+    results: list[list[Tensor]] = []
+    for network in (model, wide):
+        training = {module: module.training for module in network.modules()}
+        try:
+            out = network.eval()(*copy.deepcopy(arguments))
+        except Exception as error:
+            raise InputError(
+                f"{type(model).__name__} does not run with branches: {error}; leave out the layer with exclude."
+            ) from error
+        finally:
+            for module, was_training in training.items():
+                module.training = was_training
+        results.append(
+            [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+        )
+    for expected, found in zip(*results, strict=True):
+        distance = float((found - expected).abs().max()) if expected.numel() else 0.0
+        largest = float(expected.abs().max()) if expected.numel() else 0.0
+        if not distance <= 1e3 * torch.finfo(expected.dtype).eps * max(largest, 1e-30):
+            raise NotEquivalent(
+                f"{type(model).__name__} computes something else with branches: outputs differ by {distance:.1e} at "
+                f"{largest:.1e}; leave out layers with exclude."
+            )

@@ -1,0 +1,289 @@
+"""Any model gets branches, computes what it did, and returns to its own architecture."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import timm
+import torch
+import torchvision
+from torch import Tensor, nn
+
+import refold
+from refold.errors import InputError
+from refold.unfolding import PLANS, ParallelBranches, Plan, original_state_dict, parallelise, unfold
+
+
+class Small(nn.Module):
+    """All kinds of layers, with the turns that networks take."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, 2, 1, bias=False)
+        self.stem_norm = nn.BatchNorm2d(8)
+        self.expand = nn.Conv2d(8, 12, 1, bias=False)
+        self.expand_norm = nn.BatchNorm2d(12)
+        self.wide = nn.Conv2d(12, 12, 7, 1, 3, groups=12)
+        self.deep = nn.Conv2d(12, 12, 3, 1, 1, groups=12, bias=False)
+        self.deep_norm = nn.BatchNorm2d(12, affine=False)
+        self.grouped = nn.Conv2d(12, 12, 3, 2, 1, groups=3, bias=False)
+        self.grouped_norm = nn.BatchNorm2d(12, momentum=None, eps=1e-3)
+        self.gate = nn.Conv2d(12, 12, 1)
+        self.unnormed = nn.Conv2d(12, 12, 1, bias=False)
+        self.head = nn.Conv2d(12, 5, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem_norm(self.stem(x)).relu()
+        x = self.expand_norm(self.expand(x)).relu()
+        x = self.wide(x).relu() + self.deep_norm(self.deep(x))
+        x = self.grouped_norm(self.grouped(x)).relu()
+        x = x * self.gate(x.mean((2, 3), keepdim=True)).sigmoid()
+        return self.head(self.unnormed(x).relu()).mean((2, 3))
+
+
+def images(seed: int = 0, size: int = 32, batch: int = 4) -> Tensor:
+    return torch.randn(
+        batch, 3, size, size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+    )
+
+
+def small() -> nn.Module:
+    torch.manual_seed(0)
+    model = Small().double()
+    with torch.no_grad():
+        for _ in range(3):
+            model(images())
+    return model.eval()
+
+
+def close(expected: Tensor, found: Tensor) -> bool:
+    return float((found - expected).abs().max()) <= 1e-9 * float(expected.abs().max())
+
+
+def train(model: nn.Module, x: Tensor, steps: int = 2) -> None:
+    model.train()
+    optimizer = torch.optim.SGD(model.parameters(), 0.05)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        model(x).square().mean().backward()
+        optimizer.step()
+    model.eval()
+
+
+@pytest.mark.parametrize("start", ["preserving", "random"])
+@pytest.mark.parametrize("plan", PLANS)
+def test_every_plan_there_and_back(plan: str, start: Any) -> None:
+    model, x = small(), images()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    wide = unfold(model, plan, start=start, example_input=x[:1])
+    assert close(model(x), wide(x)) == (start == "preserving")
+    train(wide, x)
+    sums = [module for module in wide.modules() if isinstance(module, ParallelBranches)]
+    grown = [b for s in sums for b in [*s.branches[1:], s.skip] if b is not None]
+    assert all(any(float(p.abs().max()) > 0 for p in list(branch.parameters())[-2:]) for branch in grown)
+    plain = refold.fold(wide, x[:1])
+    assert type(plain) is Small
+    assert plain.fold_report.after.batch_norms == 0
+    assert close(wide(x), plain(x))
+    for source in (wide, plain):
+        fresh = Small().double().eval()
+        fresh.load_state_dict(original_state_dict(source), strict=True)
+        assert close(wide(x), fresh(x))
+    assert all(bool((before[name] == tensor).all()) for name, tensor in model.state_dict().items())
+
+
+def test_preserving_start_holds_in_training_mode_too() -> None:
+    model, x = small(), images()
+    wide = unfold(model, "ghostnetv3", example_input=x[:1])
+    assert close(model.train()(x), wide.train()(x))
+
+
+@pytest.mark.parametrize(
+    ("plan", "branches"),
+    [
+        ("ghostnetv3", {"expand": 3, "wide": 4, "deep": 4, "head": 3}),
+        ("mobileone", {"stem": 5, "expand": 4, "wide": 5, "deep": 5, "grouped": 5, "head": 4}),
+        ("repvgg", {"stem": 2, "grouped": 2}),
+        ("acb", {"stem": 3, "wide": 3, "deep": 3, "grouped": 3}),
+        ("dbb", {"stem": 4, "wide": 3, "deep": 3, "grouped": 4}),
+        ("repunit1", {"wide": 2, "deep": 2}),
+        ("repunit2", {"wide": 3, "deep": 2}),
+        ("repunit3", {"wide": 3, "deep": 2}),
+        ("repghost", {"wide": 1, "deep": 1}),
+    ],
+)
+def test_branches_of_each_plan(plan: str, branches: dict[str, int]) -> None:
+    wide = unfold(small(), plan, example_input=images())
+    found = {layer.path: layer.branches for layer in wide.unfold_report.layers}
+    assert found == {name: number for name, number in branches.items() if number > 1 or plan == "repghost"}
+    skips = {layer.path for layer in wide.unfold_report.layers if layer.skip}
+    assert skips == ({"wide", "deep"} if plan in ("ghostnetv3", "mobileone", "repghost") else set())
+
+
+def test_kernels_of_repunits() -> None:
+    for plan, sizes in (("repunit2", [(7, 7), (5, 5), (3, 3)]), ("repunit3", [(7, 7), (1, 5), (3, 1)])):
+        wide = unfold(small(), plan, example_input=images(), layers="wide")
+        assert [branch.conv.kernel_size for branch in wide.wide.branches] == sizes
+    split = unfold(small(), "repunit1", example_input=images(), layers="wide").wide.branches[1]
+    assert [(c.kernel_size, c.groups) for c in split.convs] == [((3, 3), 4), ((5, 5), 4), ((7, 7), 4)]
+
+
+def test_selection() -> None:
+    model, x = small(), images()
+
+    def chosen(plan: Any = "ghostnetv3", **options: Any) -> dict[str, int]:
+        wide = unfold(model, plan, example_input=x, **options)
+        return {layer.path: layer.branches for layer in wide.unfold_report.layers}
+
+    assert set(chosen(kinds=["depthwise"])) == {"wide", "deep"}
+    assert set(chosen(layers=["e*", "wide"])) == {"expand", "wide"}
+    assert set(chosen(exclude="e*")) == {"wide", "deep", "head"}
+    assert set(chosen(stages=[2])) == {"head"}
+    assert chosen(branches=2, kinds=["pointwise"]) == {"expand": 2, "head": 2}
+    assert chosen(branches={"head": 5, "*": 2}, kinds=["pointwise"]) == {"expand": 2, "head": 5}
+    own = Plan("mine", {"grouped": ("row",), "dense": ("column", "row")})
+    assert chosen(own) == {"stem": 3, "grouped": 2}
+    # Neither a gate, which sees one pixel, nor what has no place for a shift.
+    assert not {"gate", "unnormed"} & set(chosen("mobileone"))
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"plan": "ghostnet3"}, "Did you mean 'ghostnetv3'"),
+        ({"layers": "blocks.*"}, "matches 'blocks.*'; there are: stem, expand"),
+        ({"exclude": ["nothing"]}, "matches 'nothing'"),
+        ({"stages": [7]}, "stage 7; there are: 1, 2"),
+        ({"kinds": ["linear"]}, "choose from pointwise, depthwise"),
+        ({"kinds": ["dense"]}, "it has 1 dense, 2 pointwise, 2 depthwise, 1 grouped"),
+        ({"branches": 0}, "too few"),
+        ({"branches": {"stem": 2}}, "concerns no layer; there are: expand"),
+        ({"start": "zero"}, "preserving, random"),
+        ({"form": "fast"}, "auto, looped"),
+        ({"plan": "repghost", "layers": "expand"}, "none of Small that was asked for"),
+        (
+            {"plan": "repvgg", "example_input": torch.randn(1, 4, 32, 32).double()},
+            "cannot run on the example",
+        ),
+    ],
+)
+def test_mistakes_are_explained(options: dict[str, Any], words: str) -> None:
+    options = {"plan": "ghostnetv3", "example_input": images(), **options}
+    with pytest.raises(InputError) as caught:
+        unfold(small(), **options)
+    assert words in str(caught.value)
+
+
+def test_models_that_cannot_be_unfolded() -> None:
+    x = images()
+    with pytest.raises(InputError, match="nothing to unfold"):
+        unfold(nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 2)).double(), example_input=x)
+    wide = unfold(small(), example_input=x)
+    with pytest.raises(InputError, match="unfolded already"):
+        unfold(wide, example_input=x)
+    with pytest.raises(InputError, match="no unfold report"):
+        original_state_dict(small())
+    with pytest.raises(InputError, match="that there is not"):
+        Plan("mine", {"dense": ("3x3",)})  # type: ignore[dict-item]
+    with pytest.raises(InputError, match="repeats"):
+        Plan("mine", {"dense": ("1x1",)}, repeats=0)
+
+
+class Odd(nn.Module):
+    """Layers that look like a convolution and its norm, and are not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shared = nn.Conv2d(3, 3, 3, 1, 1, bias=False)
+        self.read_twice = nn.Conv2d(3, 3, 3, 1, 1)
+        self.norm = nn.BatchNorm2d(3)
+        self.twice_norm = nn.BatchNorm2d(3)
+        self.hooked = nn.Conv2d(3, 3, 3, 1, 1)
+        self.hooked.register_forward_hook(lambda module, inputs, out: out + 1)
+        self.reflect = nn.Conv2d(3, 3, 3, 1, 1, padding_mode="reflect")
+        self.weighted = nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 3, 3, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.twice_norm(self.shared(self.shared(x)))
+        y = self.read_twice(x)
+        return self.weighted(self.reflect(self.hooked(self.norm(y) + self.twice_norm(y))))
+
+
+def test_odd_layers_are_left_alone() -> None:
+    torch.manual_seed(0)
+    model, x = Odd().double().eval(), images()
+    wide = unfold(model, "repvgg", example_input=x)
+    assert [(layer.path, layer.norm) for layer in wide.unfold_report.layers] == [("read_twice", None)]
+    assert close(model(x), wide(x))
+    train(wide, x)
+    fresh = Odd().double().eval()
+    fresh.load_state_dict(original_state_dict(wide), strict=True)
+    assert close(wide(x), fresh(x))
+
+
+def shufflenet() -> nn.Module:
+    return torchvision.models.shufflenet_v2_x0_5(weights=None)
+
+
+def of_timm(name: str) -> Callable[[], nn.Module]:
+    return lambda: timm.create_model(name)
+
+
+@pytest.mark.parametrize(
+    ("make", "plan", "options"),
+    [
+        pytest.param(of_timm("mobilenetv2_035"), "ghostnetv3", {"stages": [2]}, id="mobilenetv2"),
+        pytest.param(of_timm("resnet18"), "repvgg", {"layers": "layer1.*"}, id="resnet18"),
+        pytest.param(shufflenet, "ghostnetv3", {"kinds": ["depthwise"]}, id="shufflenetv2"),
+        pytest.param(of_timm("convnext_atto"), "acb", {"stages": [2]}, id="convnext"),
+    ],
+)
+def test_networks_there_and_back(make: Callable[[], nn.Module], plan: str, options: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    model, x = make().double().eval(), images(size=64, batch=2)
+    wide = unfold(model, plan, example_input=x[:1], **options)
+    with torch.no_grad():
+        assert close(model(x), wide(x))
+    train(wide, x)
+    fresh = make().double().eval()
+    fresh.load_state_dict(original_state_dict(wide), strict=True)
+    with torch.no_grad():
+        assert close(wide(x), fresh(x))
+
+
+def test_fold_of_a_network_loads_back() -> None:
+    torch.manual_seed(0)
+    model, x = timm.create_model("mobilenetv2_035").double(), images(size=64, batch=2)
+    wide = unfold(model, "ghostnetv3", example_input=x[:1], layers="blocks.[0-1].*")
+    train(wide, x)
+    plain = refold.fold(wide, x[:1], prove=False)
+    assert type(plain) is type(model)
+    fresh = timm.create_model("mobilenetv2_035").double().eval()
+    fresh.load_state_dict(original_state_dict(plain), strict=True)
+    with torch.no_grad():
+        assert close(wide(x), fresh(x))
+
+
+def test_what_folding_lost_is_named() -> None:
+    torch.manual_seed(0)
+    model, x = timm.create_model("convnext_atto", depths=(1, 1, 1, 1)).double(), images(size=32, batch=2)
+    wide = unfold(model, "acb", example_input=x[:1], layers="stages.0.*")
+    plain = refold.fold(wide, x[:1], prove=False)
+    with pytest.raises(InputError, match=r"'stages.0.blocks.0.*Pass the model that refold.unfold returned"):
+        original_state_dict(plain)
+
+
+def test_own_networks_train_the_same_with_parallel_branches() -> None:
+    torch.manual_seed(0)
+    model, x = refold.create_model("ghostnetv3_050", num_classes=5).double(), images(size=64, batch=2)
+    fast = parallelise(model, form="moments")
+    assert fast.state_dict().keys() == model.state_dict().keys()
+    assert any(isinstance(module, ParallelBranches) for module in fast.modules())
+    torch.manual_seed(1)
+    expected = model.train()(x)
+    torch.manual_seed(1)
+    assert close(expected, fast.train()(x))
+    for name, buffer in fast.named_buffers():
+        assert bool(torch.isclose(buffer, model.get_buffer(name), rtol=1e-9, atol=1e-12).all()), name
+    with pytest.raises(InputError, match="no BranchSum"):
+        parallelise(small())
