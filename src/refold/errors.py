@@ -27,3 +27,7 @@ class CheckpointError(RefoldError):
 
 class InputError(RefoldError):
     """An argument, file or folder given by the user cannot be used."""
+
+
+class RecipeError(InputError):
+    """A training recipe is not understood: an unknown recipe, key or value; the message names the nearest."""

@@ -1,0 +1,133 @@
+"""Recipes say what the papers say, and refuse what they do not understand."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from refold.errors import InputError, RecipeError
+from refold.training.recipe import Recipe, list_recipes, load_recipe, parse_overrides
+
+# What the papers print, typed in here from their text.
+PAPERS: dict[str, dict[str, Any]] = {
+    "ghostnetv3": {
+        "optimizer": "lamb", "learning_rate": 5e-3, "batch_size": 2048, "epochs": 600, "schedule": "cosine",
+        "minimum_learning_rate": 0.0, "weight_decay": 0.05, "momentum": 0.9, "ema_decay": 0.9999, "mixup": 0.0,
+        "cutmix": 0.0, "alpha": 0.5, "temperature": 1.0,
+    },
+    "repghost": {
+        "optimizer": "sgd", "momentum": 0.9, "learning_rate": 0.6, "batch_size": 1024, "epochs": 300,
+        "warm_up_epochs": 5, "weight_decay": 1e-5, "dropout": 0.2, "ema_decay": 0.9999, "random_erasing": 0.2,
+    },
+    "repnext": {
+        "optimizer": "adamw", "learning_rate": 1e-3, "batch_size": 1024, "epochs": 450, "warm_up_epochs": 20,
+        "schedule": "cosine",
+    },
+    "repvgg": {
+        "optimizer": "sgd", "learning_rate": 0.1, "batch_size": 256, "epochs": 120, "weight_decay": 1e-4,
+        "decay_norms_and_biases": False,
+    },
+    "ghostnet": {"learning_rate": 0.4, "batch_size": 1024, "weight_decay": 4e-5, "schedule": "poly"},
+    "cifar": {
+        "learning_rate": 0.1, "batch_size": 128, "epochs": 164, "milestones": (82, 123), "decay_rate": 0.1,
+        "weight_decay": 1e-4, "image_size": 32, "crop_padding": 4,
+    },
+    "finetune": {"optimizer": "adamw", "batch_size": 64},
+}  # fmt: skip
+
+
+def test_recipes_resolve_to_the_papers_numbers() -> None:
+    assert list_recipes() == sorted(PAPERS)
+    for name, expected in PAPERS.items():
+        resolved = load_recipe(name)
+        values = dataclasses.asdict(resolved.recipe)
+        assert {key: values[key] for key in expected} == expected
+        assert set(resolved.sources) == set(values)
+        assert all(resolved.sources.values())
+        # At its own batch size a recipe runs with the rate that it names.
+        assert resolved.recipe.scaled_learning_rate == resolved.recipe.learning_rate
+        assert json.loads(json.dumps(resolved.to_dict()))["recipe"]["epochs"] == resolved.recipe.epochs
+    assert load_recipe("ghostnetv3").recipe.auto_augment.startswith("rand-")  # type: ignore[union-attr]
+    assert load_recipe("ghostnetv3").recipe.random_erasing > 0
+
+
+@pytest.mark.parametrize(
+    ("name", "batch_size", "expected"),
+    [("repghost", 256, 0.15), ("ghostnetv3", 512, 0.0025), ("repnext", 512, 5e-4), ("cifar", 256, 0.2)],
+)
+def test_the_learning_rate_follows_the_batch(name: str, batch_size: int, expected: float) -> None:
+    resolved = load_recipe(name, {"batch_size": batch_size})
+    assert resolved.recipe.scaled_learning_rate == pytest.approx(expected, rel=1e-12)
+    assert resolved.sources["batch_size"] == "given"
+    fixed = load_recipe(name, {"batch_size": batch_size, "learning_rate_scaling": "none"})
+    assert fixed.recipe.scaled_learning_rate == load_recipe(name).recipe.learning_rate
+
+
+def test_every_value_can_be_given_in_another_type_of_yaml() -> None:
+    texts = [
+        "epochs=30", "learning_rate=5e-3", "crop_scale=[0.5, 1]", "ema_decay=null", "milestones=[1, 2]",
+        "decay_norms_and_biases=true", "schedule=multistep", "auto_augment=rand-m9-mstd0.5",
+    ]  # fmt: skip
+    recipe = load_recipe("cifar", parse_overrides(texts)).recipe
+    assert (recipe.epochs, recipe.learning_rate, recipe.crop_scale) == (30, 0.005, (0.5, 1.0))
+    assert (recipe.ema_decay, recipe.milestones, recipe.decay_norms_and_biases) == (None, (1, 2), True)
+    for entry in dataclasses.fields(Recipe):
+        same = {entry.name: getattr(recipe, entry.name)}
+        assert load_recipe("cifar", same).recipe == dataclasses.replace(load_recipe("cifar").recipe, **same)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"epoch": 3}, r"no key 'epoch' \(did you mean 'epochs'\?\)"),
+        ({"learning-rate": 3}, "did you mean 'learning_rate'"),
+        ({"epochs": 2.5}, "'epochs' is 2.5 .* expected a whole number"),
+        ({"epochs": 0}, "'epochs' is 0 .* at least 1"),
+        ({"epochs": True}, "expected a whole number"),
+        ({"epochs": None}, "expected a whole number"),
+        ({"learning_rate": "fast"}, "'learning_rate' is 'fast' .* expected a number"),
+        ({"learning_rate": float("nan")}, "at least 0"),
+        ({"schedule": "cosin"}, "expected one of cosine, multistep, poly, none"),
+        ({"crop_scale": [1]}, "expected a list such as"),
+        ({"crop_scale": 0.5}, "expected a list such as"),
+        ({"ema_decay": 1.5}, "'ema_decay' is 1.5 .* from 0 to 1"),
+        ({"decay_norms_and_biases": "yes"}, "expected true or false"),
+        ({"optimizer": 3}, "expected a text"),
+        ({"schedule": "multistep"}, "multistep schedule without milestones"),
+    ],
+)
+def test_what_is_not_understood_is_said(overrides: dict[str, Any], message: str) -> None:
+    with pytest.raises(RecipeError, match=message) as caught:
+        load_recipe("repghost", overrides)
+    assert isinstance(caught.value, InputError)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_recipe_of_the_users_own(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(
+        'extends: repghost\ntitle: Mine\nepochs: {value: 7, source: "a guess"}\nbatch_size: 128\n'
+    )
+    resolved = load_recipe(path)
+    assert (resolved.name, resolved.title, resolved.recipe.epochs) == ("mine", "Mine", 7)
+    assert resolved.recipe == dataclasses.replace(load_recipe("repghost").recipe, epochs=7, batch_size=128)
+    assert (resolved.sources["epochs"], resolved.sources["momentum"]) == ("a guess", "section 4.1")
+    for text, message in (
+        ("epochs: 3\n", "lacks batch_size, optimizer, learning_rate"),
+        ("epochs: {valu: 3}\n", r"holds \['valu'\]; expected 'value' and 'source'"),
+        ("epochs: [3\n", "is no YAML"),
+        ("3\n", "holds no keys"),
+        (f"extends: {path}\n", "extends itself"),
+        ("extends: repghots\n", r"no recipe 'repghots' \(did you mean 'repghost'\?\)"),
+    ):
+        path.write_text(text)
+        with pytest.raises(RecipeError, match=message):
+            load_recipe(path)
+    with pytest.raises(RecipeError, match="no recipe file"):
+        load_recipe(tmp_path / "missing.yaml")
+    with pytest.raises(RecipeError, match="give key=value"):
+        parse_overrides(["epochs"])
+    with pytest.raises(RecipeError, match="is not understood"):
+        parse_overrides(["epochs=[3"])
