@@ -15,10 +15,12 @@ from rich.markup import escape
 from rich.table import Table
 
 from refold.errors import InputError, RefoldError
+from refold.export import FORMATS, export, get_engine
 
 if TYPE_CHECKING:
     from torch import nn
 
+    from refold.export import ExportReport, Normalization
     from refold.folding import Cost
 
 app = typer.Typer(
@@ -184,22 +186,38 @@ def verify(
 def export_command(
     target: Target,
     output: Annotated[Path, typer.Option("--output", "-o", help="The file to write, such as net.onnx.")],
-    engine: Annotated[str, typer.Option("--engine", help="The inference engine.")] = "onnxruntime",
+    engine: Annotated[
+        str, typer.Option("--engine", help=f"The inference engine: {', '.join(FORMATS)}.")
+    ] = "onnxruntime",
     keep_branches: Annotated[
         bool, typer.Option("--no-fold", help="Export the branches as they are.")
     ] = False,
     fixed_batch: Annotated[bool, typer.Option("--fixed-batch", help="Fix the batch size to one.")] = False,
+    half: Annotated[bool, typer.Option("--half", help="float16 inside; inputs and outputs stay.")] = False,
+    normalize: Annotated[
+        bool, typer.Option("--normalize", help="Bake in the mean and std that the model names.")
+    ] = False,
+    mean: Annotated[
+        str | None, typer.Option("--mean", help="Bake in this mean, such as 0.485,0.456,0.406.")
+    ] = None,
+    std: Annotated[str | None, typer.Option("--std", help="The standard deviation to go with it.")] = None,
+    softmax: Annotated[bool, typer.Option("--softmax", help="Give probabilities, not logits.")] = False,
+    class_names: Annotated[
+        Path | None, typer.Option("--class-names", help="A text file of class names, one a line.")
+    ] = None,
     checkpoint: Checkpoint = None,
     input_size: InputSize = None,
     num_classes: NumClasses = None,
     as_json: AsJson = False,
 ) -> None:
     """Export a network for an inference engine, folded first, and check the file by running it."""
+    get_engine(engine)
     from refold.checkpoints import example_input
-    from refold.export import export
-    from refold.files import check_writable
+    from refold.export.placing import check_destination
 
-    check_writable(output)
+    check_destination(output, FORMATS[engine])
+    normalization = _parse_normalization(mean, std)
+    names = None if class_names is None else _read_lines(class_names)
     model = _network(target, checkpoint, num_classes)
     result = export(
         model,
@@ -207,6 +225,10 @@ def export_command(
         example_input(model, _parse_size(input_size, model)),
         engine=engine,
         dynamic_batch=not fixed_batch,
+        half=half,
+        normalize=normalize if normalization is None else normalization,
+        softmax=softmax,
+        class_names=names,
         fold=not keep_branches,
     )
     if as_json:
@@ -214,14 +236,54 @@ def export_command(
         return
     table = Table.grid(padding=(0, 2))
     table.add_row("file", f"{escape(result.path)} ({result.bytes / 1e6:.2f} MB)")
-    table.add_row("form", result.form)
-    table.add_row("operators", ", ".join(f"{n} {kind}" for kind, n in result.contents.operators.items()))
-    batches = ", ".join(map(str, result.batch_sizes))
-    table.add_row(
-        "checked",
-        f"batch sizes {batches}: |Δ| ≤ {result.max_difference:.2e}, outputs up to {result.output_scale:.3g}",
-    )
+    table.add_row("form", f"{result.form}{', float16' if result.half else ''}")
+    if result.contents.operators:
+        kinds = result.contents.operators.items()
+        table.add_row("operators", ", ".join(f"{n} {kind}" for kind, n in kinds))
+    for note in result.notes:
+        table.add_row("note", escape(note))
     console.print(table)
+    if result.checked:
+        console.print(_trial_table(result))
+
+
+def _trial_table(report: ExportReport) -> Table:
+    table = Table(
+        title=f"{FORMATS[report.engine].title} beside PyTorch", title_justify="left", caption_justify="left"
+    )
+    table.caption = f"spread of the outputs {report.spread:.3g}; {report.tolerance:.0e} of it is allowed"
+    table.add_column("inputs")
+    for title in ("batch", "max |Δ|", "of the spread", "same top-1"):
+        table.add_column(title, justify="right")
+    for trial in report.trials:
+        table.add_row(
+            trial.inputs,
+            str(trial.batch_size),
+            f"{trial.max_difference:.1e}",
+            f"{trial.relative_difference:.1e}",
+            "" if trial.same_top1 is None else f"{trial.same_top1} of {trial.batch_size}",
+        )
+    return table
+
+
+def _parse_normalization(mean: str | None, std: str | None) -> Normalization | None:
+    if mean is None and std is None:
+        return None
+    if mean is None or std is None:
+        raise InputError("--mean and --std go together; give both.")
+    try:
+        return [float(value) for value in mean.split(",")], [float(value) for value in std.split(",")]
+    except ValueError as error:
+        raise InputError(
+            f"The normalization '{mean}' and '{std}' is not understood; give numbers such as 0.485,0.456,0.406."
+        ) from error
+
+
+def _read_lines(path: Path) -> list[str]:
+    try:
+        return [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"The class names '{path}' cannot be read: {error}.") from error
 
 
 @app.command()

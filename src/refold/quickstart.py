@@ -247,8 +247,8 @@ def _compare(
         name: Column(
             accuracy=(answers[name][0] == truth).double().mean().item(),
             same_answers=int((answers[name][0] == reference).sum()),
-            parameters=cost.parameters,
-            macs=cost.macs,
+            parameters=cost.parameters or 0,
+            macs=cost.macs or 0,
             operators=cost.operators,
             latency=latencies[name].median,
         )

@@ -37,7 +37,7 @@ def test_export_folds_and_keeps_the_batch_dynamic(
     assert "BatchNormalization" not in report.contents.operators
     assert report.batch_sizes == [1, 3]
     assert report.bytes == path.stat().st_size
-    assert 0 <= report.max_difference <= 1e-4 * report.output_scale
+    assert 0 <= report.max_difference <= 1e-4 * report.spread
     assert onnx.load(path).graph.input[0].type.tensor_type.shape.dim[0].dim_param == "batch"
     session = get_engine("onnxruntime").open(path, threads=1)
     for batch in (1, 2, 5):
@@ -93,7 +93,7 @@ def test_several_inputs_and_nested_outputs(tmp_path: Path) -> None:
 def test_half_precision(tmp_path: Path) -> None:
     layers = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU()).half()
     report = refold.export(layers, tmp_path / "x.onnx", torch.randn(1, 3, 8, 8).half())
-    assert report.max_difference <= 1e-2 * report.output_scale
+    assert report.relative_difference <= 1e-2
     with pytest.raises(InputError, match=r"float32|converted"):
         refold.export(layers.bfloat16(), tmp_path / "y.onnx", torch.randn(1, 3, 8, 8).bfloat16())
     assert [file.name for file in tmp_path.iterdir()] == ["x.onnx"]
@@ -105,12 +105,14 @@ class OtherEngine:
     def __init__(self, error: float) -> None:
         self.error = error
 
-    def write(self, model: nn.Module, arguments: Any, path: Path, *, dynamic_batch: bool) -> None:
+    def write(self, model: nn.Module, arguments: Any, path: Path, **options: Any) -> list[str]:
         path.write_text("something")
+        path.with_suffix(".more").write_text("something beside it")
         self.model = model
+        return ["a note"]
 
     def contents(self, path: Path) -> Contents:
-        return Contents(0, 0, {})
+        return Contents(None, None, {})
 
     def open(self, path: Path, *, threads: int | None = None) -> Any:
         return lambda x: [self.model(x) + self.error]
@@ -123,12 +125,16 @@ def test_an_engine_that_differs_leaves_no_file(
     layer = nn.Conv2d(3, 3, 1)
     (tmp_path / "old.onnx").write_text("the last good one")
     monkeypatch.setattr(checked, "get_engine", lambda name: OtherEngine(error))
-    with pytest.raises(NotEquivalent, match=r"discarded: onnxruntime differs from PyTorch"):
+    with pytest.raises(NotEquivalent, match=r"discarded: ONNX Runtime differs from PyTorch"):
         refold.export(layer, tmp_path / "old.onnx", IMAGE)
     assert (tmp_path / "old.onnx").read_text() == "the last good one"
     assert len(list(tmp_path.iterdir())) == 1
     monkeypatch.setattr(checked, "get_engine", lambda name: OtherEngine(0.0))
-    assert refold.export(layer, tmp_path / "old.onnx", IMAGE).max_difference == 0
+    report = refold.export(layer, tmp_path / "old.onnx", IMAGE)
+    assert report.max_difference == 0
+    assert report.notes == ["a note"]
+    assert report.bytes == len("something") + len("something beside it")
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["old.more", "old.onnx"]
 
 
 class FixedBatch(nn.Module):

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import logging
-import warnings
+import copy
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +16,8 @@ from torch import Tensor, nn
 
 from refold.errors import InputError
 from refold.export import Contents
+from refold.export.converting import first_line, quiet
+from refold.export.preparing import HalfInside, with_batch_axis
 
 if TYPE_CHECKING:
     from refold.export import Session
@@ -31,22 +31,27 @@ _FLOATING = {
 _RELABELLING = {"Constant", "Flatten", "Identity", "Reshape", "Squeeze", "Unsqueeze"}
 
 
-def write(model: nn.Module, arguments: tuple[Tensor, ...], path: Path, *, dynamic_batch: bool) -> None:
+def write(
+    model: nn.Module,
+    arguments: tuple[Tensor, ...],
+    path: Path,
+    *,
+    dynamic_batch: bool,
+    half: bool,
+    metadata: Mapping[str, str],
+) -> Sequence[str]:
     """Write one self-contained ONNX file; with ``dynamic_batch`` the first axis of every input is ``batch``.
 
     Raises `InputError` where the model cannot be converted.
     """
+    if half:
+        model = HalfInside(copy.deepcopy(model))
     shapes: tuple[Any, ...] | None = None
     if dynamic_batch:
-        batch = torch.export.Dim("batch")
-        # An axis that has one element in the example would be taken for a constant.
-        arguments = tuple(
-            torch.cat([argument, argument]) if argument.dim() else argument for argument in arguments
-        )
-        shapes = tuple({0: batch} if argument.dim() else None for argument in arguments)
+        arguments, shapes = with_batch_axis(model, arguments)
     names = ["image"] if len(arguments) == 1 else [f"input_{index}" for index in range(len(arguments))]
     try:
-        with _quiet():
+        with quiet():
             torch.onnx.export(
                 model,
                 arguments,
@@ -57,14 +62,18 @@ def write(model: nn.Module, arguments: tuple[Tensor, ...], path: Path, *, dynami
                 dynamic_shapes=shapes,
                 external_data=False,
             )
-        onnx.checker.check_model(str(path), full_check=True)
+        written = onnx.load(str(path))
+        onnx.helper.set_model_props(written, dict(metadata))
+        onnx.checker.check_model(written, full_check=True)
+        onnx.save(written, str(path))
     except OSError:
         raise
     except Exception as error:
         hint = "; a fixed batch size (dynamic_batch=False) may help" if dynamic_batch else ""
         raise InputError(
-            f"{type(model).__name__} cannot be converted to ONNX: {_first_line(error)}{hint}."
+            f"{type(model).__name__} cannot be converted to ONNX: {first_line(error)}{hint}."
         ) from error
+    return []
 
 
 def contents(path: Path) -> Contents:
@@ -109,7 +118,7 @@ def open(path: Path, *, threads: int | None = None) -> Session:
         session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:
         raise InputError(
-            f"ONNX Runtime cannot load '{path}': {_first_line(error)}; export a float32 model "
+            f"ONNX Runtime cannot load '{path}': {first_line(error)}; export a float32 model "
             "(model.float()) if the operators do not exist for this dtype."
         ) from error
     names = [value.name for value in session.get_inputs()]
@@ -119,21 +128,3 @@ def open(path: Path, *, threads: int | None = None) -> Session:
         return [torch.from_numpy(output) for output in session.run(None, feed)]
 
     return run
-
-
-def _first_line(error: BaseException) -> str:
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    return (lines[0] if lines else type(error).__name__).strip().rstrip(".")
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """The exporter warns about itself; what concerns the user arrives as an exception."""
-    previous = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(previous)

@@ -1,0 +1,70 @@
+"""What the engines' converters have in common: an ONNX file to start from, own processes, short errors."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import subprocess
+import tempfile
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from refold.errors import InputError
+
+# Long enough for the largest network on a slow machine; a converter that takes longer hangs.
+_TIME_LIMIT = 1800
+
+
+@contextmanager
+def as_onnx(model: nn.Module, arguments: tuple[Tensor, ...], *, dynamic_batch: bool) -> Iterator[Path]:
+    """Write the model to a temporary ONNX file for the block; raises `InputError` where that fails."""
+    from refold.export import onnxruntime
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "network.onnx"
+        onnxruntime.write(model, arguments, path, dynamic_batch=dynamic_batch, half=False, metadata={})
+        yield path
+
+
+def run_converter(command: Sequence[str], title: str, written: Path) -> None:
+    """Run a converter in a process of its own, so that its crash or its chatter is not ours.
+
+    Raises `InputError` where it fails, hangs or leaves no file ``written``.
+    """
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, errors="replace", timeout=_TIME_LIMIT, check=False
+        )
+    except subprocess.TimeoutExpired as error:
+        raise InputError(f"{title} did not convert the model within {_TIME_LIMIT // 60} minutes.") from error
+    if done.returncode == 0 and written.is_file() and written.stat().st_size:
+        return
+    if done.returncode < 0:
+        reason = f"it crashed with {signal.Signals(-done.returncode).name}"
+    else:
+        lines = [line.strip() for line in (done.stdout + done.stderr).splitlines() if line.strip()]
+        reason = lines[-1] if lines else f"it ended with code {done.returncode} and no message"
+    raise InputError(f"{title} cannot convert the model: {reason.rstrip('.')}.")
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, without its full stop."""
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return (lines[0] if lines else type(error).__name__).strip().rstrip(".")
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Converters warn about themselves; what concerns the user arrives as an exception."""
+    previous = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(previous)

@@ -1,0 +1,71 @@
+"""Where an exported network goes: its files are written aside and take their places together, checked."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from refold.errors import InputError
+from refold.files import PathLike, check_writable
+
+if TYPE_CHECKING:
+    from refold.export import Format
+
+
+def check_destination(path: PathLike, form: Format) -> Path:
+    """The path, if an engine's file can go there; raises `InputError` where it cannot or is named otherwise."""
+    target = Path(path)
+    if form.is_folder and target.is_dir():
+        check_writable(target / "contents")
+    else:
+        check_writable(target)
+    if not target.name.endswith(form.suffix) or target.name == form.suffix:
+        raise InputError(
+            f"'{target}' cannot be a file of {form.title}; give a name that ends in {form.suffix}, "
+            f"such as '{target.with_suffix('')}{form.suffix}'."
+        )
+    return target
+
+
+@contextmanager
+def placed_together(path: PathLike, form: Format) -> Iterator[Path]:
+    """Give a path in a new folder, and move all that was written beside it to ``path`` at the end.
+
+    The file itself comes last. If the block raises, or is interrupted, nothing stays and what was at ``path``
+    is untouched. Raises `InputError` where ``path`` cannot be written.
+    """
+    target = check_destination(path, form)
+    aside = target.with_name(f".{target.name}.{os.getpid()}.part")
+    try:
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir()
+        try:
+            yield aside / target.name
+            for written in sorted(aside.iterdir(), key=lambda file: file.name == target.name):
+                _move(written, target.with_name(written.name), aside)
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
+    except OSError as error:
+        raise InputError(f"'{target}' cannot be written: {error.strerror or error}.") from error
+
+
+def _move(written: Path, target: Path, aside: Path) -> None:
+    if written.is_dir():
+        if target.is_dir():
+            target.rename(aside / f"{target.name}.previous")
+    else:
+        # Some writers make their files private; the user's own default holds instead.
+        default = aside / ".mode"
+        default.touch()
+        written.chmod(default.stat().st_mode)
+        default.unlink()
+    written.replace(target)
+
+
+def files_of(path: Path) -> list[Path]:
+    """All files of an export that was written to a folder of its own."""
+    return sorted(file for file in path.parent.rglob("*") if file.is_file())

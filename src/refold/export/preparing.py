@@ -1,0 +1,170 @@
+"""What goes into a file besides the network: normalization, softmax, half precision, and what to know of it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from refold.errors import InputError
+
+if TYPE_CHECKING:
+    from refold.export import Normalization
+
+_PREPROCESSING = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
+
+
+class Prepared(nn.Module):
+    """A network of one image with its normalization before it and a softmax over classes behind it.
+
+    ``mean`` and ``std`` have one value a channel, in the units of the image.
+    """
+
+    def __init__(self, model: nn.Module, normalization: Normalization | None, *, softmax: bool) -> None:
+        super().__init__()
+        self.model = model
+        self.softmax = softmax
+        self.scale: Tensor | None
+        self.shift: Tensor | None
+        scale = shift = None
+        if normalization is not None:
+            mean, std = (torch.tensor(list(values), dtype=torch.float64) for values in normalization)
+            reference = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
+            scale = (1 / std).reshape(1, -1, 1, 1).to(reference.dtype)
+            shift = (-mean / std).reshape(1, -1, 1, 1).to(reference.dtype)
+        self.register_buffer("scale", scale)
+        self.register_buffer("shift", shift)
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Map images (batch, channels, height, width) to the network's output."""
+        if self.scale is not None and self.shift is not None:
+            image = image * self.scale + self.shift
+        output: Tensor = self.model(image)
+        return output.softmax(dim=1) if self.softmax else output
+
+
+class HalfInside(nn.Module):
+    """A network that computes in float16 and takes and gives float32."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model.half()
+
+    def forward(self, *arguments: Tensor) -> Any:
+        """Call the network with its floating point arguments in float16."""
+        return _cast(self.model(*_cast(arguments, torch.float16)), torch.float32)
+
+
+def _cast(value: Any, dtype: torch.dtype) -> Any:
+    if isinstance(value, Tensor):
+        return value.to(dtype) if value.is_floating_point() else value
+    if isinstance(value, dict):
+        return {key: _cast(part, dtype) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_cast(part, dtype) for part in value)
+    return value
+
+
+def prepare(
+    model: nn.Module,
+    arguments: tuple[Tensor, ...],
+    normalization: Normalization | None,
+    *,
+    softmax: bool,
+) -> nn.Module:
+    """The model with what was asked for baked in; raises `InputError` where it does not fit."""
+    if normalization is None and not softmax:
+        return model
+    if len(arguments) != 1:
+        raise InputError(
+            f"Normalization and softmax can be baked in where the model takes one image; it takes "
+            f"{len(arguments)} inputs."
+        )
+    if normalization is not None:
+        _check_normalization(normalization, arguments[0])
+    return Prepared(model, normalization, softmax=softmax).eval()
+
+
+def _check_normalization(normalization: Normalization, image: Tensor) -> None:
+    mean, std = normalization
+    channels = image.shape[1] if image.dim() == 4 else None
+    if channels is None or not len(mean) == len(std) == channels:
+        raise InputError(
+            f"The normalization has {len(mean)} means and {len(std)} standard deviations; an input of shape "
+            f"{tuple(image.shape)} needs {channels or 'images: four axes, with'} one of each a channel."
+        )
+    if not all(value > 0 for value in std):
+        raise InputError(f"The standard deviations are {list(std)}; all must be above zero.")
+
+
+def known_preprocessing(model: nn.Module) -> dict[str, Any]:
+    """What the model's checkpoint, or else its ``pretrained_cfg``, says in timm's terms."""
+    card = getattr(model, "card", None)
+    known = getattr(card, "preprocessing", None) or getattr(model, "pretrained_cfg", None) or {}
+    return {key: known[key] for key in _PREPROCESSING if known.get(key) is not None}
+
+
+def choose_normalization(
+    normalize: bool | Normalization, preprocessing: Mapping[str, Any]
+) -> Normalization | None:
+    """The mean and the standard deviation to bake in; raises `InputError` where the model names none."""
+    if normalize is False:
+        return None
+    if normalize is True:
+        if "mean" not in preprocessing or "std" not in preprocessing:
+            raise InputError(
+                "The model does not say how its images are normalized; give normalize=(mean, std) "
+                "(--mean and --std on the command line)."
+            )
+        return preprocessing["mean"], preprocessing["std"]
+    return normalize
+
+
+def describe(
+    model: nn.Module,
+    preprocessing: Mapping[str, Any],
+    class_names: Sequence[str] | None,
+    normalization: Normalization | None,
+    *,
+    softmax: bool,
+    form: str,
+) -> dict[str, str]:
+    """The metadata of a file; class names and preprocessing as JSON.
+
+    With the normalization baked in, ``preprocessing`` says mean 0 and deviation 1, for that is what is left to
+    do, and ``normalization`` what the file does.
+    """
+    architecture = getattr(model, "architecture", None) or {}
+    left = dict(preprocessing)
+    metadata = {
+        "producer": f"refold {version('refold')}",
+        "architecture": str(architecture.get("name") or type(model).__name__),
+        "form": form,
+        "output": "probabilities" if softmax else "logits",
+    }
+    if normalization is not None:
+        mean, std = normalization
+        left |= {"mean": [0.0] * len(mean), "std": [1.0] * len(std)}
+        metadata["normalization"] = json.dumps({"mean": list(mean), "std": list(std)})
+    if left:
+        metadata["preprocessing"] = json.dumps(left)
+    if class_names is not None:
+        metadata["class_names"] = json.dumps(list(class_names), ensure_ascii=False)
+    return metadata
+
+
+def with_batch_axis(
+    model: nn.Module, arguments: tuple[Tensor, ...], most: int | None = None
+) -> tuple[tuple[Tensor, ...], tuple[Any, ...]]:
+    """Arguments and ``dynamic_shapes`` for `torch.export` that leave the first axis of every input free."""
+    batch = torch.export.Dim("batch") if most is None else torch.export.Dim("batch", min=1, max=most)
+    # An axis that has one element in the example would be taken for a constant.
+    arguments = tuple(
+        torch.cat([argument, argument]) if argument.dim() else argument for argument in arguments
+    )
+    shapes: tuple[Any, ...] = tuple({0: batch} if argument.dim() else None for argument in arguments)
+    return arguments, (shapes,) if isinstance(model, HalfInside) else shapes
