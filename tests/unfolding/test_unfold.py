@@ -201,11 +201,13 @@ class Odd(nn.Module):
         self.hooked = nn.Conv2d(3, 3, 3, 1, 1)
         self.hooked.register_forward_hook(lambda module, inputs, out: out + 1)
         self.reflect = nn.Conv2d(3, 3, 3, 1, 1, padding_mode="reflect")
+        self.looked_into = nn.Conv2d(3, 3, 3, 1, 1)
         self.weighted = nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 3, 3, 1, 1))
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.twice_norm(self.shared(self.shared(x)))
         y = self.read_twice(x)
+        y = self.looked_into(y.to(self.looked_into.weight))
         return self.weighted(self.reflect(self.hooked(self.norm(y) + self.twice_norm(y))))
 
 

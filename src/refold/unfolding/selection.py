@@ -41,6 +41,7 @@ class _Observed:
     norms: dict[str, list[str]] = field(default_factory=dict)
     norm_calls: dict[str, int] = field(default_factory=dict)
     other_readers: set[str] = field(default_factory=set)
+    looked_into: set[str] = field(default_factory=set)
     kept: list[Tensor] = field(default_factory=list)
 
 
@@ -57,8 +58,9 @@ def observe(model: nn.Module, arguments: tuple[Any, ...]) -> Layers:
     """Run the model on `arguments` in evaluation mode and find its layers.
 
     A norm belongs to a convolution if it alone reads what that writes, and both run once. Left out are convolutions
-    that run more than once, are shared, have hooks or a computed weight, pad unevenly, write maps of a single pixel, or
-    have neither a bias nor a norm that could take up the shift of a branch.
+    that run more than once, are shared, have hooks or a computed weight, pad unevenly or not with zeros, or write maps
+    of a single pixel; whose parameters are read by code around them; and that have neither a bias nor a norm that could
+    take up the shift of a branch.
 
     Raises `InputError` where the model does not run on `arguments`.
     """
@@ -79,7 +81,7 @@ def observe(model: nn.Module, arguments: tuple[Any, ...]) -> Layers:
         assert isinstance(conv, nn.Conv2d)
         kind, size = kind_of(conv), observed.sizes[path]
         usable = times == 1 and path not in shared and not _is_watched(conv) and padding_of(conv) is not None
-        if kind is None or not usable or size[-1] * size[-2] == 1:
+        if kind is None or not usable or size[-1] * size[-2] == 1 or path in observed.looked_into:
             continue
         if conv.bias is None if own is None else not _is_movable(modules[own]):
             continue
@@ -162,12 +164,31 @@ def _hooked(module: nn.Module, mode: _Watch, path: str, observed: _Observed, *, 
             # Kept alive, so that no later tensor gets the same id.
             observed.kept.append(out)
 
+    def look() -> None:
+        if mode.depth == 0:
+            observed.looked_into.add(path)
+
     handles = [module.register_forward_pre_hook(before), module.register_forward_hook(after)]
+    own = type(module)
+    if not norm:
+        vars(module)["_look"] = look
+        module.__class__ = _Noting
     try:
         yield
     finally:
+        module.__class__ = own
+        vars(module).pop("_look", None)
         for handle in handles:
             handle.remove()
+
+
+class _Noting(nn.Conv2d):
+    """A convolution that notes when code around it asks for its parameters."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("weight", "bias") and "_look" in vars(self):
+            vars(self)["_look"]()
+        return super().__getattr__(name)
 
 
 class _Watch(TorchFunctionMode):

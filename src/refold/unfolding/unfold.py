@@ -260,7 +260,7 @@ def _without_activation(norm: nn.Module) -> tuple[nn.Module, nn.Module]:
     plain._buffers.update(norm._buffers)
     plain.train(norm.training)
     after = [part for part in (norm.drop, norm.act) if not isinstance(part, nn.Identity)]
-    return plain, after[0] if len(after) == 1 else nn.Sequential(*after)
+    return plain, nn.Sequential(*after) if len(after) > 1 else (after or [nn.Identity()])[0]
 
 
 @torch.no_grad()
