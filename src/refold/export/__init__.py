@@ -45,6 +45,9 @@ class Format:
 # The name on the left is what the user types.
 FORMATS = {
     "onnxruntime": Format("ONNX Runtime", "refold.export.onnxruntime", ".onnx", ("onnxruntime",), "refold"),
+    "openvino": Format("OpenVINO", "refold.export.openvino", ".xml", ("openvino",), "'refold[openvino]'"),
+    "ncnn": Format("ncnn", "refold.export.ncnn", ".param", ("ncnn", "pnnx"), "'refold[ncnn]'"),
+    "mnn": Format("MNN", "refold.export.mnn", ".mnn", ("MNN",), "'refold[mnn]'"),
 }
 
 

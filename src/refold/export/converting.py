@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
+import os
 import signal
 import subprocess
 import tempfile
@@ -55,6 +57,23 @@ def first_line(error: BaseException) -> str:
     """The first line of an error's message, without its full stop."""
     lines = [line for line in str(error).splitlines() if line.strip()]
     return (lines[0] if lines else type(error).__name__).strip().rstrip(".")
+
+
+@contextmanager
+def silent_stdout() -> Iterator[None]:
+    """Keep what C code prints off the standard output, where it would spoil what the command prints."""
+    buffers = ctypes.CDLL(None)
+    buffers.fflush(None)
+    kept = os.dup(1)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 1)
+        yield
+    finally:
+        buffers.fflush(None)
+        os.dup2(kept, 1)
+        os.close(kept)
+        os.close(nowhere)
 
 
 @contextmanager

@@ -1,0 +1,108 @@
+"""MNN files, run by MNN on the CPU."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from refold.errors import InputError
+from refold.export import Contents
+from refold.export.converting import as_onnx, run_converter, silent_stdout
+
+with silent_stdout():
+    import MNN
+
+if TYPE_CHECKING:
+    from refold.export import Session
+
+# MNN's own command line reports its use to a server and installs a package for that; the converter under it
+# does neither.
+_CONVERT = [sys.executable, "-c", "import sys, _tools; _tools.mnnconvert(sys.argv)"]
+_NO_OPERATORS = {"Const", "ConvertTensor", "Input", "Reshape", "Squeeze", "Unsqueeze"}
+
+
+def write(
+    model: nn.Module,
+    arguments: tuple[Tensor, ...],
+    path: Path,
+    *,
+    dynamic_batch: bool,
+    half: bool,
+    metadata: Mapping[str, str],
+) -> Sequence[str]:
+    """Write one MNN file; the metadata is its ``bizCode``, the text that the format has room for.
+
+    Raises `InputError` where the model cannot be converted.
+    """
+    flag = json.dumps(dict(metadata) | {"precision": "float16" if half else "float32"})
+    with as_onnx(model, arguments, dynamic_batch=dynamic_batch) as onnx_file:
+        command = [*_CONVERT, "-f", "ONNX", "--modelFile", str(onnx_file), "--MNNModel", str(path)]
+        run_converter([*command, "--bizCode", flag, *(["--fp16"] if half else [])], "MNN", path)
+    return []
+
+
+def contents(path: Path) -> Contents:
+    """Count the operators of a file."""
+    with TemporaryDirectory() as folder:
+        described = Path(folder) / "file.json"
+        command = [*_CONVERT, "-f", "MNN", "--modelFile", str(path), "--JsonFile", str(described)]
+        run_converter(command, "MNN", described)
+        operators = json.loads(described.read_bytes())["oplists"]
+    kinds = Counter(operator["type"] for operator in operators)
+    return Contents(
+        parameters=None,
+        macs=None,
+        operators={kind: n for kind, n in kinds.most_common() if kind not in _NO_OPERATORS},
+    )
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """What `write` put into a file; empty for a file of another origin."""
+    with silent_stdout():
+        module = MNN.nn.load_module_from_file(str(path), [], [])
+    try:
+        found = json.loads(module.get_info()["bizCode"])
+    except (AttributeError, KeyError, ValueError):
+        return {}
+    return dict(found) if isinstance(found, dict) else {}
+
+
+def open(path: Path, *, threads: int | None = None) -> Session:
+    """Load a file in MNN, with ``threads`` threads if given; raises `InputError` where MNN cannot."""
+    half = read_metadata(path).get("precision") == "float16"
+    settings: dict[str, Any] = {"backend": "CPU", "precision": "low" if half else "high"}
+    if threads is not None:
+        settings["numThread"] = threads
+    with silent_stdout():
+        runtime = MNN.nn.create_runtime_manager((settings,))
+        module = MNN.nn.load_module_from_file(str(path), [], [], runtime_manager=runtime)
+    if module is None:
+        raise InputError(f"MNN cannot load '{path}'.")
+
+    def run(*arguments: Tensor) -> list[Tensor]:
+        results = module.onForward([_variable(argument) for argument in arguments])
+        if not results:
+            raise InputError(
+                f"MNN cannot run '{path}' on inputs of shape {[tuple(a.shape) for a in arguments]}."
+            )
+        plain = [MNN.expr.convert(result, MNN.expr.NCHW) for result in results]
+        return [torch.from_numpy(result.read().copy()) for result in plain]
+
+    return run
+
+
+def _variable(argument: Tensor) -> Any:
+    kinds = {torch.float32: MNN.expr.float, torch.int32: MNN.expr.int}
+    if argument.dtype not in kinds:
+        raise InputError(f"MNN takes float32 and int32 inputs; one is {argument.dtype}.")
+    return MNN.expr.const(
+        argument.contiguous().numpy(), list(argument.shape), MNN.expr.NCHW, kinds[argument.dtype]
+    )

@@ -1,0 +1,113 @@
+"""OpenVINO files (.xml, and .bin with the weights), run by OpenVINO on the CPU."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from math import prod
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import openvino
+import torch
+from torch import Tensor, nn
+
+from refold.errors import InputError
+from refold.export import Contents
+from refold.export.converting import as_onnx, first_line
+
+if TYPE_CHECKING:
+    from refold.export import Session
+
+_NO_OPERATORS = {"Constant", "Convert", "Parameter", "Reshape", "Result", "Squeeze", "Unsqueeze"}
+_SECTION = "refold"
+
+
+def write(
+    model: nn.Module,
+    arguments: tuple[Tensor, ...],
+    path: Path,
+    *,
+    dynamic_batch: bool,
+    half: bool,
+    metadata: Mapping[str, str],
+) -> Sequence[str]:
+    """Write ``path`` and the weights beside it; raises `InputError` where the model cannot be converted."""
+    with as_onnx(model, arguments, dynamic_batch=dynamic_batch) as onnx_file:
+        try:
+            converted = openvino.convert_model(onnx_file)
+            for key, value in metadata.items():
+                converted.set_rt_info(value, [_SECTION, key])
+            converted.set_rt_info("float16" if half else "float32", [_SECTION, "precision"])
+            openvino.save_model(converted, path, compress_to_fp16=half)
+        except Exception as error:
+            raise InputError(f"OpenVINO cannot convert the model: {first_line(error)}.") from error
+    return []
+
+
+def contents(path: Path) -> Contents:
+    """Count what a file holds; an axis without a fixed size, such as the batch, counts as one."""
+    operators = openvino.Core().read_model(path).get_ops()
+    kinds = Counter(operator.get_type_name() for operator in operators)
+    constants = [operator for operator in operators if operator.get_type_name() == "Constant"]
+    # Single numbers are the settings of an operator: bounds, slopes, the shift of a hard sigmoid.
+    sizes = [_size(constant.output(0)) for constant in constants if _is_real(constant)]
+    return Contents(
+        parameters=sum(size for size in sizes if size > 1),
+        macs=sum(_macs(operator) for operator in operators),
+        operators={kind: n for kind, n in kinds.most_common() if kind not in _NO_OPERATORS},
+    )
+
+
+def _is_real(constant: Any) -> bool:
+    real: bool = constant.get_element_type().is_real()
+    return real
+
+
+def _shape(value: Any) -> list[int]:
+    return [1 if axis.is_dynamic else axis.get_length() for axis in value.get_partial_shape()]
+
+
+def _size(value: Any) -> int:
+    return prod(_shape(value))
+
+
+def _macs(operator: Any) -> int:
+    kind = operator.get_type_name()
+    if kind not in ("Convolution", "GroupConvolution", "MatMul"):
+        return 0
+    written, weight = _size(operator.output(0)), _shape(operator.input_value(1))
+    if kind == "MatMul":
+        return int(written * weight[-1 if operator.get_attributes()["transpose_b"] else -2])
+    # Weights are (out, in, height, width), with a leading axis of groups in a GroupConvolution.
+    return int(written * prod(weight[2 if kind == "GroupConvolution" else 1 :]))
+
+
+def open(path: Path, *, threads: int | None = None) -> Session:
+    """Load a file in OpenVINO, with ``threads`` threads if given; raises `InputError` where it cannot."""
+    settings: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY"}
+    if threads is not None:
+        settings["INFERENCE_NUM_THREADS"] = threads
+    try:
+        core = openvino.Core()
+        model = core.read_model(path)
+        # OpenVINO would take bfloat16 by itself where the processor has it.
+        settings["INFERENCE_PRECISION_HINT"] = "f16" if _wants_half(model) and _has_half(core) else "f32"
+        compiled = core.compile_model(model, "CPU", settings)
+    except Exception as error:
+        raise InputError(f"OpenVINO cannot load '{path}': {first_line(error)}.") from error
+
+    def run(*arguments: Tensor) -> list[Tensor]:
+        results = compiled([argument.numpy() for argument in arguments])
+        return [torch.from_numpy(results[output].copy()) for output in compiled.outputs]
+
+    return run
+
+
+def _has_half(core: Any) -> bool:
+    return "FP16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+
+
+def _wants_half(model: Any) -> bool:
+    key = [_SECTION, "precision"]
+    return bool(model.has_rt_info(key)) and model.get_rt_info(key).value == "float16"

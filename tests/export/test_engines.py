@@ -1,0 +1,160 @@
+"""Each engine runs what was exported for it as PyTorch does; engines that are not installed are skipped."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import refold
+from refold.errors import InputError
+from refold.export import FORMATS, ExportReport, get_engine, installed_engines
+from refold.folding import count
+
+IMAGE = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+SMALL = torch.randn(1, 3, 16, 16, generator=torch.Generator().manual_seed(2))
+
+
+def needs(engine: str) -> Any:
+    return pytest.mark.skipif(
+        engine not in installed_engines(), reason=f"install it with: pip install {FORMATS[engine].install}"
+    )
+
+
+def engines(*names: str) -> list[Any]:
+    return [pytest.param(name, marks=needs(name)) for name in names]
+
+
+# All that convert and run within a second or two; the others have their tests below.
+QUICK = engines("openvino", "ncnn", "mnn")
+
+
+@pytest.fixture(scope="module")
+def plain(randomised: Callable[[nn.Module], nn.Module]) -> nn.Module:
+    torch.manual_seed(0)
+    return refold.fold(randomised(refold.create_model("repghostnet_050", num_classes=5)), IMAGE, prove=False)
+
+
+class Small(nn.Module):
+    """Convolutions of three kinds, a gate, a concatenation and a classifier."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, stride=2, padding=1)
+        self.depthwise = nn.Conv2d(8, 8, 3, padding=1, groups=8)
+        self.grouped = nn.Conv2d(8, 8, 1, groups=2)
+        self.gate = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(16, 16, 1), nn.Hardsigmoid())
+        self.classifier = nn.Linear(16, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x).relu()
+        x = torch.cat([self.depthwise(x), self.grouped(x)], dim=1)
+        return self.classifier((x * self.gate(x)).mean(dim=(2, 3)))
+
+
+def small_network() -> nn.Module:
+    torch.manual_seed(3)
+    return Small().eval()
+
+
+def write_small(tmp_path: Path, engine: str, **options: Any) -> tuple[Path, ExportReport]:
+    path = tmp_path / f"net{FORMATS[engine].suffix}"
+    return path, refold.export(small_network(), path, SMALL, engine=engine, **options)
+
+
+@pytest.mark.parametrize("engine", QUICK)
+def test_a_network_of_the_zoo(engine: str, plain: nn.Module, tmp_path: Path) -> None:
+    path = tmp_path / f"net{FORMATS[engine].suffix}"
+    report = refold.export(plain, path, IMAGE, engine=engine)
+    assert report.checked
+    assert report.batch_sizes == [1, 3]
+    assert report.relative_difference < 1e-4
+    assert all(trial.same_top1 == trial.batch_size for trial in report.trials)
+    session = get_engine(engine).open(path, threads=1)
+    images = torch.rand(5, 3, 64, 64)
+    with torch.no_grad():
+        assert torch.allclose(session(images)[0], plain(images), rtol=1e-3, atol=1e-4)
+    convolutions = sum(n for kind, n in report.contents.operators.items() if "onv" in kind)
+    # MNN makes the classifier a convolution as well.
+    assert convolutions == count(plain, IMAGE).convolutions + (engine == "mnn")
+    assert sum(file.stat().st_size for file in tmp_path.iterdir()) == report.bytes
+
+
+@pytest.mark.parametrize("engine", QUICK)
+def test_normalization_and_softmax_in_half_precision(engine: str, tmp_path: Path) -> None:
+    mean, std = [0.4, 0.5, 0.6], [0.2, 0.3, 0.4]
+    path, report = write_small(tmp_path, engine, normalize=(mean, std), softmax=True, half=True)
+    assert report.half
+    assert 1e-6 < report.relative_difference < 5e-2, "float16 is seen, and is close"
+    pixels = torch.rand(2, 3, 16, 16)
+    normalized = (pixels - torch.tensor(mean).view(1, 3, 1, 1)) / torch.tensor(std).view(1, 3, 1, 1)
+    with torch.no_grad():
+        expected = small_network()(normalized).softmax(dim=1)
+    result = get_engine(engine).open(path)(pixels)[0]
+    assert torch.allclose(result, expected, atol=5e-3)
+    assert torch.allclose(result.sum(dim=1), torch.ones(2), atol=1e-3)
+
+
+@needs("openvino")
+def test_openvino_carries_contents_and_metadata(tmp_path: Path) -> None:
+    import openvino
+
+    path, report = write_small(tmp_path, "openvino", dynamic_batch=False, class_names=list("abcd"))
+    cost = count(small_network(), SMALL)
+    assert (report.contents.parameters, report.contents.macs) == (cost.parameters, cost.macs)
+    model = openvino.Core().read_model(path)
+    assert json.loads(model.get_rt_info(["refold", "class_names"]).value) == list("abcd")
+    assert list(model.input(0).get_partial_shape()) == [1, 3, 16, 16]
+
+
+@needs("mnn")
+def test_mnn_carries_metadata_and_prints_nothing(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    from refold.export.mnn import read_metadata
+
+    path, _ = write_small(tmp_path, "mnn", class_names=["ä", "b", "c", "d"], dynamic_batch=False)
+    metadata = read_metadata(path)
+    assert json.loads(metadata["class_names"]) == ["ä", "b", "c", "d"]
+    assert metadata["form"] == "plain"
+    assert capfd.readouterr().out == ""
+
+
+@needs("ncnn")
+def test_ncnn_says_what_it_cannot(tmp_path: Path) -> None:
+    _, report = write_small(tmp_path, "ncnn")
+    assert any("one image a call" in note for note in report.notes)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["net.bin", "net.param"]
+    with pytest.raises(InputError, match=r"export model\.float\(\), with half=True"):
+        refold.export(Small().half(), tmp_path / "x.param", SMALL.half(), engine="ncnn", fold=False)
+
+
+def test_an_engine_that_is_not_installed_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(refold_export(), "find_spec", lambda name: None)
+    assert installed_engines() == []
+    with pytest.raises(InputError, match=r"ncnn and pnnx is not installed.*pip install 'refold\[ncnn\]'"):
+        get_engine("ncnn")
+
+
+def refold_export() -> Any:
+    import sys
+
+    return sys.modules["refold.export"]
+
+
+def test_what_a_converter_says_is_passed_on(tmp_path: Path) -> None:
+    import sys
+
+    from refold.export.converting import run_converter
+
+    def script(text: str) -> list[str]:
+        return [sys.executable, "-c", text]
+
+    written = tmp_path / "file"
+    with pytest.raises(InputError, match="Abacus cannot convert the model: no beads"):
+        run_converter(script("import sys; print('one'); sys.exit('no beads.')"), "Abacus", written)
+    with pytest.raises(InputError, match="it crashed with SIGSEGV"):
+        run_converter(script("import os; os.kill(os.getpid(), 11)"), "Abacus", written)
+    with pytest.raises(InputError, match="it ended with code 0 and no message"):
+        run_converter(script(""), "Abacus", written)
