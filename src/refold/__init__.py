@@ -17,6 +17,7 @@ from refold.errors import (
 from refold.export import export
 
 if TYPE_CHECKING:
+    from refold.bench import benchmark
     from refold.checkpoints import load, save
     from refold.folding import FoldReport, Proof, fold, verify
     from refold.models import create_model, list_models, load_checkpoint
@@ -32,6 +33,7 @@ __all__ = [
     "RefoldError",
     "UnfoldReport",
     "UnknownModel",
+    "benchmark",
     "create_model",
     "export",
     "fold",
@@ -46,6 +48,7 @@ __all__ = [
 
 # Loaded when first used: torch and timm take seconds to import, and `refold --help` needs neither.
 _HOME = {
+    "benchmark": "refold.bench.runner",
     **dict.fromkeys(("load", "save"), "refold.checkpoints"),
     **dict.fromkeys(("FoldReport", "Proof", "fold", "verify"), "refold.folding"),
     **dict.fromkeys(("create_model", "list_models", "load_checkpoint"), "refold.models"),

@@ -287,6 +287,109 @@ def _read_lines(path: Path) -> list[str]:
 
 
 @app.command()
+def bench(
+    targets: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[NAME|CHECKPOINT]...", help="Model names, or files of refold.save."),
+    ] = None,
+    form: Annotated[
+        list[str] | None,
+        typer.Option("--form", help="training, plain or shortcut-folded; repeat it. [default: first two]"),
+    ] = None,
+    engine: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--engine", help="pytorch, an engine of export, or all; repeat it. [default: onnxruntime]"
+        ),
+    ] = None,
+    batch_size: Annotated[
+        list[int] | None, typer.Option("--batch-size", help="Images a call; repeat it. [default: 1]")
+    ] = None,
+    threads: Annotated[
+        list[int] | None, typer.Option("--threads", help="Threads of the engine; repeat it. [default: 1]")
+    ] = None,
+    input_size: InputSize = None,
+    rounds: Annotated[int, typer.Option("--rounds", help="Rounds in which each takes a turn.")] = 30,
+    warm_up: Annotated[int, typer.Option("--warm-up", help="Rounds before them that do not count.")] = 5,
+    baseline: Annotated[
+        str | None,
+        typer.Option(
+            "--baseline",
+            help="What ratios refer to: a model, form or engine, or several: ghostnet_100,plain. "
+            "[default: training]",
+        ),
+    ] = None,
+    breakdown: Annotated[
+        bool, typer.Option("--breakdown", help="Add the time by kind of operator, where the engine tells.")
+    ] = False,
+    roofline: Annotated[
+        bool,
+        typer.Option("--roofline", help="Measure the machine's roofs, and each model's distance from them."),
+    ] = False,
+    output: Annotated[
+        list[Path] | None,
+        typer.Option("--output", "-o", help="A .json (kept as the run goes), .csv or .md file; repeat it."),
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Measure only what the .json output does not hold yet.")
+    ] = False,
+    merge: Annotated[
+        list[Path] | None,
+        typer.Option("--merge", help="Add an earlier .json, of this or another machine; repeat it."),
+    ] = None,
+    accuracy: Annotated[
+        Path | None, typer.Option("--accuracy", help="Accuracies by model name, as CSV or JSON.")
+    ] = None,
+    machine: Annotated[
+        str | None, typer.Option("--machine", help="The name of this machine. [default: its processor's]")
+    ] = None,
+    note: Annotated[str, typer.Option("--note", help="Kept with the machine's facts.")] = "",
+    time_limit: Annotated[
+        float, typer.Option("--time-limit", help="Seconds after which a silent engine is given up.")
+    ] = 120.0,
+    as_json: AsJson = False,
+) -> None:
+    """Measure models side by side: forms, engines, batch sizes and threads, taking turns."""
+    from refold.bench.command import Settings, run
+    from refold.bench.runner import BenchmarkInterrupted
+
+    models: dict[str, nn.Module] = {}
+    for target in targets or ():
+        is_file = Path(target).suffix in _CHECKPOINT_SUFFIXES
+        models[Path(target).stem if is_file else target] = _network(target, None, None)
+    size = None if not models else _parse_size(input_size, next(iter(models.values())))
+    measuring = {
+        "forms": form or ["training", "plain"],
+        "engine": engine or ["onnxruntime"],
+        "batch_sizes": batch_size or [1],
+        "threads": threads or [1],
+        "input_size": size,
+        "rounds": rounds,
+        "warm_up": warm_up,
+        "breakdown": breakdown,
+        "roofline": roofline,
+        "machine": machine,
+        "note": note,
+        "time_limit": time_limit,
+    }
+    settings = Settings(output or [], merge or [], accuracy, baseline, resume, measuring)
+    try:
+        result = run(models, settings, Console(stderr=True) if as_json else console)
+    except BenchmarkInterrupted as stopped:
+        console.print(stopped.result)
+        kept = [str(path) for path in output or () if path.suffix.lower() == ".json"]
+        advice = (
+            f"{kept[0]} holds what was measured, --resume goes on" if kept else "no .json output was given"
+        )
+        print(f"refold: stopped; {advice}.", file=sys.stderr)
+        raise typer.Exit(130) from None
+    if as_json:
+        print(json.dumps(result.to_dict(), indent=1))
+    else:
+        console.print(result)
+
+
+@app.command()
 def quickstart(
     data: Annotated[
         Path | None,

@@ -33,6 +33,14 @@ class Latency:
         deciles = quantiles(self.samples, n=10, method="inclusive")
         return deciles[0], deciles[-1]
 
+    @property
+    def quartiles(self) -> tuple[float, float]:
+        """The first and the third quartile, in milliseconds: the middle half of the calls lies between them."""
+        if len(self.samples) < 2:
+            return self.samples[0], self.samples[0]
+        first, _, third = quantiles(self.samples, n=4, method="inclusive")
+        return first, third
+
     def ratio_to(self, reference: Latency) -> float:
         """Median of the ratios of neighbouring samples: steadier than the ratio of medians on a busy machine.
 

@@ -1,0 +1,78 @@
+"""What `refold bench` does: measure with a progress bar, add other results, write the files."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from torch import nn
+
+from refold.bench.results import Benchmark, check_suffix, parse_baseline, read_accuracies
+from refold.bench.runner import BenchmarkInterrupted, benchmark
+from refold.errors import InputError
+from refold.files import check_writable
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a run may be told besides what is measured: files to read, and files to write by their suffix."""
+
+    outputs: Sequence[Path] = ()
+    merge: Sequence[Path] = ()
+    accuracies: Path | None = None
+    baseline: str | None = None
+    resume: bool = False
+    measuring: Mapping[str, Any] = field(default_factory=dict)
+
+
+def run(models: Mapping[str, nn.Module], settings: Settings, console: Console) -> Benchmark:
+    """Measure `models`, merge in earlier results, write everything, and return all of it.
+
+    Without models the earlier results alone are merged and written. Raises `InputError` before anything is
+    measured where a file cannot be used, and `BenchmarkInterrupted` on Ctrl-C after writing what there is.
+    """
+    for path in settings.outputs:
+        check_suffix(check_writable(path))
+    earlier = [Benchmark.load(path) for path in settings.merge]
+    accuracies = {} if settings.accuracies is None else read_accuracies(settings.accuracies)
+    if not models and not earlier:
+        raise InputError("There is nothing to show; name a model to measure or a result to --merge.")
+    kept = next((path for path in settings.outputs if path.suffix.lower() == ".json"), None)
+    interrupted = False
+    result = Benchmark()
+    if models:
+        try:
+            with _progress(console) as on_progress:
+                result = benchmark(
+                    models,
+                    baseline=settings.baseline,
+                    output=kept,
+                    resume=settings.resume,
+                    on_progress=on_progress,
+                    **settings.measuring,
+                )
+        except BenchmarkInterrupted as stopped:
+            result, interrupted = stopped.result, True
+    result = result.merged(*earlier)
+    result.accuracies |= accuracies
+    if settings.baseline is not None:
+        parse_baseline(settings.baseline, [row.configuration for row in result.rows])
+        result.baseline = settings.baseline
+    for path in settings.outputs:
+        result.save(path)
+    if interrupted:
+        raise BenchmarkInterrupted(result)
+    return result
+
+
+@contextmanager
+def _progress(console: Console) -> Any:
+    columns = (BarColumn(), TaskProgressColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task("starting", total=1.0)
+        yield lambda text, share: bar.update(task, description=text, completed=share)

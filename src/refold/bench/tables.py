@@ -1,0 +1,212 @@
+"""A benchmark as a table: on the terminal, as CSV and as Markdown."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from rich.markup import escape
+from rich.table import Table
+
+from refold.bench.machine import Machine
+from refold.bench.results import Benchmark, Measurement
+
+Value = str | float | int | None
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column: its heading, the value of a row (None: nothing), and how a value is shown."""
+
+    heading: str
+    value: Callable[[Benchmark, Measurement], Value]
+    show: Callable[[Any], str] = str
+    number: bool = True
+
+
+def _ratio(benchmark: Benchmark, row: Measurement) -> str | None:
+    ratio = benchmark.ratio(row)
+    return None if ratio is None else f"{ratio.value:.2f}{'' if ratio.paired else ' *'}"
+
+
+def _sampled(value: Callable[[Measurement], float]) -> Callable[[Benchmark, Measurement], float | None]:
+    return lambda _, row: value(row) if row.samples else None
+
+
+# What tells rows apart; on the terminal and in Markdown one that is the same in all rows goes into the caption.
+_IDENTITY = (
+    Column("machine", lambda _, row: row.machine, number=False),
+    Column("model", lambda _, row: row.configuration.model, number=False),
+    Column("form", lambda _, row: row.configuration.form, number=False),
+    Column("engine", lambda _, row: row.configuration.engine, number=False),
+    Column("batch", lambda _, row: row.configuration.batch_size),
+    Column("threads", lambda _, row: row.configuration.threads),
+    Column("image", lambda _, row: "x".join(map(str, row.configuration.input_size)), number=False),
+)
+_FIGURES = (
+    Column("ms", _sampled(lambda row: row.latency.median), lambda ms: f"{ms:.2f}"),
+    Column("middle half", lambda _, row: _quartiles(row)),
+    Column("ratio", _ratio),
+    Column("images/s", _sampled(lambda row: row.throughput), lambda rate: f"{rate:.1f}"),
+    Column("top-1", lambda benchmark, row: benchmark.accuracy(row), lambda value: f"{value:g}"),
+    Column("params M", lambda _, row: row.parameters, lambda n: f"{n / 1e6:.2f}"),
+    Column("MACs M", lambda _, row: row.macs, lambda n: f"{n / 1e6:.1f}"),
+    Column("operators", lambda _, row: row.operators),
+    Column("peak MB", lambda _, row: row.peak_memory, lambda n: f"{n / 1e6:.0f}"),
+    Column("floor ms", lambda _, row: row.floor, lambda ms: f"{ms:.2f}"),
+    Column("of roof", lambda _, row: row.of_roof, lambda share: f"{share:.0%}"),
+)
+
+
+def _quartiles(row: Measurement) -> str | None:
+    if not row.samples:
+        return None
+    first, third = row.latency.quartiles
+    return f"{first:.2f} … {third:.2f}"
+
+
+def columns(benchmark: Benchmark, *, all_identity: bool = False) -> list[Column]:
+    """The columns that say something: identities that differ (or all), figures that some row has."""
+    chosen = [
+        column
+        for column in _IDENTITY
+        if all_identity or column.heading == "model" or len(_values(benchmark, column)) > 1
+    ]
+    return chosen + [column for column in _FIGURES if _values(benchmark, column) - {None}]
+
+
+def cell(benchmark: Benchmark, row: Measurement, column: Column) -> str:
+    """What stands in one cell."""
+    value = column.value(benchmark, row)
+    return "" if value is None else column.show(value)
+
+
+def common(benchmark: Benchmark) -> str:
+    """What all rows have in common and no column shows, with the meaning of the ratio, as one line."""
+    parts = [
+        f"{column.heading} {column.show(next(iter(values)))}"
+        for column in _IDENTITY
+        if column.heading != "model" and len(values := _values(benchmark, column)) == 1
+    ]
+    counts = {len(row.samples) for row in benchmark.measured}
+    if counts:
+        parts.append(f"medians of {'/'.join(map(str, sorted(counts)))} rounds taken in turn")
+    ratios = [ratio for row in benchmark.rows if (ratio := benchmark.ratio(row)) is not None]
+    if ratios:
+        parts.append(f"ratio to {benchmark.baseline}")
+    if any(not ratio.paired for ratio in ratios):
+        parts.append("* not measured in the same run")
+    return ", ".join(parts)
+
+
+def failures(benchmark: Benchmark) -> list[tuple[str, str]]:
+    """Configuration and reason of every row without samples."""
+    return [(str(row.configuration), row.error or "interrupted") for row in benchmark.rows if not row.samples]
+
+
+def describe(name: str, machine: Machine) -> str:
+    """A machine's facts as one line."""
+    memory = "" if machine.memory is None else f", {machine.memory / 2**30:.0f} GiB"
+    note = f" ({machine.note})" if machine.note else ""
+    own = "" if name == machine.cpu else f"{name}: "
+    versions = ", ".join(f"{package} {version}" for package, version in machine.versions.items())
+    cores = f"{machine.cores} core{'s' if machine.cores != 1 else ''}"
+    return (
+        f"{own}{machine.cpu}, {machine.architecture}, {cores}{memory}{note}; {machine.system}, "
+        f"Python {machine.python}; {versions}"
+    )
+
+
+def to_rich(benchmark: Benchmark) -> Table:
+    """The table for the terminal; what could not be measured stands below it."""
+    chosen = columns(benchmark)
+    caption = [common(benchmark)]
+    caption += [f"not measured: {name}: {reason}" for name, reason in failures(benchmark)]
+    table = Table(caption=escape("\n".join(caption)), caption_justify="left")
+    for column in chosen:
+        table.add_column(
+            column.heading,
+            justify="right" if column.number else "left",
+            overflow="fold",
+            no_wrap=column.number,
+        )
+    for row in benchmark.measured:
+        table.add_row(*(escape(cell(benchmark, row, column)) for column in chosen))
+    return table
+
+
+def to_csv(benchmark: Benchmark) -> str:
+    """Every row with plain numbers: milliseconds, bytes, images a second."""
+    text = io.StringIO()
+    identity = list(_IDENTITY)
+    writer = csv.writer(text, lineterminator="\n")
+    figures = (
+        *(
+            "median_ms",
+            "first_quartile_ms",
+            "third_quartile_ms",
+            "ratio",
+            "ratio_paired",
+            "images_per_second",
+        ),
+        *(
+            "rounds",
+            "accuracy",
+            "parameters",
+            "macs",
+            "operators",
+            "peak_memory_bytes",
+            "floor_ms",
+            "of_roof",
+        ),
+        "error",
+    )
+    writer.writerow([*(column.heading for column in identity), *figures])
+    for row in benchmark.rows:
+        writer.writerow([*(column.value(benchmark, row) for column in identity), *_plain(benchmark, row)])
+    return text.getvalue()
+
+
+def _plain(benchmark: Benchmark, row: Measurement) -> list[Value]:
+    ratio = benchmark.ratio(row)
+    measured: list[Value] = [None] * 3
+    if row.samples:
+        measured = [row.latency.median, *row.latency.quartiles]
+    return [
+        *measured,
+        None if ratio is None else ratio.value,
+        None if ratio is None else ("yes" if ratio.paired else "no"),
+        row.throughput if row.samples else None,
+        len(row.samples),
+        benchmark.accuracy(row),
+        row.parameters,
+        row.macs,
+        row.operators,
+        row.peak_memory,
+        row.floor,
+        row.of_roof,
+        row.error,
+    ]
+
+
+def to_markdown(benchmark: Benchmark) -> str:
+    """The table, what its rows have in common, the machines, and what could not be measured."""
+    chosen = columns(benchmark)
+    lines = [
+        "| " + " | ".join(column.heading for column in chosen) + " |",
+        "|" + "|".join("--:" if column.number else "---" for column in chosen) + "|",
+    ]
+    for row in benchmark.measured:
+        cells = (cell(benchmark, row, column).replace("|", "\\|") for column in chosen)
+        lines.append("| " + " | ".join(cells) + " |")
+    lines += ["", f"{common(benchmark)}."]
+    lines += ["", *(f"- {describe(name, machine)}" for name, machine in benchmark.machines.items())]
+    lines += [f"- not measured: {name}: {reason}" for name, reason in failures(benchmark)]
+    return "\n".join(lines) + "\n"
+
+
+def _values(benchmark: Benchmark, column: Column) -> set[Value]:
+    return {column.value(benchmark, row) for row in benchmark.rows}
