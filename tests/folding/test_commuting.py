@@ -120,6 +120,36 @@ def test_functions_with_their_own_weights() -> None:
     check(trained(Functions()).double())
 
 
+def test_every_layer_that_reads_it_takes_it_up() -> None:
+    """As in attention: one norm before queries, keys and values, the keys from a smaller map."""
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        y = self.norm(x.relu())
+        batch, _, height, width = y.shape
+        queries = self.queries(y).reshape(batch, 6, height * width)
+        keys = self.keys(F.adaptive_avg_pool2d(y, (2, 2)).flatten(2).transpose(1, 2))
+        return (
+            queries.transpose(1, 2).softmax(1) * keys.sum((1, 2), keepdim=True)
+            + x.mean() * self.values(y).sum()
+        )
+
+    layers = {
+        "queries": nn.Conv2d(4, 6, 1),
+        "keys": nn.Linear(4, 6),
+        "values": nn.Conv2d(4, 2, 1, bias=False),
+    }
+    plain = check(net(forward, head=nn.Identity(), **layers))
+    assert [region.layer for region in plain.fold_report.regions] == ["taken up by the 3 layers that read it"]
+
+
+def test_one_reader_that_cannot_holds_back_the_others() -> None:
+    def forward(self: Any, x: Tensor) -> Any:
+        y = self.norm(x.relu())
+        return self.head(y.mean((2, 3))), self.padded(y)
+
+    check(net(forward, padded=nn.Conv2d(4, 2, 3, padding=1)), batch_norms=1)
+
+
 @pytest.mark.parametrize("name", ["starnet_s1", "fastvit_sa12"])
 def test_networks_of_timm(name: str) -> None:
     model = trained(timm.create_model(name, num_classes=10))

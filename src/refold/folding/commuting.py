@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from refold.algebra import Convolution, identity, is_channelwise, series
 from refold.errors import NotFoldable
@@ -32,53 +32,51 @@ _SHAPES = {"shape", "ndim", "dtype", "device", "size", "dim"}
 
 @dataclass(frozen=True)
 class _Passage:
-    """A scale and shift, `norm`, and the layer that reads it through `nodes` alone."""
+    """A scale and shift, `norm`, and the layers that read it through `nodes` alone."""
 
     norm: fx.Node
-    reader: fx.Node
+    readers: tuple[fx.Node, ...]
     nodes: frozenset[fx.Node]
-    """Both, and everything between them."""
+    """All of them, and everything between."""
 
 
 def commuting_candidates(planner: Planner, taken: set[fx.Node]) -> list[Candidate]:
-    """Every batch norm, besides those `taken` already, that only one layer reads, every channel for itself.
+    """Every batch norm, besides those `taken` already, that layers alone read, every channel for itself.
 
     `linear(mean(norm(x)))` is `linear'(mean(x))`: an average of a scaled and shifted channel is the scaled and shifted
     average, wherever the channel lies afterwards.
     """
     found = []
     for node, operator in planner.operators.items():
-        free = node in planner.demanded and node not in taken
-        if not free or not isinstance(operator, Map) or operator.multiplies:
-            continue
-        passage = _passage(planner, node, taken)
-        if passage is not None and is_channelwise(operator.build(_META)):
-            found.append(_candidate(planner, passage))
+        free = node in planner.demanded and node not in taken and node not in planner.unit.barriers
+        if free and isinstance(operator, Map) and not operator.multiplies:
+            passage = _passage(planner, node, taken)
+            if passage is not None and is_channelwise(operator.build(_META)):
+                found.append(_candidate(planner, passage))
     return found
 
 
 def _passage(planner: Planner, norm: fx.Node, taken: set[fx.Node]) -> _Passage | None:
-    """The way from a scale and shift to the only layer that reads it; None where there is no such layer."""
-    node, nodes = norm, {norm}
-    while True:
+    """The ways from a scale and shift to the layers that read it; None where anything else reads it."""
+    readers: list[fx.Node] = []
+    nodes, waiting = {norm}, [norm]
+    while waiting:
+        node = waiting.pop()
         helpers = {user for user in node.users if _reads_shape(user)}
-        readers = set(node.users) - helpers - planner.checks
-        if len(readers) != 1 or node in planner.unit.barriers:
-            return None
-        (reader,) = readers
-        if reader in taken or not planner.same_call(node, reader):
-            return None
-        nodes |= {reader, *_closure(helpers)}
-        operator = planner.operators.get(reader)
-        if isinstance(operator, Map) and operator.multiplies:
-            return (
-                _Passage(norm, reader, frozenset(nodes))
-                if nodes >= {norm, reader, node} != {norm, reader}
-                else None
-            )
-        if not isinstance(operator, Same) and _name(planner, reader) not in _MEANS_AND_MOVES:
-            return None
-        node = reader
+        nodes |= _closure(helpers)
+        for user in set(node.users) - helpers - planner.checks - nodes:
+            operator = planner.operators.get(user)
+            if user in taken or user in planner.unit.barriers or not planner.same_call(node, user):
+                return None
+            nodes.add(user)
+            if isinstance(operator, Map) and operator.multiplies:
+                readers.append(user)
+            elif isinstance(operator, Same) or _name(planner, user) in _MEANS_AND_MOVES:
+                waiting.append(user)
+            else:
+                return None
+    readers.sort(key=planner.order.__getitem__)
+    return _Passage(norm, tuple(readers), frozenset(nodes)) if readers else None
 
 
 def _reads_shape(node: fx.Node) -> bool:
@@ -106,9 +104,13 @@ def _name(planner: Planner, node: fx.Node) -> str:
 def _candidate(planner: Planner, passage: _Passage) -> Candidate:
     slots: dict[str, int | None] = {}
     rewires: list[DraftRewire] = []
-    for node, made in ((passage.norm, None), (passage.reader, 0)):
-        edit(node, planner.operators[node], made, slots, rewires)
-    scope = passage.reader.meta["scope"]
+    edit(passage.norm, planner.operators[passage.norm], None, slots, rewires)
+    for index, reader in enumerate(passage.readers):
+        edit(reader, planner.operators[reader], index, slots, rewires)
+    scope = passage.norm.meta["scope"]
+    layers = (
+        "layer that reads it" if len(passage.readers) == 1 else f"{len(passage.readers)} layers that read it"
+    )
     return Candidate(
         operators=[passage.norm],
         draft=Draft(slots, tuple(rewires)),
@@ -116,28 +118,35 @@ def _candidate(planner: Planner, passage: _Passage) -> Candidate:
         folded=[
             FoldedRegion(
                 planner.unit.full_path(scope[-1][0] if scope else ""),
-                {"batch norm": 1, "layer": 1},
-                "the same layer, which has taken up the scale and shift of its input",
+                {"batch norm": 1},
+                f"taken up by the {layers}",
             )
         ],
     )
 
 
 def _make(planner: Planner, passage: _Passage, prove: bool) -> tuple[list[NewLayer], list[float]]:
-    _require_channels_apart(planner, passage)
-    folded = _folded(planner, passage)
-    distances = [_prove(planner, passage, folded)] if prove else []
-    kind = planner.unit.kinds[passage.reader]
-    return [new_layer(lambda: layer(_folded(planner, passage)), layer(folded), kind)], distances
+    layers, distances = [], []
+    for reader in passage.readers:
+        _require_channels_apart(planner, passage, reader)
+        folded = _folded(planner, passage, reader)
+        if prove:
+            distances.append(_prove(planner, passage, reader, folded))
+
+        def build(reader: fx.Node = reader) -> nn.Module:
+            return layer(_folded(planner, passage, reader))
+
+        layers.append(new_layer(build, layer(folded), planner.unit.kinds[reader]))
+    return layers, distances
 
 
-def _folded(planner: Planner, passage: _Passage) -> Convolution:
-    """The reading layer with the scale and shift of its input in its weights."""
-    norm, reader = (_built(planner, node) for node in (passage.norm, passage.reader))
-    weight = norm.weight.reshape(-1, *(1,) * (reader.weight.dim() - 1))
-    axes = reader.spatial_axes
+def _folded(planner: Planner, passage: _Passage, reader: fx.Node) -> Convolution:
+    """A reading layer with the scale and shift of its input in its weights."""
+    norm, linear = _built(planner, passage.norm), _built(planner, reader)
+    axes = linear.spatial_axes
+    weight = norm.weight.reshape(-1, 1, *(1,) * axes)
     moved = Convolution(weight, norm.bias, (1,) * axes, ((0, 0),) * axes, (1,) * axes, norm.groups)
-    return series(moved, reader)
+    return series(moved, linear)
 
 
 def _built(planner: Planner, node: fx.Node) -> Convolution:
@@ -146,29 +155,28 @@ def _built(planner: Planner, node: fx.Node) -> Convolution:
     return operator.build(_CPU)
 
 
-def _require_channels_apart(planner: Planner, passage: _Passage) -> None:
+def _require_channels_apart(planner: Planner, passage: _Passage, reader: fx.Node) -> None:
     """Let a value for each channel through, and raise NotFoldable where the layer does not read just these again."""
-    (source,) = inputs_of(planner.operators[passage.reader])
-    reader = _built(planner, passage.reader)
-    shape = planner.unit.shapes[passage.norm]
+    (source,) = inputs_of(planner.operators[reader])
+    shape, axes = planner.unit.shapes[passage.norm], _built(planner, reader).spatial_axes
     marks = torch.randn(shape[1], dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     x = marks.reshape(1, -1, *(1,) * (len(shape) - 2)).expand(shape)
     found = _through(planner, passage, source, x, {passage.norm: _nothing(planner, passage)})
-    axis = 1 if reader.spatial_axes else -1
-    expected = marks.reshape(1, -1, *(1,) * reader.spatial_axes) if axis == 1 else marks
-    if found.shape[axis] != len(marks) or not torch.allclose(found, expected.expand_as(found), rtol=1e-12):
+    expected = marks.reshape(1, -1, *(1,) * axes) if axes else marks
+    if found.shape[1 if axes else -1] != len(marks) or not torch.allclose(
+        found, expected.expand_as(found), rtol=1e-12
+    ):
         raise NotFoldable("its channels are mixed before the next layer reads them")
 
 
-def _prove(planner: Planner, passage: _Passage, folded: Convolution) -> float:
+def _prove(planner: Planner, passage: _Passage, reader: fx.Node, folded: Convolution) -> float:
     """How far the layer that reads the bare value is from the original: in float64, on two random inputs."""
     generator = torch.Generator().manual_seed(1)
-    shape = planner.unit.shapes[passage.norm]
-    new = {passage.norm: _nothing(planner, passage), passage.reader: folded}
+    new = {passage.norm: _nothing(planner, passage), reader: folded}
     worst = 0.0
     for _ in range(2):
-        x = torch.randn(shape, dtype=torch.float64, generator=generator)
-        expected, found = (_through(planner, passage, passage.reader, x, instead) for instead in ({}, new))
+        x = torch.randn(planner.unit.shapes[passage.norm], dtype=torch.float64, generator=generator)
+        expected, found = (_through(planner, passage, reader, x, instead) for instead in ({}, new))
         worst = max(worst, distance(expected, found))
     require_proved(worst)
     return worst
