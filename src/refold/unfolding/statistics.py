@@ -174,7 +174,7 @@ def _from_lags(
     # Outside the image the centred map is not zero but minus the centre, which only positions at the border see.
     centred = total - batch * centre[:, None, None]
     near, outside = _border(height, width, total.dtype, total.device)
-    seen = F.pad(centred, (1, 1, 1, 1)).flatten(1)[:, near]
+    seen = F.pad(centred, (1, 1, 1, 1)).flatten(1).index_select(1, near.flatten()).unflatten(1, near.shape)
     mixed = centre[:, None, None] * (seen @ outside.T)
     products = products - mixed - mixed.transpose(1, 2)
     products = products + batch * centre.square()[:, None, None] * (outside @ outside.T)
