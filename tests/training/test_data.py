@@ -1,5 +1,6 @@
 """Images and their split; what cannot be used is named."""
 
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision.datasets import CIFAR10, CIFAR100
 
 from refold.errors import InputError
 from refold.training.data import (
@@ -14,6 +16,7 @@ from refold.training.data import (
     TransformedImages,
     bundled_digits,
     class_folders,
+    open_data,
     read_image,
     read_into_memory,
     transforms,
@@ -143,3 +146,43 @@ def test_transforms_measure_without_chance_and_mirror_only_if_allowed() -> None:
             for x in (augment(Image.fromarray(step)) for _ in range(40))
         }
         assert rising == ({True, False} if mirror else {True})
+
+
+@pytest.mark.parametrize(("kind", "classes"), [(CIFAR10, 10), (CIFAR100, 100)])
+def test_cifar_as_distributed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: type[CIFAR10], classes: int
+) -> None:
+    folder = tmp_path / kind.base_folder
+    folder.mkdir()
+    generator = np.random.default_rng(0)
+    label = "labels" if classes == 10 else "fine_labels"
+    written = []
+    for name, _ in [*kind.train_list, *kind.test_list]:
+        pixels = generator.integers(0, 255, (4, 3072), dtype=np.uint8)
+        written.append(pixels)
+        (folder / name).write_bytes(pickle.dumps({"data": pixels, label: [0, 1, 2, classes - 1]}))
+    names = [f"class {index}" for index in range(classes)]
+    (folder / kind.meta["filename"]).write_bytes(pickle.dumps({kind.meta["key"]: names}))
+    with pytest.raises(InputError, match=rf"is no whole {kind.__name__} \(.*; unpack the archive again"):
+        open_data(str(tmp_path))
+    monkeypatch.setattr(kind, "_check_integrity", lambda self: True)
+    # torchvision checks the class names' file by its checksum as well.
+    monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda *_: True)
+    for given in (tmp_path, folder):
+        images = open_data(str(given))
+        assert images.class_names == names
+        assert len(images.training) == 4 * len(kind.train_list)
+        assert list(images.held_out.targets) == [0, 1, 2, classes - 1]
+        # A row holds the red, the green and the blue picture, one after the other.
+        picture = np.asarray(images.held_out.sources[1])
+        assert np.array_equal(picture, written[-1][1].reshape(3, 32, 32).transpose(1, 2, 0))
+
+
+def test_unreadable_images_can_be_left_out(make: Callable[..., Path]) -> None:
+    images = class_folders(make({"a": 5, "b": 5})).training
+    Path(str(images.sources[2])).write_bytes(b"no image")
+    messages: list[str] = []
+    held = read_into_memory(images, 8, on_unreadable=messages.append)
+    assert len(held) == len(images) - 1
+    assert list(held.targets) == [target for index, target in enumerate(images.targets) if index != 2]
+    assert [str(images.sources[2]) in message for message in messages] == [True]

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from refold.errors import InputError, RecipeError
-from refold.training.recipe import Recipe, list_recipes, load_recipe, parse_overrides
+from refold.training.recipe import Recipe, ResolvedRecipe, list_recipes, load_recipe, parse_overrides
 
 # What the papers print, typed in here from their text.
 PAPERS: dict[str, dict[str, Any]] = {
@@ -26,7 +26,7 @@ PAPERS: dict[str, dict[str, Any]] = {
         "schedule": "cosine",
     },
     "repvgg": {
-        "optimizer": "sgd", "learning_rate": 0.1, "batch_size": 256, "epochs": 120, "weight_decay": 1e-4,
+        "optimizer": "momentum", "learning_rate": 0.1, "batch_size": 256, "epochs": 120, "weight_decay": 1e-4,
         "decay_norms_and_biases": False,
     },
     "ghostnet": {"learning_rate": 0.4, "batch_size": 1024, "weight_decay": 4e-5, "schedule": "poly"},
@@ -48,7 +48,7 @@ def test_recipes_resolve_to_the_papers_numbers() -> None:
         assert all(resolved.sources.values())
         # At its own batch size a recipe runs with the rate that it names.
         assert resolved.recipe.scaled_learning_rate == resolved.recipe.learning_rate
-        assert json.loads(json.dumps(resolved.to_dict()))["recipe"]["epochs"] == resolved.recipe.epochs
+        assert ResolvedRecipe.from_dict(json.loads(json.dumps(resolved.to_dict()))) == resolved
     assert load_recipe("ghostnetv3").recipe.auto_augment.startswith("rand-")  # type: ignore[union-attr]
     assert load_recipe("ghostnetv3").recipe.random_erasing > 0
 

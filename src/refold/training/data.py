@@ -16,6 +16,7 @@ from sklearn.model_selection import train_test_split
 from timm.data import create_transform
 from torch import Tensor
 from torch.utils.data import Dataset
+from torchvision.datasets import CIFAR10, CIFAR100
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from refold.errors import InputError
@@ -24,6 +25,7 @@ from refold.files import PathLike
 HELD_OUT_SHARE = 0.2
 _TRAINING_FOLDER = "train"
 _HELD_OUT_FOLDERS = ("val", "valid", "validation", "test")
+_CIFAR_FOLDERS = {dataset.base_folder: dataset for dataset in (CIFAR10, CIFAR100)}
 
 Source = Image.Image | Path
 
@@ -106,6 +108,34 @@ def class_folders(folder: PathLike, seed: int = 0) -> LabelledImages:
     return LabelledImages(str(root), names, training, held_out, mirror=True)
 
 
+def open_data(data: str, seed: int = 0) -> LabelledImages:
+    """The images that ``data`` names: "digits", a folder of CIFAR as distributed, or class folders.
+
+    Raises `InputError` where they cannot be used.
+    """
+    if data == "digits":
+        return bundled_digits(seed)
+    root = Path(data)
+    for folder, dataset in _CIFAR_FOLDERS.items():
+        if root.name == folder or (root / folder).is_dir():
+            return _cifar(root.parent if root.name == folder else root, dataset)
+    return class_folders(root, seed)
+
+
+def _cifar(root: Path, dataset: type[CIFAR10]) -> LabelledImages:
+    try:
+        parts = [dataset(str(root), train=train) for train in (True, False)]
+    except (RuntimeError, OSError, ValueError) as error:
+        raise InputError(
+            f"'{root / dataset.base_folder}' is no whole {dataset.__name__} ({' '.join(str(error).split())}); "
+            "unpack the archive again."
+        ) from error
+    training, held_out = (
+        Images([Image.fromarray(pixels) for pixels in part.data], list(part.targets)) for part in parts
+    )
+    return LabelledImages(dataset.__name__, list(parts[0].classes), training, held_out, mirror=True)
+
+
 def read_image(source: Source) -> Image.Image:
     """Decode an image as RGB; raises `InputError`, naming the file, where that is not possible."""
     if isinstance(source, Image.Image):
@@ -118,24 +148,41 @@ def read_image(source: Source) -> Image.Image:
 
 
 def read_into_memory(
-    images: Images, image_size: int, on_image: Callable[[], object] = lambda: None
+    images: Images,
+    image_size: int,
+    on_image: Callable[[], object] = lambda: None,
+    on_unreadable: Callable[[str], object] | None = None,
 ) -> Images:
     """Decode every image once, shrunk to a short side of ``image_size`` pixels if it is larger.
 
     An unreadable image is so found before training and not in the midst of it. ``on_image`` is called
-    after each.
-    Raises `InputError` at the first image that cannot be read.
+    after each. ``on_unreadable`` gets the message of each image that cannot be read, which is then left out.
+    Raises `InputError` at the first image that cannot be read where there is no ``on_unreadable``.
     """
+
+    def read(source: Source) -> Image.Image | InputError:
+        try:
+            return _shrunk(read_image(source), image_size)
+        except InputError as error:
+            return error
+
     pictures: list[Source] = []
+    targets: list[int] = []
     with ThreadPoolExecutor() as pool:
         try:
-            for picture in pool.map(lambda source: _shrunk(read_image(source), image_size), images.sources):
-                pictures.append(picture)
+            for picture, target in zip(pool.map(read, images.sources), images.targets, strict=True):
+                if not isinstance(picture, InputError):
+                    pictures.append(picture)
+                    targets.append(target)
+                elif on_unreadable is None:
+                    raise picture
+                else:
+                    on_unreadable(str(picture))
                 on_image()
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
-    return Images(pictures, images.targets)
+    return Images(pictures, targets)
 
 
 def transforms(

@@ -81,7 +81,7 @@ class Recipe:
 
 _FIELDS = {entry.name: entry for entry in dataclasses.fields(Recipe)}
 _TYPES: dict[str, Any] = typing.get_type_hints(Recipe)
-DEFAULT_SOURCE = "off or usual: the source names nothing else"
+DEFAULT_SOURCE = "default"
 
 
 @dataclass(frozen=True)
@@ -96,8 +96,14 @@ class ResolvedRecipe:
     def to_dict(self) -> dict[str, Any]:
         """Values and sources as plain JSON-able values."""
         described: dict[str, Any] = dataclasses.asdict(self)
-        described["recipe"]["scaled_learning_rate"] = self.recipe.scaled_learning_rate
         return described
+
+    @classmethod
+    def from_dict(cls, described: Mapping[str, Any]) -> ResolvedRecipe:
+        """What `to_dict` gave; raises `RecipeError` where a key or a value is not understood."""
+        name = described["name"]
+        values = {key: _checked(key, value, name) for key, value in described["recipe"].items()}
+        return cls(name, described["title"], Recipe(**values), dict(described["sources"]))
 
     def override(self, overrides: Mapping[str, Any], source: str) -> ResolvedRecipe:
         """The same recipe with other values; raises `RecipeError` where a key or a value is not understood."""

@@ -1,0 +1,208 @@
+"""Batches that depend on seed and epoch alone: not on what ran before, on workers or on the number of processes."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from timm.data import create_transform
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+from torchvision import transforms as torchvision_transforms
+
+from refold.errors import InputError
+from refold.training.data import Images, read_image
+from refold.training.recipe import Recipe
+
+Key = tuple[int, int]
+"""An epoch, and the index of an image."""
+
+
+class Batch(NamedTuple):
+    """Images ``(n, 3, height, width)`` float32, classes ``(n,)`` int64, and what could not be read."""
+
+    images: Tensor
+    targets: Tensor
+    unreadable: list[str]
+
+
+class SeededImages(Dataset[tuple[Tensor | None, int, str]]):
+    """Images by epoch and index; the transform's chance comes from seed, epoch and index alone.
+
+    An unreadable image is None, with the message that names it.
+    """
+
+    def __init__(self, images: Images, transform: Callable[[Image.Image], Tensor], seed: int) -> None:
+        self.images = images
+        self.transform = transform
+        self.seed = seed
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, key: Key) -> tuple[Tensor | None, int, str]:
+        epoch, index = key
+        target = self.images.targets[index]
+        try:
+            image = read_image(self.images.sources[index])
+        except InputError as error:
+            return None, target, str(error)
+        with seeded(self.seed, epoch, index):
+            return self.transform(image), target, ""
+
+
+class EpochBatches(Sampler[list[Key]]):
+    """Batches of one process: its share of each global batch, shuffled by seed and epoch.
+
+    ``batch_size`` is that of all processes together; images left over in an epoch are left out of it.
+    """
+
+    def __init__(self, images: int, batch_size: int, seed: int, rank: int = 0, processes: int = 1) -> None:
+        self.images = images
+        self.batch_size = batch_size
+        self.seed = seed
+        self.rank = rank
+        self.processes = processes
+        self.epoch = 0
+
+    @property
+    def sampler(self) -> EpochBatches:
+        """Itself: Lightning tells the epoch to the ``sampler`` of a batch sampler."""
+        return self
+
+    def set_epoch(self, epoch: int) -> None:
+        """Take the order of another epoch."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.images // self.batch_size
+
+    def __iter__(self) -> Iterator[list[Key]]:
+        generator = torch.Generator().manual_seed(_mixed(self.seed, self.epoch))
+        order = torch.randperm(self.images, generator=generator).tolist()
+        for number in range(len(self)):
+            batch = order[number * self.batch_size : (number + 1) * self.batch_size]
+            yield [(self.epoch, index) for index in batch[self.rank :: self.processes]]
+
+
+def training_loader(
+    images: Images,
+    transform: Callable[[Image.Image], Tensor],
+    batch_size: int,
+    *,
+    seed: int,
+    workers: int,
+    rank: int = 0,
+    processes: int = 1,
+) -> DataLoader[Any]:
+    """Shuffled and augmented batches of `SeededImages`; ``batch_size`` counts all processes."""
+    return DataLoader(
+        SeededImages(images, transform, seed),
+        batch_sampler=EpochBatches(len(images), batch_size, seed, rank, processes),
+        collate_fn=collate,
+        num_workers=workers,
+        persistent_workers=workers > 0,
+    )
+
+
+def held_out_loader(
+    images: Images,
+    transform: Callable[[Image.Image], Tensor],
+    batch_size: int,
+    *,
+    workers: int,
+    rank: int = 0,
+    processes: int = 1,
+) -> DataLoader[Any]:
+    """All held-out images in order, each once over all processes."""
+    keys = [(0, index) for index in range(rank, len(images), processes)]
+    batches = [keys[start : start + batch_size] for start in range(0, len(keys), batch_size)]
+    return DataLoader(
+        SeededImages(images, transform, 0),
+        batch_sampler=batches,
+        collate_fn=collate,
+        num_workers=workers,
+        persistent_workers=workers > 0,
+    )
+
+
+def collate(examples: Sequence[tuple[Tensor | None, int, str]]) -> Batch:
+    """Stack the images that could be read."""
+    readable = [(image, target) for image, target, _ in examples if image is not None]
+    return Batch(
+        torch.stack([image for image, _ in readable]) if readable else torch.empty(0, 3, 1, 1),
+        torch.tensor([target for _, target in readable], dtype=torch.int64),
+        [message for image, _, message in examples if image is None],
+    )
+
+
+def recipe_transforms(
+    recipe: Recipe, preprocessing: dict[str, Any], mirror: bool
+) -> tuple[Callable[[Image.Image], Tensor], Callable[[Image.Image], Tensor]]:
+    """timm's transforms for training, as the recipe says, and for measuring, as the preprocessing says.
+
+    ``mirror`` False keeps images from being mirrored whatever the recipe says.
+    """
+    shared: dict[str, Any] = {
+        "input_size": tuple(preprocessing["input_size"]),
+        "interpolation": preprocessing["interpolation"],
+        "mean": tuple(preprocessing["mean"]),
+        "std": tuple(preprocessing["std"]),
+    }
+    flip = recipe.horizontal_flip if mirror else 0.0
+    first, second, last = create_transform(
+        is_training=True,
+        separate=True,
+        scale=recipe.crop_scale,
+        ratio=recipe.crop_ratio,
+        hflip=flip,
+        color_jitter=recipe.color_jitter or None,
+        auto_augment=recipe.auto_augment,
+        re_prob=recipe.random_erasing,
+        re_mode="pixel",
+        **shared,
+    )
+    if recipe.crop_padding is not None:
+        first = torchvision_transforms.Compose(
+            [
+                torchvision_transforms.Resize((recipe.image_size, recipe.image_size)),
+                torchvision_transforms.RandomCrop(recipe.image_size, padding=recipe.crop_padding),
+                torchvision_transforms.RandomHorizontalFlip(flip),
+            ]
+        )
+    training = torchvision_transforms.Compose([first, second, last])
+    measuring = create_transform(is_training=False, crop_pct=preprocessing["crop_pct"], **shared)
+    return training, measuring
+
+
+@contextmanager
+def seeded(*numbers: int) -> Iterator[None]:
+    """Seed the three generators that timm's transforms draw from, and give them back as they were."""
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    try:
+        reseed(*numbers)
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])
+
+
+def reseed(*numbers: int) -> None:
+    """Seed Python's, numpy's and torch's generators from several whole numbers."""
+    seed = _mixed(*numbers)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def _mixed(*numbers: int) -> int:
+    return (
+        int(np.random.SeedSequence([number % 2**64 for number in numbers]).generate_state(1, np.uint64)[0])
+        >> 1
+    )

@@ -1,0 +1,190 @@
+"""What happens beside the training: progress, the files that an interrupted run leaves, and what could not be read."""
+
+from __future__ import annotations
+
+import csv
+import io
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TaskProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Column
+from rich.text import Text
+from torch import nn
+
+from refold.errors import InputError
+from refold.files import write_text, written_aside
+from refold.training.module import Classifier
+
+Row = dict[str, Any]
+
+
+class Keeper(Callback):
+    """After each epoch: the best network so far, the state to resume from, and a line of the history.
+
+    ``save`` writes a network with its row; the best is the one with the highest held-out accuracy, of the
+    trained weights and their average, the later of two equals. Its files appear whole or not at all.
+    """
+
+    def __init__(self, state: Path, history: Path, save: Callable[[nn.Module, Row], None]) -> None:
+        self.state_file = state
+        self.history_file = history
+        self.save = save
+        self.rows: list[Row] = []
+        self.best: Row | None = None
+        self._start = time.perf_counter()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"rows": self.rows, "best": self.best}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.rows, self.best = state_dict["rows"], state_dict["best"]
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._start = time.perf_counter()
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert isinstance(pl_module, Classifier)
+        results = pl_module.epoch_results()
+        accuracies = {name: results[f"held_out_accuracy_{name}"] for name in pl_module.accuracies}
+        # Of equals the last: the moving average of the weights.
+        weights = max(reversed(list(accuracies)), key=lambda name: accuracies[name])
+        row: Row = {
+            "epoch": trainer.current_epoch + 1,
+            "learning_rate": trainer.optimizers[0].param_groups[0]["lr"],
+            **results,
+            "weights": weights,
+            "held_out_accuracy": accuracies[weights],
+            "seconds": time.perf_counter() - self._start,
+        }
+        self.rows.append(row)
+        if self.best is None or row["held_out_accuracy"] >= self.best["held_out_accuracy"]:
+            self.best = row
+            if trainer.is_global_zero:
+                self.save(pl_module.network(weights), row)
+        if trainer.is_global_zero:
+            with written_aside(self.state_file) as aside:
+                trainer.save_checkpoint(aside)
+            write_text(self.history_file, _as_csv(self.rows))
+        else:
+            trainer.save_checkpoint(self.state_file)  # takes part in the barrier, writes nothing
+
+
+class Unreadable(Callback):
+    """Name each image that cannot be read as it is met; more than ``limit`` of them are an error."""
+
+    def __init__(self, console: Console, limit: int) -> None:
+        self.console = console
+        self.limit = limit
+        self.messages: dict[str, None] = {}
+
+    def add(self, message: str) -> None:
+        """Name an image, once; raises `InputError` at the one beyond the limit."""
+        if message in self.messages:
+            return
+        self.messages[message] = None
+        self.console.print(f"Left out: {message}", markup=False, highlight=False)
+        if len(self.messages) > self.limit:
+            raise InputError(
+                f"{len(self.messages)} images cannot be read, and {self.limit} may be left out; the last: "
+                f"{message} Or allow more (--unreadable)."
+            )
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        for message in batch.unreadable:
+            self.add(message)
+
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        for message in batch.unreadable:
+            self.add(message)
+
+
+class LiveProgress(Callback):
+    """A bar over the whole training: images a second, time left, the last epoch's accuracy."""
+
+    def __init__(self, console: Console, title: str, keeper: Keeper) -> None:
+        self.progress = progress(console)
+        self.title = title
+        self.keeper = keeper
+        self.task = self.progress.add_task(title, total=None, note="", visible=False)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert isinstance(pl_module, Classifier)
+        epoch_images = pl_module.batches * pl_module.batch_images
+        if trainer.is_global_zero:
+            self.progress.update(
+                self.task,
+                total=epoch_images * pl_module.recipe.epochs,
+                completed=epoch_images * trainer.current_epoch,
+                visible=True,
+            )
+            self.progress.start()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        assert isinstance(pl_module, Classifier)
+        self.progress.advance(self.task, pl_module.batch_images)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        row = self.keeper.rows[-1]
+        note = f"epoch {row['epoch']}: {row['held_out_accuracy']:.1%} held out"
+        self.progress.update(self.task, note=note)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self.progress.stop()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self.progress.stop()
+
+
+class _Speed(ProgressColumn):
+    def get_table_column(self) -> Column:
+        return Column(no_wrap=True)
+
+    def render(self, task: Task) -> Text:
+        return Text("" if not task.speed else f"{task.speed:,.0f} images/s")
+
+
+def progress(console: Console) -> Progress:
+    """A bar of images with their speed and the time left; tasks carry a ``note``."""
+    return Progress(
+        TextColumn("{task.description}", table_column=Column(no_wrap=True)),
+        BarColumn(bar_width=None),
+        TaskProgressColumn(),
+        _Speed(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}", table_column=Column(no_wrap=True)),
+        console=console,
+        expand=True,
+    )
+
+
+def _as_csv(rows: list[Row]) -> str:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()

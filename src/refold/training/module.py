@@ -1,0 +1,227 @@
+"""What Lightning trains: a classifier by a recipe, beside the moving average of its weights."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from timm.data import Mixup
+from timm.optim import create_optimizer_v2, get_optimizer_info, list_optimizers
+from timm.scheduler import create_scheduler_v2
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader
+from torchmetrics import MeanMetric
+from torchmetrics.classification import MulticlassAccuracy
+
+from refold.errors import InputError, RecipeError
+from refold.training.batches import Batch, held_out_loader, recipe_transforms, reseed, training_loader
+from refold.training.data import LabelledImages
+from refold.training.distillation import Teacher, distillation_loss
+from refold.training.recipe import Recipe
+
+TRAINED, AVERAGE = "trained", "average"
+
+
+class Classifier(LightningModule):
+    """Train ``net`` by ``recipe``; with an ``ema_decay``, ``average`` follows its weights and buffers.
+
+    ``preprocessing`` is what the network's images look like, in timm's terms. ``accumulate`` batches make one
+    step, and together with all processes ``recipe.batch_size`` images, or all there are if they are fewer.
+    """
+
+    def __init__(
+        self,
+        net: nn.Module,
+        recipe: Recipe,
+        images: LabelledImages,
+        preprocessing: dict[str, Any],
+        *,
+        seed: int,
+        workers: int = 0,
+        accumulate: int = 1,
+        teacher: Teacher | None = None,
+    ) -> None:
+        super().__init__()
+        self.net = net
+        self.recipe = recipe
+        self.images = images
+        self.preprocessing = preprocessing
+        self.seed = seed
+        self.workers = workers
+        self.teacher = teacher
+        self.step_images = min(recipe.batch_size, len(images.training))
+        self.batch_images = self.step_images // accumulate
+        if self.batch_images < 2:
+            raise InputError(
+                f"{self.step_images} images in {accumulate} accumulated batches leave fewer than 2 a batch; "
+                "give more images, a larger batch_size or fewer accumulated batches."
+            )
+        # A step that is not whole, at the end of an epoch, is left out.
+        self.steps = len(images.training) // self.step_images
+        self.batches = self.steps * accumulate
+        self.augment, self.measure = recipe_transforms(recipe, preprocessing, images.mirror)
+        classes = len(images.class_names)
+        self.mixup = (
+            Mixup(recipe.mixup, recipe.cutmix, label_smoothing=recipe.label_smoothing, num_classes=classes)
+            if recipe.mixup or recipe.cutmix
+            else None
+        )
+        self.average: ModelEmaV3 | None = None
+        if recipe.ema_decay is not None:
+            # The power 3/4 reaches 0.9999 in some 200,000 steps, about half of a paper's run.
+            self.average = ModelEmaV3(
+                net, recipe.ema_decay, use_warmup=recipe.ema_warm_up, warmup_power=0.75
+            ).requires_grad_(False)
+        self.training_loss = MeanMetric(nan_strategy="disable")
+        names = [TRAINED] if self.average is None else [TRAINED, AVERAGE]
+        self.accuracies: Any = nn.ModuleDict(
+            {name: MulticlassAccuracy(classes, average="micro") for name in names}
+        )
+        self.losses: Any = nn.ModuleDict({name: MeanMetric(nan_strategy="disable") for name in names})
+        self._averaged_steps = 0
+
+    def network(self, name: str) -> nn.Module:
+        """The network with the weights of that name: as trained, or their moving average."""
+        if name == TRAINED:
+            return self.net
+        assert self.average is not None
+        averaged: nn.Module = self.average.module
+        return averaged
+
+    def on_fit_start(self) -> None:
+        if self.teacher is not None:
+            self.teacher.to(self.device)
+
+    def on_train_start(self) -> None:
+        self._averaged_steps = self.global_step  # a resumed run has made steps already
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        return training_loader(
+            self.images.training,
+            self.augment,
+            self.batch_images,
+            seed=self.seed,
+            workers=self.workers,
+            rank=self.trainer.global_rank,
+            processes=self.trainer.world_size,
+        )
+
+    def val_dataloader(self) -> DataLoader[Any]:
+        return held_out_loader(
+            self.images.held_out,
+            self.measure,
+            max(self.batch_images // self.trainer.world_size, 32),
+            workers=self.workers,
+            rank=self.trainer.global_rank,
+            processes=self.trainer.world_size,
+        )
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        # Chance (dropout, mixup) depends on seed, place and process alone, so that a resumed run meets the same.
+        reseed(self.seed, self.current_epoch, batch_idx, self.global_rank)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor | None:
+        images, targets = batch.images, batch.targets
+        if self.mixup is not None and len(images) % 2:
+            images, targets = images[:-1], targets[:-1]  # it mixes pairs
+        if len(images) < 2:
+            return None  # the statistics of one image are none
+        smoothing = self.recipe.label_smoothing
+        if self.mixup is not None:
+            images, targets = self.mixup(images, targets)
+            smoothing = 0.0
+        images = images.contiguous(memory_format=torch.channels_last)
+        logits = self.net(images)
+        loss = F.cross_entropy(logits, targets, label_smoothing=smoothing)
+        if self.teacher is not None:
+            answers = self.teacher(images)
+            loss = distillation_loss(loss, logits, answers, self.recipe.alpha, self.recipe.temperature)
+        if self.device.type == "cpu":  # elsewhere looking at each loss would make the device wait
+            self.check(float(loss.detach()))
+        self.training_loss.update(loss.detach(), weight=len(images))
+        return loss
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if self.average is not None and self.global_step > self._averaged_steps:
+            self.average.update(self.net, step=self.global_step)
+        self._averaged_steps = self.global_step
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        if not len(batch.images):
+            return
+        for name in self.accuracies:
+            logits = self.network(name)(batch.images).float()
+            self.accuracies[name].update(logits, batch.targets)
+            self.losses[name].update(F.cross_entropy(logits, batch.targets), weight=len(batch.targets))
+
+    def epoch_results(self) -> dict[str, float]:
+        """What the epoch gave: losses and accuracies (shares) by name; raises `InputError` for a bad loss."""
+        results = {"loss": float(self.training_loss.compute())}
+        self.check(results["loss"])
+        for name in self.accuracies:
+            results[f"held_out_loss_{name}"] = float(self.losses[name].compute())
+            results[f"held_out_accuracy_{name}"] = float(self.accuracies[name].compute())
+        for metric in (self.training_loss, *self.accuracies.values(), *self.losses.values()):
+            metric.reset()
+        self.check(results[f"held_out_loss_{TRAINED}"])
+        return results
+
+    def check(self, loss: float) -> None:
+        """Raise `InputError` where a loss is no number."""
+        if not math.isfinite(loss):
+            rate = self.trainer.optimizers[0].param_groups[0]["lr"]
+            raise InputError(
+                f"The loss is no longer a number in epoch {self.current_epoch + 1} (learning rate {rate:g}); "
+                "lower the learning rate, or clip the gradient (gradient_clip=1)."
+            )
+
+    def configure_optimizers(self) -> Any:
+        recipe = self.recipe
+        optimizer = make_optimizer(self.net, recipe)
+        scheduler, _ = create_scheduler_v2(
+            optimizer,
+            "constant" if recipe.schedule == "none" else recipe.schedule,
+            num_epochs=recipe.epochs,
+            decay_milestones=list(recipe.milestones),
+            decay_rate=recipe.decay_rate,
+            min_lr=recipe.minimum_learning_rate,
+            warmup_epochs=min(recipe.warm_up_epochs, recipe.epochs - 1),
+            warmup_lr=recipe.warm_up_learning_rate or recipe.scaled_learning_rate / 100,
+            warmup_prefix=False,
+            step_on_epochs=False,
+            updates_per_epoch=self.steps,
+        )
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
+        scheduler.step_update(self.global_step)
+
+
+def make_optimizer(net: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
+    """timm's optimiser of that name, at the learning rate that fits the batch.
+
+    ``momentum`` is the first β of the optimisers that have two. Norms and biases are spared weight decay
+    unless the recipe says otherwise.
+    Raises `RecipeError` where timm has no optimiser of that name.
+    """
+    if recipe.optimizer not in list_optimizers():
+        raise RecipeError(
+            f"'optimizer' is '{recipe.optimizer}'; expected one of timm's, such as momentum, sgd, adamw or lamb."
+        )
+    arguments: dict[str, Any] = {}
+    if get_optimizer_info(recipe.optimizer).has_betas:
+        arguments["betas"] = (recipe.momentum, 0.999)
+    optimizer: torch.optim.Optimizer = create_optimizer_v2(
+        net,
+        recipe.optimizer,
+        lr=recipe.scaled_learning_rate,
+        weight_decay=recipe.weight_decay,
+        momentum=recipe.momentum,
+        filter_bias_and_bn=not recipe.decay_norms_and_biases,
+        **arguments,
+    )
+    return optimizer

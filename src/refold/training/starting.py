@@ -1,0 +1,96 @@
+"""The networks that a run starts from: the one to train, and its teacher."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from torch import nn
+
+from refold.checkpoints import load, read_card
+from refold.errors import CheckpointError, InputError
+from refold.files import PathLike
+from refold.models import create_model, load_checkpoint
+from refold.training.recipe import Recipe
+
+_CHECKPOINT_SUFFIXES = {".safetensors", ".pth", ".pt", ".ckpt", ".bin", ".tar"}
+
+
+def build_network(name: str, classes: int, recipe: Recipe, checkpoint: PathLike | None = None) -> nn.Module:
+    """The named network for that many classes, with the recipe's dropout.
+
+    With a ``checkpoint`` its weights are taken over, but for a classifier of another number of classes.
+    Raises `CheckpointError` where the checkpoint does not fit, `UnknownModel` where nobody has the name.
+    """
+    net = create_model(name, num_classes=classes, drop_rate=recipe.dropout, drop_path_rate=recipe.drop_path)
+    if checkpoint is None:
+        return net
+    if read_card(checkpoint) is not None:
+        source = load(checkpoint, form="training")
+    else:
+        source = create_model(name)
+        load_checkpoint(source, checkpoint)
+    own = net.state_dict()
+    fitting = {
+        key: value
+        for key, value in source.state_dict().items()
+        if key in own and own[key].shape == value.shape
+    }
+    if not _is_all_but_the_classifier(own.keys() - fitting.keys(), net):
+        stranger = min(own.keys() - fitting.keys())
+        raise CheckpointError(
+            f"'{checkpoint}' does not fit {name}: it has nothing for '{stranger}'; name the network it is of."
+        )
+    net.load_state_dict(fitting, strict=False)
+    return net
+
+
+def preprocessing_for(net: nn.Module, recipe: Recipe, checkpoint: PathLike | None = None) -> dict[str, Any]:
+    """How images are prepared for a network, in timm's terms: the recipe's size, the network's mean and std.
+
+    A checkpoint of refold's brings its own mean and std. Held-out images below 128 pixels are not cropped.
+    """
+    known = dict(getattr(net, "pretrained_cfg", None) or {})
+    card = None if checkpoint is None else read_card(checkpoint)
+    if card is not None and card.preprocessing is not None:
+        known |= card.preprocessing
+    side = recipe.image_size
+    return {
+        "input_size": [3, side, side],
+        "interpolation": known.get("interpolation") or "bicubic",
+        "mean": list(known.get("mean") or IMAGENET_DEFAULT_MEAN),
+        "std": list(known.get("std") or IMAGENET_DEFAULT_STD),
+        "crop_pct": 1.0 if side < 128 else known.get("crop_pct") or 0.875,
+    }
+
+
+def teacher_network(name: str, classes: int, checkpoint: PathLike | None = None) -> nn.Module:
+    """A teacher in eval mode: a checkpoint of refold's in either form, or a named network and its weights.
+
+    A named network without a checkpoint takes the weights that are published for it.
+    Raises `InputError`, `CheckpointError` or `UnknownModel` where that is not possible.
+    """
+    if any(name.endswith(suffix) for suffix in _CHECKPOINT_SUFFIXES):
+        if checkpoint is not None:
+            raise InputError(f"The teacher '{name}' is a checkpoint already; give no second one.")
+        return load(name)
+    if checkpoint is None:
+        return create_model(name, pretrained=True).eval()
+    if read_card(checkpoint) is not None:
+        return load(checkpoint)
+    net = create_model(name, num_classes=classes)
+    load_checkpoint(net, checkpoint)
+    return net.eval()
+
+
+def _is_all_but_the_classifier(missing: set[str], net: nn.Module) -> bool:
+    if not missing:
+        return True
+    get_classifier: Any = getattr(net, "get_classifier", None)
+    classifier = None if get_classifier is None else get_classifier()
+    if not isinstance(classifier, nn.Module):
+        return False
+    held = {id(parameter) for parameter in classifier.parameters()}
+    state: dict[str, torch.Tensor] = net.state_dict(keep_vars=True)
+    return all(id(state[key]) in held for key in missing)

@@ -1,0 +1,129 @@
+"""The distillation loss against closed forms, and teachers that see images their own way."""
+
+import io
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from torch import Tensor, nn
+
+import refold
+from refold.errors import InputError
+from refold.training import run as running
+from refold.training.distillation import Teacher, distillation_loss, divergence, open_teacher
+from refold.training.recipe import load_recipe
+from refold.training.run import Settings, train
+from refold.training.starting import teacher_network
+
+STUDENT = {"input_size": [3, 16, 16], "mean": [0.5] * 3, "std": [0.5] * 3}
+
+
+def as_printed(student: Tensor, teacher: Tensor, temperature: float, *, inside: bool) -> Tensor:
+    """GhostNetV3's eq. 4, word for word but for where the temperature stands."""
+    if inside:
+        s, t = (logits / temperature for logits in (student, teacher))
+        s, t = s.softmax(1), t.softmax(1)
+    else:
+        s, t = student.softmax(1) / temperature, teacher.softmax(1) / temperature
+    return temperature**2 * (t * (t.log() - s.log())).sum(1).mean()
+
+
+def test_equation_4_and_the_usual_form_agree_at_temperature_one() -> None:
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = torch.randn(2, 5, 7, generator=generator, dtype=torch.float64) * 3
+    usual = divergence(student, teacher)
+    for inside in (True, False):
+        assert torch.allclose(as_printed(student, teacher, 1.0, inside=inside), usual, rtol=1e-12)
+    # Elsewhere the temperature counts: inside is the form in use, outside is τ times that of temperature one.
+    for temperature in (0.5, 2.0, 4.0):
+        used = divergence(student, teacher, temperature)
+        assert torch.allclose(as_printed(student, teacher, temperature, inside=True), used, rtol=1e-12)
+        outside = as_printed(student, teacher, temperature, inside=False)
+        assert torch.allclose(outside, temperature * usual, rtol=1e-12)
+        assert not torch.allclose(outside, used, rtol=0.01)
+
+
+def test_the_loss_against_a_case_by_hand() -> None:
+    # Student one half each, teacher three quarters and one quarter: KL = ¾ ln(3/2) + ¼ ln(1/2).
+    student, teacher = torch.zeros(1, 2), torch.tensor([[math.log(3.0), 0.0]])
+    expected = 0.75 * math.log(1.5) + 0.25 * math.log(0.5)
+    assert divergence(student, teacher).item() == pytest.approx(expected, rel=1e-6)
+    total = distillation_loss(torch.tensor(2.0), student, teacher, alpha=0.25, temperature=1.0)
+    assert total.item() == pytest.approx(0.75 * 2.0 + 0.25 * expected, rel=1e-6)
+    assert divergence(teacher, teacher, 3.0).item() == pytest.approx(0, abs=1e-7)
+
+
+class Remember(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.bn = nn.BatchNorm2d(3)
+        self.seen = torch.empty(0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen = x
+        return self.bn(x).mean((2, 3))
+
+
+def test_a_teacher_sees_images_prepared_its_own_way() -> None:
+    pixels = torch.rand(2, 3, 16, 16)
+    own = {"input_size": [3, 16, 16], "mean": list(IMAGENET_DEFAULT_MEAN), "std": list(IMAGENET_DEFAULT_STD)}
+    network = Remember().train()
+    teacher = Teacher(network, own, STUDENT)
+    answers = teacher((pixels - 0.5) / 0.5)
+    mean, std = (torch.tensor(own[key]).view(1, 3, 1, 1) for key in ("mean", "std"))
+    assert torch.allclose(network.seen, (pixels - mean) / std, atol=1e-6)
+    assert not network.training
+    assert not answers.requires_grad
+    assert not any(parameter.requires_grad for parameter in network.parameters())
+    larger = Teacher(network, {**own, "input_size": [3, 24, 20]}, STUDENT)
+    larger(torch.full((2, 3, 16, 16), 0.25))
+    assert network.seen.shape == (2, 3, 24, 20)
+    # An even picture stays even, whatever its size.
+    assert torch.allclose(network.seen, network.seen[:, :, :1, :1].expand_as(network.seen), atol=1e-5)
+
+
+def test_a_teacher_has_the_classes_of_the_data(tmp_path: Path) -> None:
+    net = refold.create_model("repghostnet_050", num_classes=3)
+    refold.save(net, tmp_path / "t.safetensors", class_names=["a", "b", "c"], preprocessing=STUDENT)
+    network = teacher_network(str(tmp_path / "t.safetensors"), 3)
+    straight = open_teacher(network, "t", ["a", "b", "c"], STUDENT)
+    turned = open_teacher(network, "t", ["c", "a", "b"], STUDENT)
+    images = torch.randn(2, 3, 16, 16)
+    assert torch.equal(turned(images), straight(images)[:, [2, 0, 1]])
+    assert straight.size == (16, 16)
+    with pytest.raises(InputError, match="knows other classes than the data: 'c'"):
+        open_teacher(network, "t", ["a", "b", "d"], STUDENT)
+    unnamed = refold.create_model("repghostnet_050", num_classes=4)
+    with pytest.raises(InputError, match="knows 4 classes and the data has 3"):
+        open_teacher(unnamed, "u", ["a", "b", "c"], STUDENT)
+    with pytest.raises(InputError, match="is a checkpoint already"):
+        teacher_network("t.safetensors", 3, tmp_path / "t.safetensors")
+
+
+def test_a_student_learns_what_only_its_teacher_knows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With α = 1 the classes of the images count for nothing: the divergence alone can be what falls."""
+    monkeypatch.setattr(running, "_finish", lambda *_: None)
+    names = [str(digit) for digit in range(10)]
+    torch.manual_seed(0)
+    teacher = refold.create_model("resnet10t", num_classes=10)
+    nn.init.normal_(teacher.get_classifier().weight, std=0.5)  # type: ignore[operator]  # strong opinions
+    refold.save(teacher, tmp_path / "teacher.safetensors", class_names=names, preprocessing=STUDENT)
+    recipe = {"epochs": 2, "image_size": 16, "alpha": 1.0, "label_smoothing": 0.0, "batch_size": 128}
+    settings = Settings(
+        tmp_path / "run",
+        "digits",
+        "resnet10t",
+        load_recipe("finetune", recipe),
+        teacher=str(tmp_path / "teacher.safetensors"),
+    )
+    train(settings, Console(file=io.StringIO()))
+    rows = torch.load(tmp_path / "run" / "last.ckpt", weights_only=True)["callbacks"]
+    losses = [row["loss"] for row in next(s for s in rows.values() if "rows" in s)["rows"]]
+    assert losses[1] < 0.7 * losses[0]
+    kept = torch.load(tmp_path / "run" / "last.ckpt", weights_only=True)["state_dict"]
+    assert all(key.startswith("net.") for key in kept)

@@ -1,0 +1,241 @@
+"""A run ends with files that load, goes on after an interrupt with the same bits, and stops with a reason."""
+
+import csv
+import errno
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from rich.console import Console
+from safetensors.torch import load_file
+
+import refold
+from refold.errors import InputError, RecipeError
+from refold.training import run as running
+from refold.training.callbacks import Keeper
+from refold.training.module import Classifier
+from refold.training.recipe import load_recipe
+from refold.training.run import Settings, resume, train
+
+FILES = [
+    "card.json", "curves.png", "fold.json", "history.csv", "last.ckpt", "plain.onnx", "plain.safetensors",
+    "run.json", "training.safetensors",
+]  # fmt: skip
+QUICK = {"epochs": 2, "batch_size": 8, "image_size": 32, "learning_rate": 1e-3}
+
+
+def quiet() -> Console:
+    return Console(file=io.StringIO(), width=100)
+
+
+@pytest.fixture
+def colours(tmp_path: Path) -> Path:
+    """Class folders of noisy colours."""
+    generator = np.random.default_rng(0)
+    for channel, name in enumerate(("red", "green")):
+        folder = tmp_path / "colours" / name
+        folder.mkdir(parents=True)
+        for index in range(15):
+            pixels = generator.integers(0, 80, (40, 36, 3), dtype=np.uint8)
+            pixels[..., channel] += 120
+            Image.fromarray(pixels).save(folder / f"{index}.png")
+    return tmp_path / "colours"
+
+
+@pytest.fixture
+def settings(colours: Path, tmp_path: Path) -> Callable[..., Settings]:
+    def make(output: str = "run", recipe: dict[str, Any] | None = None, **others: Any) -> Settings:
+        resolved = load_recipe("finetune", {**QUICK, **(recipe or {})})
+        return Settings(tmp_path / output, str(colours), "repghostnet_050", resolved, **others)
+
+    return make
+
+
+@pytest.fixture
+def unfinished(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave out what comes after training."""
+    monkeypatch.setattr(running, "_finish", lambda *_: None)
+
+
+def test_a_run_leaves_files_that_load(settings: Callable[..., Settings]) -> None:
+    result = train(settings(), quiet())
+    folder = settings().output
+    assert sorted(path.name for path in folder.iterdir()) == FILES
+    assert result.same_answers == result.held_out_images == 6
+    assert result.training_accuracy == result.plain_accuracy == result.best["held_out_accuracy"]
+    assert result.proof["distance_float64"] <= 1e-9
+    training, plain = (
+        refold.load(folder / f"{form}.safetensors", form=form)  # type: ignore[arg-type]
+        for form in ("training", "plain")
+    )
+    images = torch.randn(3, 3, 32, 32)
+    with torch.no_grad():
+        assert torch.allclose(training(images), plain(images), rtol=1e-3, atol=1e-5)
+    card = json.loads((folder / "card.json").read_text())
+    assert card["class_names"] == plain.card.class_names == ["green", "red"]  # type: ignore[union-attr]
+    assert card["settings"]["seed"] == 0
+    assert card["settings"]["recipe"]["recipe"]["epochs"] == 2
+    assert card["epoch"]["epoch"] == result.best["epoch"]
+    assert set(card["versions"]) == {"refold", "torch", "timm", "lightning"}
+    rows = list(csv.DictReader((folder / "history.csv").open()))
+    assert [row["epoch"] for row in rows] == ["1", "2"]
+    with pytest.raises(InputError, match=r"holds a run already; .*--resume"):
+        train(settings(), quiet())
+
+
+EVERYTHING = {
+    "epochs": 3, "ema_decay": 0.9, "mixup": 0.2, "cutmix": 1.0, "dropout": 0.3, "random_erasing": 0.5,
+    "auto_augment": "rand-m9-mstd0.5", "warm_up_epochs": 1, "optimizer": "lamb",
+}  # fmt: skip
+
+
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    state = torch.load(folder / "last.ckpt", weights_only=True)["state_dict"]
+    return {**state, **{f"best.{k}": v for k, v in load_file(folder / "training.safetensors").items()}}
+
+
+@pytest.mark.usefixtures("unfinished")
+@pytest.mark.parametrize(("accumulate", "workers"), [(1, 0), (2, 2)])
+def test_an_interrupted_run_goes_on_with_the_same_bits(
+    settings: Callable[..., Settings], monkeypatch: pytest.MonkeyPatch, accumulate: int, workers: int
+) -> None:
+    whole = settings("whole", EVERYTHING, accumulate=accumulate, workers=workers, seed=3)
+    train(whole, quiet())
+    step = Classifier.training_step
+    stops = {(0, 1), (2, 1)}
+
+    def interrupted(module: Classifier, batch: Any, batch_idx: int) -> Any:
+        if (module.current_epoch, batch_idx) in stops:
+            raise KeyboardInterrupt
+        return step(module, batch, batch_idx)
+
+    monkeypatch.setattr(Classifier, "training_step", interrupted)
+    parts = settings("parts", EVERYTHING, accumulate=accumulate, seed=3)
+    with pytest.raises(KeyboardInterrupt):
+        train(parts, quiet())
+    assert [path.name for path in parts.output.iterdir()] == ["run.json"]
+    stops.remove((0, 1))
+    with pytest.raises(KeyboardInterrupt):
+        resume(parts.output, quiet())
+    assert torch.load(parts.output / "last.ckpt", weights_only=True)["epoch"] == 1
+    assert refold.load(parts.output / "training.safetensors", form="training")
+    stops.clear()
+    resume(parts.output, quiet())
+    first, second = tensors(whole.output), tensors(parts.output)
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[key], second[key]) for key in first)
+    histories = [
+        [{k: v for k, v in row.items() if k != "seconds"} for row in csv.DictReader(path.open())]
+        for path in (whole.output / "history.csv", parts.output / "history.csv")
+    ]
+    assert histories[0] == histories[1]
+    assert len(histories[0]) == 3
+
+
+@pytest.mark.usefixtures("unfinished")
+def test_a_seed_decides_the_weights(settings: Callable[..., Settings]) -> None:
+    results = []
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        train(settings(name, {"epochs": 1}, seed=seed), quiet())
+        results.append(load_file(settings(name).output / "training.safetensors"))
+    assert all(torch.equal(results[0][key], results[1][key]) for key in results[0])
+    assert not all(torch.equal(results[0][key], results[2][key]) for key in results[0])
+
+
+@pytest.mark.usefixtures("unfinished")
+def test_a_loss_that_is_no_number_keeps_the_last_good_checkpoint(
+    settings: Callable[..., Settings], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = Classifier.training_step
+
+    def poisoned(module: Classifier, batch: Any, batch_idx: int) -> Any:
+        if module.current_epoch == 1:
+            next(module.net.parameters()).data.fill_(float("nan"))
+        return step(module, batch, batch_idx)
+
+    monkeypatch.setattr(Classifier, "training_step", poisoned)
+    with pytest.raises(InputError, match=r"no longer a number in epoch 2 \(learning rate .*lower"):
+        train(settings(), quiet())
+    kept = refold.load(settings().output / "training.safetensors", form="training")
+    assert all(parameter.isfinite().all() for parameter in kept.parameters())
+    assert kept.card.provenance["epoch"]["epoch"] == 1  # type: ignore[union-attr]
+
+
+@pytest.mark.usefixtures("unfinished")
+def test_a_full_disk_leaves_what_was_there(
+    settings: Callable[..., Settings], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lightning.pytorch import Trainer
+
+    write = Trainer.save_checkpoint
+
+    def full(trainer: Trainer, path: Any, *args: Any, **kwargs: Any) -> None:
+        if trainer.current_epoch == 1:
+            Path(path).write_bytes(b"half")
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(trainer, path, *args, **kwargs)
+
+    monkeypatch.setattr(Trainer, "save_checkpoint", full)
+    with pytest.raises(InputError, match=r"last.ckpt' cannot be written: No space left on device"):
+        train(settings(), quiet())
+    folder = settings().output
+    assert not list(folder.glob(".*"))
+    assert torch.load(folder / "last.ckpt", weights_only=True)["epoch"] == 0
+    monkeypatch.undo()
+    monkeypatch.setattr(running, "_finish", lambda *_: None)
+    resume(folder, quiet())
+    assert torch.load(folder / "last.ckpt", weights_only=True)["epoch"] == 1
+
+
+@pytest.mark.usefixtures("unfinished")
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_unreadable_images_are_named_counted_and_left_out(
+    settings: Callable[..., Settings], colours: Path, monkeypatch: pytest.MonkeyPatch, in_memory: bool
+) -> None:
+    if not in_memory:
+        monkeypatch.setattr(running, "_LARGEST_MEMORY", 0)
+    broken = [colours / "red" / "3.png", colours / "green" / "4.png"]
+    for path in broken:
+        path.write_bytes(path.read_bytes()[:90])
+    console = quiet()
+    train(settings("run", {"batch_size": 24}), console)
+    said = console.file.getvalue().replace("\n", "")  # type: ignore[attr-defined]
+    assert said.count("Left out: The image") == 2
+    assert all(str(path) in said for path in broken)
+    with pytest.raises(
+        InputError, match=r"2 images cannot be read, and 1 may be left out; the last: .*\.png"
+    ):
+        train(settings("strict", {"batch_size": 24}, unreadable=1), quiet())
+
+
+def test_what_cannot_be_used_is_said_before_anything_is_written(
+    settings: Callable[..., Settings], tmp_path: Path
+) -> None:
+    for recipe, others, message in (
+        ({"optimizer": "adamm"}, {}, "'optimizer' is 'adamm'; expected one of timm's"),
+        ({}, {"data": str(tmp_path / "missing")}, "There is no folder"),
+        ({}, {"network": "repghostnet_051"}, "repghostnet_050"),
+        ({}, {"accumulate": 8}, "fewer than 2 a batch"),
+    ):
+        given = settings("run", recipe)
+        with pytest.raises(refold.RefoldError, match=message) as caught:
+            train(Settings(**{**vars(given), **others}), quiet())
+        assert isinstance(caught.value, RecipeError) == bool(recipe)
+        assert not given.output.exists()
+    with pytest.raises(InputError, match="holds no run"):
+        resume(tmp_path / "nothing", quiet())
+    (tmp_path / "run.json").write_text('{"recipe": {}}')
+    with pytest.raises(InputError, match="is not understood"):
+        resume(tmp_path, quiet())
+
+
+def test_the_best_epoch_is_the_one_that_is_kept(tmp_path: Path) -> None:
+    keeper = Keeper(tmp_path / "state", tmp_path / "history.csv", lambda net, row: None)
+    keeper.load_state_dict({"rows": [{"epoch": 1}], "best": {"epoch": 1}})
+    assert keeper.state_dict() == {"rows": [{"epoch": 1}], "best": {"epoch": 1}}
