@@ -147,19 +147,20 @@ def run_layers(batch: int, turns: int, contiguous: bool, only: str) -> None:
         print(f"{name:34} {result['looped'][0] * 1e3:8.1f} " + " ".join(cells), flush=True)
 
 
-def run_networks(names: list[str], batch: int, side: int, turns: int) -> None:
+def run_networks(names: list[str], batch: int, side: int, turns: int, contiguous: bool) -> None:
     """Print one line a network: time and bytes of the automatic choice against the loop and a single branch."""
     for name in names:
         model, _, plan = name.partition("+")
         net = refold.create_model(model)
-        x = torch.randn(batch, 3, side, side).to(memory_format=torch.channels_last)
+        layout = torch.contiguous_format if contiguous else torch.channels_last
+        x = torch.randn(batch, 3, side, side).to(memory_format=layout)
         wide = refold.unfold(net, plan, example_input=x[:1]) if plan else parallelise(net)
         models = {
             "looped": with_form(wide, "looped"),
             "auto": with_form(wide, "auto"),
             "single": single(wide),
         }
-        models = {key: m.to(memory_format=torch.channels_last) for key, m in models.items()}
+        models = {key: m.to(memory_format=layout) for key, m in models.items()}
         result = compare(models, x, turns)
         seconds, time_ratio, bytes_ratio = result["auto"]
         against_single = time_ratio / result["single"][1]
@@ -178,9 +179,7 @@ def main() -> None:
     parser.add_argument("--side", type=int, default=224)
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument(
-        "--contiguous", action="store_true", help="layers: channels first instead of channels last"
-    )
+    parser.add_argument("--contiguous", action="store_true", help="channels first instead of channels last")
     parser.add_argument("--only", default="", help="layers: those whose name contains this")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
@@ -188,7 +187,7 @@ def main() -> None:
     if arguments.what == "layers":
         run_layers(arguments.batch, arguments.turns, arguments.contiguous, arguments.only)
     else:
-        run_networks(arguments.names, arguments.batch, arguments.side, arguments.turns)
+        run_networks(arguments.names, arguments.batch, arguments.side, arguments.turns, arguments.contiguous)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -43,15 +44,17 @@ class _Observed:
     other_readers: set[str] = field(default_factory=set)
     looked_into: set[str] = field(default_factory=set)
     kept: list[Tensor] = field(default_factory=list)
+    outputs: list[Tensor] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
 class Layers:
-    """What `observe` found: the layers that may take branches, in the order in which they run, and the norm of every
-    convolution."""
+    """What `observe` found: the layers that may take branches, in the order in which they run, the norm of every
+    convolution, and what the model returned."""
 
     candidates: list[Candidate]
     norms: dict[str, str]
+    outputs: list[Tensor]
 
 
 def observe(model: nn.Module, arguments: tuple[Any, ...]) -> Layers:
@@ -64,7 +67,7 @@ def observe(model: nn.Module, arguments: tuple[Any, ...]) -> Layers:
 
     Raises `InputError` where the model does not run on `arguments`.
     """
-    observed = _run(model, arguments)
+    observed = _watched_run(model, arguments)
     modules = dict(model.named_modules())
     shared = _shared(model)
     pairs: dict[str, str] = {}
@@ -86,7 +89,7 @@ def observe(model: nn.Module, arguments: tuple[Any, ...]) -> Layers:
         if conv.bias is None if own is None else not _is_movable(modules[own]):
             continue
         found.append(Candidate(path, own, kind, round(log2(max(1.0, side / max(size[-2:]))))))
-    return Layers(found, pairs)
+    return Layers(found, pairs, observed.outputs)
 
 
 def _is_map(value: Any) -> bool:
@@ -112,7 +115,19 @@ def _shared(model: nn.Module) -> set[str]:
     return {path for paths in owners.values() if len(paths) > 1 for path in paths}
 
 
-def _run(model: nn.Module, arguments: tuple[Any, ...]) -> _Observed:
+def run(model: nn.Module, arguments: tuple[Any, ...]) -> list[Tensor]:
+    """The floating-point tensors that the model returns in evaluation mode, without gradients."""
+    training = {module: module.training for module in model.modules()}
+    try:
+        with torch.no_grad():
+            leaves = tree_leaves(model.eval()(*copy.deepcopy(arguments)))
+    finally:
+        for module, was_training in training.items():
+            module.training = was_training
+    return [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+
+
+def _watched_run(model: nn.Module, arguments: tuple[Any, ...]) -> _Observed:
     observed = _Observed()
     mode = _Watch(observed)
     with ExitStack() as stack:
@@ -121,11 +136,9 @@ def _run(model: nn.Module, arguments: tuple[Any, ...]) -> _Observed:
                 stack.enter_context(_hooked(module, mode, path, observed, norm=False))
             elif isinstance(module, _BatchNorm):
                 stack.enter_context(_hooked(module, mode, path, observed, norm=True))
-        training = {module: module.training for module in model.modules()}
-        model.eval()
         try:
-            with torch.no_grad(), mode:
-                out = model(*arguments)
+            with mode:
+                observed.outputs = run(model, arguments)
         except Exception as error:
             shapes = ", ".join(str(tuple(v.shape)) for v in tree_leaves(arguments) if isinstance(v, Tensor))
             line = next(iter(str(error).splitlines()), type(error).__name__)
@@ -133,12 +146,9 @@ def _run(model: nn.Module, arguments: tuple[Any, ...]) -> _Observed:
                 f"{type(model).__name__} cannot run on the example input (shape {shapes}): {line}; pass an "
                 "example_input that its forward pass accepts."
             ) from error
-        finally:
-            for module, was_training in training.items():
-                module.training = was_training
-    for leaf in tree_leaves(out):
-        if id(leaf) in observed.writers:
-            observed.other_readers.add(observed.writers[id(leaf)])
+    observed.other_readers.update(
+        observed.writers[id(leaf)] for leaf in observed.outputs if id(leaf) in observed.writers
+    )
     return observed
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -170,19 +171,19 @@ def _from_lags(
     corners = corners.expand(-1, -1, -1, 2)
     squares = corners.square().sum(1).permute(1, 0, 2).flatten(1)
     sums = torch.cat([lags.flatten(1), _line_lags(rows), _line_lags(columns), squares], 1)
-    products = (sums @ _assembly(sums.dtype, sums.device)).reshape(channels, 9, 9)
+    products = (sums @ _constant(_assembly(), sums)).reshape(channels, 9, 9)
     # Outside the image the centred map is not zero but minus the centre, which only positions at the border see.
     centred = total - batch * centre[:, None, None]
-    near, outside = _border(height, width, total.dtype, total.device)
-    seen = F.pad(centred, (1, 1, 1, 1)).flatten(1).index_select(1, near.flatten()).unflatten(1, near.shape)
+    places, beyond = _border(height, width)
+    near = torch.from_numpy(places).to(total.device)
+    outside = _constant(beyond, total)
+    seen = F.pad(centred, (1, 1, 1, 1)).flatten(1).index_select(1, near).unflatten(1, outside.shape)
     mixed = centre[:, None, None] * (seen @ outside.T)
     products = products - mixed - mixed.transpose(1, 2)
     products = products + batch * centre.square()[:, None, None] * (outside @ outside.T)
     sides = [line.sum((1, 3)).T for line in (rows, columns)]
     linear = torch.cat([centred.sum((1, 2))[:, None], *sides, corners.sum(1).permute(1, 0, 2).flatten(1)], 1)
-    mean = (
-        linear @ _windows(total.dtype, total.device) - batch * centre[:, None] * outside.sum(-1)
-    ) / positions
+    mean = (linear @ _constant(_windows(), total) - batch * centre[:, None] * outside.sum(-1)) / positions
     covariance = products / positions - mean.unsqueeze(2) * mean.unsqueeze(1)
     return mean + centre[:, None], covariance
 
@@ -194,24 +195,31 @@ def _line_lags(lines: Tensor) -> Tensor:
     return torch.stack(lags, -1).permute(1, 0, 2).flatten(1)
 
 
-@lru_cache(maxsize=64)
-def _border(height: int, width: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
-    """For the positions at the border: the places of their nine neighbours in the map padded by one, `[9, border]`,
-    and which of these are outside of it."""
-    inner = torch.arange(height * width).reshape(height, width)
-    y, x = inner // width, inner % width
+def _constant(values: np.ndarray, like: Tensor) -> Tensor:
+    """Numbers as a tensor of the dtype and on the device of `like`.
+
+    They are kept as arrays: a tensor that was first made in inference mode, or while a compiler traced, would be of no
+    use later.
+    """
+    return torch.from_numpy(values).to(dtype=like.dtype, device=like.device)
+
+
+@lru_cache(maxsize=256)
+def _border(height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
+    """For the positions at the border: the places of their nine neighbours in the map padded by one, `[9 * border]`,
+    and which of these are outside of it, `[9, border]`."""
+    y, x = np.mgrid[:height, :width]
     at_border = (y == 0) | (y == height - 1) | (x == 0) | (x == width - 1)
-    y, x = y[at_border], x[at_border]
-    rows = torch.stack([y + tap // 3 for tap in range(9)])
-    columns = torch.stack([x + tap % 3 for tap in range(9)])
+    taps = np.arange(9)[:, None]
+    rows, columns = y[at_border] + taps // 3, x[at_border] + taps % 3
     outside = (rows == 0) | (rows == height + 1) | (columns == 0) | (columns == width + 1)
-    return (rows * (width + 2) + columns).to(device), outside.to(dtype=dtype, device=device)
+    return (rows * (width + 2) + columns).ravel(), outside.astype(np.float64)
 
 
-@lru_cache(maxsize=8)
-def _windows(dtype: torch.dtype, device: torch.device) -> Tensor:
+@lru_cache(maxsize=1)
+def _windows() -> np.ndarray:
     """Which sums make up what a tap sees of the map: `[1 + 2 rows + 2 columns + 4 corners, 9]`."""
-    matrix = torch.zeros(9, 9, dtype=dtype)
+    matrix = np.zeros((9, 9))
     for tap in range(9):
         row, column = {0: 1, 2: 0}.get(tap // 3), {0: 1, 2: 0}.get(tap % 3)
         matrix[0, tap] = 1
@@ -221,13 +229,13 @@ def _windows(dtype: torch.dtype, device: torch.device) -> Tensor:
             matrix[3 + column, tap] = -1
         if row is not None and column is not None:
             matrix[5 + 2 * row + column, tap] = 1
-    return matrix.to(device)
+    return matrix
 
 
-@lru_cache(maxsize=8)
-def _assembly(dtype: torch.dtype, device: torch.device) -> Tensor:
+@lru_cache(maxsize=1)
+def _assembly() -> np.ndarray:
     """Which sums make up the product of which two taps: `[15 lags + 4 lines of 3 + 4 corners, 81]`."""
-    matrix = torch.zeros(31, 9, 9, dtype=dtype)
+    matrix = np.zeros((31, 9, 9))
     for first in range(9):
         for second in range(9):
             dy, dx = second // 3 - first // 3, second % 3 - first % 3
@@ -243,4 +251,4 @@ def _assembly(dtype: torch.dtype, device: torch.device) -> Tensor:
                 matrix[21 + 3 * column + abs(dy), first, second] = -1
             if row is not None and column is not None:
                 matrix[27 + 2 * row + column, first, second] = 1
-    return matrix.reshape(31, 81).to(device)
+    return matrix.reshape(31, 81)

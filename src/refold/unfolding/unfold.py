@@ -12,7 +12,6 @@ from typing import Any, Literal, get_args
 import torch
 from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from refold.blocks.branches import BranchSum
 from refold.checkpoints import example_input as default_input
@@ -20,7 +19,7 @@ from refold.errors import InputError, NotEquivalent
 from refold.unfolding.building import build
 from refold.unfolding.parallel import Form, ParallelBranches
 from refold.unfolding.plans import Kind, Plan, find_plan
-from refold.unfolding.selection import Candidate, observe
+from refold.unfolding.selection import Candidate, observe, run
 
 Start = Literal["preserving", "random"]
 
@@ -125,7 +124,7 @@ def unfold(
     )
     wide.unfold_report = report  # type: ignore[assignment]
     if start == "preserving":
-        _require_same(model, wide, arguments)
+        _require_same(seen.outputs, wide, arguments)
     return wide
 
 
@@ -264,28 +263,23 @@ def _without_activation(norm: nn.Module) -> tuple[nn.Module, nn.Module]:
 
 
 @torch.no_grad()
-def _require_same(model: nn.Module, wide: nn.Module, arguments: tuple[Any, ...]) -> None:
-    """Run both in evaluation mode and compare: the code of a model may do with its layers what nobody foresees."""
-    results: list[list[Tensor]] = []
-    for network in (model, wide):
-        training = {module: module.training for module in network.modules()}
-        try:
-            out = network.eval()(*copy.deepcopy(arguments))
-        except Exception as error:
-            raise InputError(
-                f"{type(model).__name__} does not run with branches: {error}; leave out the layer with exclude."
-            ) from error
-        finally:
-            for module, was_training in training.items():
-                module.training = was_training
-        results.append(
-            [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
-        )
-    for expected, found in zip(*results, strict=True):
-        distance = float((found - expected).abs().max()) if expected.numel() else 0.0
-        largest = float(expected.abs().max()) if expected.numel() else 0.0
-        if not distance <= 1e3 * torch.finfo(expected.dtype).eps * max(largest, 1e-30):
+def _require_same(outputs: Sequence[Tensor], wide: nn.Module, arguments: tuple[Any, ...]) -> None:
+    """Run it in evaluation mode and compare: the code of a model may do with its layers what nobody foresees."""
+    name = type(wide).__name__
+    try:
+        results = run(wide, arguments)
+    except Exception as error:
+        raise InputError(
+            f"{name} does not run with branches: {error}; leave out the layer with exclude."
+        ) from error
+    for expected, found in zip(outputs, results, strict=True):
+        same = (found == expected) | (found.isnan() & expected.isnan())
+        distance = torch.where(same, 0, found - expected).abs()
+        if same.all():
+            continue
+        largest = float(expected.abs().max())
+        if not float(distance.max()) <= 1e3 * torch.finfo(expected.dtype).eps * largest:
             raise NotEquivalent(
-                f"{type(model).__name__} computes something else with branches: outputs differ by {distance:.1e} at "
+                f"{name} computes something else with branches: outputs differ by {float(distance.max()):.1e} at "
                 f"{largest:.1e}; leave out layers with exclude."
             )
