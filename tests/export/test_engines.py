@@ -121,6 +121,39 @@ def test_mnn_carries_metadata_and_prints_nothing(tmp_path: Path, capfd: pytest.C
     assert capfd.readouterr().out == ""
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", engines("aotinductor", "litert", "executorch"))
+def test_engines_that_take_long_to_convert(engine: str, tmp_path: Path) -> None:
+    path, report = write_small(tmp_path, engine, class_names=list("abcd"))
+    assert report.batch_sizes == [1, 3]
+    assert report.relative_difference < 1e-4
+    assert all(trial.same_top1 == trial.batch_size for trial in report.trials)
+    module: Any = get_engine(engine)
+    images = torch.rand(5, 3, 16, 16)
+    with torch.no_grad():
+        expected = small_network()(images)
+    assert torch.allclose(module.open(path, threads=1)(images)[0], expected, atol=1e-5)
+    assert json.loads(module.read_metadata(path)["class_names"]) == list("abcd")
+
+
+@needs("coreml")
+def test_a_package_that_only_macos_runs_says_that_it_was_not_checked(tmp_path: Path) -> None:
+    import sys
+
+    if sys.platform == "darwin":
+        pytest.skip("this machine runs Core ML")
+    path, report = write_small(tmp_path, "coreml", class_names=list("abcd"), half=True)
+    assert not report.checked
+    assert any("not compared with PyTorch" in note for note in report.notes)
+    assert report.to_dict()["max_difference"] is None
+    assert report.contents.operators["conv"] == 4
+    module: Any = get_engine("coreml")
+    assert json.loads(module.read_metadata(path)["class_names"]) == list("abcd")
+    write_small(tmp_path, "coreml")
+    assert "class_names" not in module.read_metadata(path), "the package was replaced"
+    assert [file.name for file in tmp_path.iterdir()] == ["net.mlpackage"]
+
+
 @needs("ncnn")
 def test_ncnn_says_what_it_cannot(tmp_path: Path) -> None:
     _, report = write_small(tmp_path, "ncnn")

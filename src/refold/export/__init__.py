@@ -47,7 +47,26 @@ FORMATS = {
     "onnxruntime": Format("ONNX Runtime", "refold.export.onnxruntime", ".onnx", ("onnxruntime",), "refold"),
     "openvino": Format("OpenVINO", "refold.export.openvino", ".xml", ("openvino",), "'refold[openvino]'"),
     "ncnn": Format("ncnn", "refold.export.ncnn", ".param", ("ncnn", "pnnx"), "'refold[ncnn]'"),
+    "aotinductor": Format("AOTInductor", "refold.export.aotinductor", ".pt2", ("torch",), "refold"),
     "mnn": Format("MNN", "refold.export.mnn", ".mnn", ("MNN",), "'refold[mnn]'"),
+    "litert": Format(
+        "LiteRT",
+        "refold.export.litert",
+        ".tflite",
+        ("litert_torch", "ai_edge_litert", "ai_edge_quantizer"),
+        "'refold[litert]' && pip install --no-deps litert-torch",
+    ),
+    "executorch": Format(
+        "ExecuTorch", "refold.export.executorch", ".pte", ("executorch",), "'refold[executorch]'"
+    ),
+    "coreml": Format(
+        "Core ML",
+        "refold.export.coreml",
+        ".mlpackage",
+        ("coremltools",),
+        "'refold[coreml]'",
+        is_folder=True,
+    ),
 }
 
 
@@ -134,22 +153,27 @@ class ExportReport:
 
     @property
     def max_difference(self) -> float:
-        """The largest |Δ| of all trials."""
+        """The largest |Δ| of all trials; NaN where nothing was compared."""
         return _largest([trial.max_difference for trial in self.trials])
 
     @property
     def relative_difference(self) -> float:
-        """The largest |Δ| of all trials in parts of its output's spread."""
+        """The largest |Δ| of all trials in parts of its output's spread; NaN where nothing was compared."""
         return _largest([trial.relative_difference for trial in self.trials])
 
     def to_dict(self) -> dict[str, Any]:
-        """The same as plain JSON-able values."""
-        names = ("checked", "batch_sizes", "max_difference", "relative_difference")
-        return dataclasses.asdict(self) | {name: getattr(self, name) for name in names}
+        """The same as plain JSON-able values; the differences are None where nothing was compared."""
+        names = ("max_difference", "relative_difference")
+        differences = {name: getattr(self, name) if self.checked else None for name in names}
+        return (
+            dataclasses.asdict(self)
+            | {"checked": self.checked, "batch_sizes": self.batch_sizes}
+            | differences
+        )
 
 
 def _largest(values: list[float]) -> float:
-    return float("nan") if any(value != value for value in values) else max(values, default=0.0)
+    return float("nan") if not values or any(value != value for value in values) else max(values)
 
 
 def installed_engines() -> list[str]:

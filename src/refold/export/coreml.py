@@ -1,0 +1,96 @@
+"""Core ML packages (.mlpackage), converted by coremltools; only macOS can run them."""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from refold.errors import InputError
+from refold.export import CannotRun, Contents
+from refold.export.converting import first_line, muted
+from refold.export.preparing import with_batch_axis
+
+with muted():
+    import coremltools
+
+if TYPE_CHECKING:
+    from refold.export import Session
+
+_NO_OPERATORS = {"const", "cast", "reshape"}
+# The range of a free axis is part of the package.
+LARGEST_BATCH = 32
+
+
+def write(
+    model: nn.Module,
+    arguments: tuple[Tensor, ...],
+    path: Path,
+    *,
+    dynamic_batch: bool,
+    half: bool,
+    metadata: Mapping[str, str],
+) -> Sequence[str]:
+    """Write one package for iOS 16, macOS 13 and newer; raises `InputError` where it cannot be converted."""
+    shapes = None
+    if dynamic_batch:
+        largest = max(LARGEST_BATCH, *(len(argument) + 2 for argument in arguments if argument.dim()))
+        arguments, shapes = with_batch_axis(model, arguments, most=largest)
+    precision = coremltools.precision
+    try:
+        with muted():
+            program = torch.export.export(model, arguments, dynamic_shapes=shapes).run_decompositions({})
+            package = coremltools.convert(
+                program,
+                minimum_deployment_target=coremltools.target.iOS16,
+                compute_precision=precision.FLOAT16 if half else precision.FLOAT32,
+                skip_model_load=True,
+            )
+            package.user_defined_metadata.update(metadata)
+            package.save(str(path))
+    except OSError:
+        raise
+    except Exception as error:
+        hint = "; a fixed batch size (dynamic_batch=False) may help" if dynamic_batch else ""
+        raise InputError(f"coremltools cannot convert the model: {first_line(error)}{hint}.") from error
+    return [f"Batches of up to {largest} images are allowed."] if dynamic_batch else []
+
+
+def contents(path: Path) -> Contents:
+    """Count the operators of a package."""
+    functions = coremltools.utils.load_spec(str(path)).mlProgram.functions
+    kinds = Counter(
+        operation.type
+        for function in functions.values()
+        for block in function.block_specializations.values()
+        for operation in block.operations
+    )
+    operators = {kind: n for kind, n in kinds.most_common() if kind not in _NO_OPERATORS}
+    return Contents(parameters=None, macs=None, operators=operators)
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """What `write` put into a package."""
+    return dict(coremltools.utils.load_spec(str(path)).description.metadata.userDefined)
+
+
+def open(path: Path, *, threads: int | None = None) -> Session:
+    """Load a package on macOS; raises `CannotRun` elsewhere."""
+    if sys.platform != "darwin":
+        raise CannotRun("The file was not run and not compared with PyTorch: only macOS runs Core ML.")
+    package: Any = coremltools.models.MLModel(str(path))
+    description = package.get_spec().description
+
+    def run(*arguments: Tensor) -> list[Tensor]:
+        feed = {
+            value.name: argument.numpy() for value, argument in zip(description.input, arguments, strict=True)
+        }
+        results = package.predict(feed)
+        return [torch.from_numpy(results[value.name]) for value in description.output]
+
+    return run
