@@ -288,6 +288,21 @@ def test_compiled(layer: str) -> None:
     check_same(train(with_form(module, "looped"), [x]), found, 1e-9)
 
 
+def test_strided_stem() -> None:
+    torch.manual_seed(0)
+    module = parallel(3, 8, [3, 1, 1], stride=2, bias=True)
+    x = torch.randn(4, 3, 32, 32).to(memory_format=torch.channels_last)
+    for form in ("auto", "moments"):
+        pairs = []
+        for layout in (torch.contiguous_format, torch.channels_last):
+            own = with_form(module, form if layout == torch.channels_last else "looped")
+            out = own.to(memory_format=layout)(x.contiguous(memory_format=layout))
+            out.square().sum().backward()
+            pairs.append([out.detach(), *(p.grad for n, p in own.named_parameters() if "conv.bias" not in n)])
+        for expected, found in zip(*pairs, strict=True):
+            assert float((found - expected).abs().max()) <= 1e-3 * max(float(expected.abs().max()), 1.0)
+
+
 def test_second_derivatives() -> None:
     torch.manual_seed(0)
     for layer in ("1x1", "depthwise"):

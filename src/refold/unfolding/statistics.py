@@ -171,7 +171,7 @@ def _from_lags(
     corners = corners.expand(-1, -1, -1, 2)
     squares = corners.square().sum(1).permute(1, 0, 2).flatten(1)
     sums = torch.cat([lags.flatten(1), _line_lags(rows), _line_lags(columns), squares], 1)
-    products = (sums @ _constant(_assembly(), sums)).reshape(channels, 9, 9)
+    products = (sums @ _constant(_ASSEMBLY, sums)).reshape(channels, 9, 9)
     # Outside the image the centred map is not zero but minus the centre, which only positions at the border see.
     centred = total - batch * centre[:, None, None]
     places, beyond = _border(height, width)
@@ -183,7 +183,7 @@ def _from_lags(
     products = products + batch * centre.square()[:, None, None] * (outside @ outside.T)
     sides = [line.sum((1, 3)).T for line in (rows, columns)]
     linear = torch.cat([centred.sum((1, 2))[:, None], *sides, corners.sum(1).permute(1, 0, 2).flatten(1)], 1)
-    mean = (linear @ _constant(_windows(), total) - batch * centre[:, None] * outside.sum(-1)) / positions
+    mean = (linear @ _constant(_WINDOWS, total) - batch * centre[:, None] * outside.sum(-1)) / positions
     covariance = products / positions - mean.unsqueeze(2) * mean.unsqueeze(1)
     return mean + centre[:, None], covariance
 
@@ -216,7 +216,6 @@ def _border(height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
     return (rows * (width + 2) + columns).ravel(), outside.astype(np.float64)
 
 
-@lru_cache(maxsize=1)
 def _windows() -> np.ndarray:
     """Which sums make up what a tap sees of the map: `[1 + 2 rows + 2 columns + 4 corners, 9]`."""
     matrix = np.zeros((9, 9))
@@ -232,7 +231,6 @@ def _windows() -> np.ndarray:
     return matrix
 
 
-@lru_cache(maxsize=1)
 def _assembly() -> np.ndarray:
     """Which sums make up the product of which two taps: `[15 lags + 4 lines of 3 + 4 corners, 81]`."""
     matrix = np.zeros((31, 9, 9))
@@ -252,3 +250,6 @@ def _assembly() -> np.ndarray:
             if row is not None and column is not None:
                 matrix[27 + 2 * row + column, first, second] = 1
     return matrix.reshape(31, 81)
+
+
+_WINDOWS, _ASSEMBLY = _windows(), _assembly()
