@@ -152,7 +152,7 @@ class ParallelBranches(nn.Module):
 
     def _of_pixels_read(self, x: Tensor, branch: Any) -> Tensor:
         """What a 1x1 branch makes of an image that it strides over, given only the pixels that it reads."""
-        # PyTorch 2.15 writes beyond its memory in the backward pass of a 1x1 convolution with stride 2 of three channels
+        # PyTorch 2.15 writes beyond its memory in the backward pass of a 1x1 convolution with stride 2 of 3 channels
         # that come last (on a CPU). Where the input needs a gradient, this detour would be slower.
         height, width = self.geometry.stride
         seen, conv = x[:, :, ::height, ::width], branch.conv
