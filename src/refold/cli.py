@@ -443,8 +443,6 @@ Seed = Annotated[int, typer.Option("--seed", help="Seed of the weights, the spli
 Workers = Annotated[int, typer.Option("--workers", min=0, help="Processes that prepare images.")]
 Threads = Annotated[int, typer.Option("--threads", min=1, help="PyTorch threads.")]
 Accelerator = Annotated[str, typer.Option("--accelerator", help="auto, cpu, gpu or mps.")]
-Devices = Annotated[int, typer.Option("--devices", min=1, help="Processes on each machine, one a device.")]
-Nodes = Annotated[int, typer.Option("--nodes", min=1, help="Machines.")]
 Precision = Annotated[str, typer.Option("--precision", help="32-true, bf16-mixed or 16-mixed.")]
 Accumulate = Annotated[int, typer.Option("--accumulate", min=1, help="Batches that make one step.")]
 UnreadableLimit = Annotated[
@@ -469,8 +467,6 @@ def train_command(
     workers: Workers = 0,
     threads: Threads = 1,
     accelerator: Accelerator = "auto",
-    devices: Devices = 1,
-    nodes: Nodes = 1,
     precision: Precision = "32-true",
     accumulate: Accumulate = 1,
     unreadable: UnreadableLimit = 10,
@@ -500,8 +496,6 @@ def distill_command(
     workers: Workers = 0,
     threads: Threads = 1,
     accelerator: Accelerator = "auto",
-    devices: Devices = 1,
-    nodes: Nodes = 1,
     precision: Precision = "32-true",
     accumulate: Accumulate = 1,
     unreadable: UnreadableLimit = 10,

@@ -77,6 +77,12 @@ def test_steps_and_lines(module: Callable[..., Classifier]) -> None:
     assert seen == [0.4] * 10
 
 
+def test_a_set_smaller_than_a_batch_is_one_batch(module: Callable[..., Classifier]) -> None:
+    small = module("repghost", images=40, epochs=2, warm_up_epochs=0)
+    assert (small.steps, small.batch_images) == (1, 40)
+    assert rates(small)[0] == pytest.approx(0.6 * 40 / 1024, rel=1e-12)
+
+
 def test_optimisers_are_the_recipes(module: Callable[..., Classifier]) -> None:
     spared = module("repvgg")
     groups = make_optimizer(spared.net, spared.recipe).param_groups

@@ -126,7 +126,9 @@ def test_an_interrupted_run_goes_on_with_the_same_bits(
     assert torch.load(parts.output / "last.ckpt", weights_only=True)["epoch"] == 1
     assert refold.load(parts.output / "training.safetensors", form="training")
     stops.clear()
+    (parts.output / ".training.safetensors.1.part").write_bytes(b"half")
     resume(parts.output, quiet())
+    assert not list(parts.output.glob(".*"))
     first, second = tensors(whole.output), tensors(parts.output)
     assert first.keys() == second.keys()
     assert all(torch.equal(first[key], second[key]) for key in first)

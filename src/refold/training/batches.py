@@ -198,7 +198,10 @@ def reseed(*numbers: int) -> None:
     seed = _mixed(*numbers)
     random.seed(seed)
     np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
+    # torch.manual_seed keeps a traceback for each accelerator that is not in use yet, each time.
+    torch.default_generator.manual_seed(seed)
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed_all(seed)
 
 
 def _mixed(*numbers: int) -> int:

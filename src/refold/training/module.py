@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
@@ -47,13 +48,14 @@ class Classifier(LightningModule):
     ) -> None:
         super().__init__()
         self.net = net
-        self.recipe = recipe
+        self.step_images = min(recipe.batch_size, len(images.training))
+        # A set smaller than a batch is taken whole, and the learning rate follows.
+        self.recipe = recipe = dataclasses.replace(recipe, batch_size=max(2, self.step_images))
         self.images = images
         self.preprocessing = preprocessing
         self.seed = seed
         self.workers = workers
         self.teacher = teacher
-        self.step_images = min(recipe.batch_size, len(images.training))
         self.batch_images = self.step_images // accumulate
         if self.batch_images < 2:
             raise InputError(

@@ -54,7 +54,7 @@ class Settings:
 
     ``data`` is what `refold.training.data.open_data` understands. ``checkpoint`` holds weights to start from,
     ``unfold`` names a plan of `refold.unfold`, ``teacher`` a network or a checkpoint to learn from.
-    ``accelerator``, ``devices``, ``nodes`` and ``precision`` are those of Lightning's Trainer. ``unreadable``
+    ``accelerator`` and ``precision`` are those of Lightning's Trainer. ``unreadable``
     images may be left out before it is an error.
     """
 
@@ -70,8 +70,6 @@ class Settings:
     workers: int = 0
     threads: int = 1
     accelerator: str = "auto"
-    devices: int = 1
-    nodes: int = 1
     precision: str = "32-true"
     accumulate: int = 1
     unreadable: int = 10
@@ -130,6 +128,8 @@ def resume(folder: Path, console: Console) -> Result:
         raise InputError(f"'{folder}' holds no run to go on with: there is no {_RUN} in it.") from error
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise InputError(f"'{folder / _RUN}' is not understood ({error}); start the run again.") from error
+    for leftover in folder.glob(".*.part"):
+        leftover.unlink()  # half-written when the process was killed
     return _run(settings, console)
 
 
@@ -194,17 +194,13 @@ def _fit(settings: Settings, module: Classifier, unreadable: Unreadable, console
 
     keeper = Keeper(state, settings.output / _HISTORY, keep)
     live = LiveProgress(console, f"Training {settings.network}", keeper)
-    processes = settings.devices * settings.nodes
     trainer = Trainer(
         accelerator=settings.accelerator,
-        devices=settings.devices,
-        num_nodes=settings.nodes,
-        strategy="ddp" if processes > 1 else "auto",
+        devices=1,
         precision=settings.precision,  # type: ignore[arg-type]  # a text of the user's; Lightning checks it
         max_epochs=recipe.epochs,
         accumulate_grad_batches=settings.accumulate,
         gradient_clip_val=recipe.gradient_clip,
-        sync_batchnorm=processes > 1 and torch.cuda.is_available(),
         callbacks=[unreadable, keeper, live],
         use_distributed_sampler=False,
         num_sanity_val_steps=0,
