@@ -337,6 +337,13 @@ def bench(
         list[Path] | None,
         typer.Option("--merge", help="Add an earlier .json, of this or another machine; repeat it."),
     ] = None,
+    html: Annotated[
+        Path | None,
+        typer.Option("--html", help="Write one page with plots and tables that needs nothing else."),
+    ] = None,
+    plots: Annotated[
+        Path | None, typer.Option("--plots", help="A folder for every plot as PNG and as SVG.")
+    ] = None,
     accuracy: Annotated[
         Path | None, typer.Option("--accuracy", help="Accuracies by model name, as CSV or JSON.")
     ] = None,
@@ -372,7 +379,9 @@ def bench(
         "note": note,
         "time_limit": time_limit,
     }
-    settings = Settings(output or [], merge or [], accuracy, baseline, resume, measuring)
+    settings = Settings(
+        output or [], merge or [], accuracy, baseline, resume, html=html, plots=plots, measuring=measuring
+    )
     try:
         result = run(models, settings, Console(stderr=True) if as_json else console)
     except BenchmarkInterrupted as stopped:
@@ -546,6 +555,45 @@ def _train(
         print(f"refold: stopped; go on with: refold train --resume {folder}", file=sys.stderr)
         raise typer.Exit(130) from None
     console.print(render_result(result, folder))
+
+
+@app.command()
+def predict(
+    target: Annotated[
+        str,
+        typer.Argument(
+            metavar="CHECKPOINT|ONNX|NAME",
+            help="A file of refold.save, an ONNX file of a training run, or a model name.",
+        ),
+    ],
+    images: Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="Image files, and folders of them.")],
+    top: Annotated[int, typer.Option("--top", min=1, help="How many classes.")] = 5,
+    checkpoint: Checkpoint = None,
+    num_classes: NumClasses = None,
+    as_json: AsJson = False,
+) -> None:
+    """Name the likeliest classes of images; a model name without --checkpoint takes its published weights."""
+    from refold.models import create_model
+    from refold.training.predicting import find_images, network_classifier, onnx_classifier
+
+    files = find_images(images)
+    path = Path(target)
+    if path.suffix == ".onnx":
+        classifier = onnx_classifier(path)
+    elif checkpoint is None and path.suffix not in _CHECKPOINT_SUFFIXES:
+        classifier = network_classifier(create_model(target, pretrained=True, num_classes=num_classes))
+    else:
+        classifier = network_classifier(_network(target, checkpoint, num_classes))
+    predictions = classifier.predict(files, top)
+    if as_json:
+        print(json.dumps([prediction.to_dict() for prediction in predictions], indent=2))
+        return
+    for prediction in predictions:
+        if prediction.error is not None:
+            print(f"refold: {prediction.error}", file=sys.stderr)
+            continue
+        shown = ", ".join(f"{name} {probability:.1%}" for name, probability in prediction.classes)
+        print(f"{prediction.image}: {shown}")
 
 
 def _network(target: str, checkpoint: Path | None, num_classes: int | None) -> nn.Module:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 DEPTHWISE, POINTWISE, SPATIAL = "depthwise convolution", "1x1 convolution", "k x k convolution"
 
 # The order of every chart and table. Names on the right are those of PyTorch's profiler and of ONNX Runtime's,
-# in lower case, without an underscore at the end.
+# in lower case, without underscores around.
 _KINDS: dict[str, tuple[str, ...]] = {
     SPATIAL: (),
     POINTWISE: (),
@@ -79,7 +79,6 @@ KINDS = tuple(_KINDS)
 _CONVOLUTIONS = {
     "conv2d",
     "convolution",
-    "_convolution",
     "conv1d",
     "conv3d",
     "conv",
@@ -94,8 +93,7 @@ def kind_of(operator: str, shapes: Sequence[Sequence[int]]) -> str:
     Convolutions are told apart by the shapes of their input and weight, (batch, in_channels, ...) and
     (out_channels, in_channels / groups, ...).
     """
-    name = operator.lower().removeprefix("aten::")
-    name = name if name.startswith("_") else name.rstrip("_")
+    name = operator.lower().removeprefix("aten::").strip("_")
     if name not in _CONVOLUTIONS:
         return _KIND_OF.get(name, "other")
     if len(shapes) < 2 or len(shapes[1]) < 3:

@@ -12,6 +12,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from torch import nn
 
+from refold.bench.page import write_page
+from refold.bench.plots import save_plots
 from refold.bench.results import Benchmark, check_suffix, parse_baseline, read_accuracies
 from refold.bench.runner import BenchmarkInterrupted, benchmark
 from refold.errors import InputError
@@ -27,6 +29,8 @@ class Settings:
     accuracies: Path | None = None
     baseline: str | None = None
     resume: bool = False
+    html: Path | None = None
+    plots: Path | None = None
     measuring: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -38,6 +42,8 @@ def run(models: Mapping[str, nn.Module], settings: Settings, console: Console) -
     """
     for path in settings.outputs:
         check_suffix(check_writable(path))
+    if settings.html is not None:
+        check_writable(settings.html)
     earlier = [Benchmark.load(path) for path in settings.merge]
     accuracies = {} if settings.accuracies is None else read_accuracies(settings.accuracies)
     if not models and not earlier:
@@ -65,6 +71,10 @@ def run(models: Mapping[str, nn.Module], settings: Settings, console: Console) -
         result.baseline = settings.baseline
     for path in settings.outputs:
         result.save(path)
+    if settings.html is not None:
+        write_page(result, settings.html)
+    if settings.plots is not None:
+        save_plots(result, settings.plots)
     if interrupted:
         raise BenchmarkInterrupted(result)
     return result

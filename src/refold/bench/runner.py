@@ -26,8 +26,9 @@ from refold.files import PathLike, check_writable
 # Called with what happens now, and the share of the work that is done.
 Progress = Callable[[str, float], None]
 
-# More processes at a time would crowd the memory.
-_AT_ONCE = 24
+# Every process holds an engine of its own; more at a time would crowd the memory.
+_MOST_AT_ONCE = 24
+_BYTES_OF_ONE = 3 * 2**28
 
 
 class BenchmarkInterrupted(KeyboardInterrupt):
@@ -208,8 +209,13 @@ class _Run:
                 for form in subject.forms
                 if not self._is_complete(key := self._key(subject, form, engine, batch_size, threads))
             ]
-            for start in range(0, len(wanted), _AT_ONCE):
-                yield wanted[start : start + _AT_ONCE]
+            at_once = self._at_once()
+            for start in range(0, len(wanted), at_once):
+                yield wanted[start : start + at_once]
+
+    def _at_once(self) -> int:
+        memory = self.result.machines[self.machine].memory or _MOST_AT_ONCE * _BYTES_OF_ONE
+        return max(2, min(_MOST_AT_ONCE, memory // _BYTES_OF_ONE))
 
     def _key(self, subject: Subject, form: str, engine: str, batch_size: int, threads: int) -> Configuration:
         size = subject.input_size(self.plan.input_size)

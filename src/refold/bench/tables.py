@@ -37,7 +37,7 @@ def _sampled(value: Callable[[Measurement], float]) -> Callable[[Benchmark, Meas
 
 
 # What tells rows apart; on the terminal and in Markdown one that is the same in all rows goes into the caption.
-_IDENTITY = (
+IDENTITY = (
     Column("machine", lambda _, row: row.machine, number=False),
     Column("model", lambda _, row: row.configuration.model, number=False),
     Column("form", lambda _, row: row.configuration.form, number=False),
@@ -72,7 +72,7 @@ def columns(benchmark: Benchmark, *, all_identity: bool = False) -> list[Column]
     """The columns that say something: identities that differ (or all), figures that some row has."""
     chosen = [
         column
-        for column in _IDENTITY
+        for column in IDENTITY
         if all_identity or column.heading == "model" or len(_values(benchmark, column)) > 1
     ]
     return chosen + [column for column in _FIGURES if _values(benchmark, column) - {None}]
@@ -88,7 +88,7 @@ def common(benchmark: Benchmark) -> str:
     """What all rows have in common and no column shows, with the meaning of the ratio, as one line."""
     parts = [
         f"{column.heading} {column.show(next(iter(values)))}"
-        for column in _IDENTITY
+        for column in IDENTITY
         if column.heading != "model" and len(values := _values(benchmark, column)) == 1
     ]
     counts = {len(row.samples) for row in benchmark.measured}
@@ -141,7 +141,7 @@ def to_rich(benchmark: Benchmark) -> Table:
 def to_csv(benchmark: Benchmark) -> str:
     """Every row with plain numbers: milliseconds, bytes, images a second."""
     text = io.StringIO()
-    identity = list(_IDENTITY)
+    identity = list(IDENTITY)
     writer = csv.writer(text, lineterminator="\n")
     figures = (
         *(

@@ -1,0 +1,91 @@
+"""The page needs nothing else and holds every figure; the plots are files as well."""
+
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from fakes import a_benchmark, configuration, row
+from PIL import Image
+
+from refold.bench.page import to_html
+from refold.bench.plots import pareto_front, plots, save_plots
+
+
+def test_pareto_front() -> None:
+    points = [(3.0, 70.0), (1.0, 60.0), (2.0, 59.0), (3.0, 71.0), (9.0, 71.0)]
+    assert pareto_front(points) == [(1.0, 60.0), (3.0, 71.0)]
+    assert pareto_front([]) == []
+
+
+class Reader(HTMLParser):
+    """Collects what a page refers to, its ids and its table cells."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.references: list[str] = []
+        self.ids: list[str] = []
+        self.tags: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        for name, value in attrs:
+            if name in ("src", "href", "xlink:href"):
+                self.references.append(value or "")
+            if name == "id":
+                self.ids.append(value or "")
+
+
+def test_the_page_needs_nothing_else() -> None:
+    result = a_benchmark()
+    result.accuracies = {"slow": 75.0, "fast": 70.0}
+    result.rows.append(row(configuration("<b>odd</b>"), [7.0]))
+    page = to_html(result)
+    reader = Reader()
+    reader.feed(page)
+    assert all(reference.startswith("#") for reference in reader.references)
+    assert "@import" not in page
+    assert not re.search(r"url\((?!#)", page)
+    assert {reference[1:] for reference in reader.references} <= set(reader.ids)
+    assert len(reader.ids) == len(set(reader.ids))  # also between the drawings
+    assert "b" not in reader.tags
+    assert reader.tags.count("svg") == 2 * 4
+    assert reader.tags.count("table") == 3
+    for said in ("36.00", "SIGSEGV", "depthwise convolution", "2 cores, 8 GiB", "on the Pareto front are"):
+        assert said in page
+
+
+def test_sections_need_their_figures() -> None:
+    assert [plot.section for plot in plots(a_benchmark())].count("Accuracy against latency") == 0
+    result = a_benchmark()
+    assert "Throughput" not in {plot.section for plot in plots(result)}
+    result.rows.append(row(configuration("fast", "plain", batch_size=8), [7.0]))
+    drawn = plots(result)
+    assert "Throughput" in {plot.section for plot in drawn}
+    assert len({plot.name for plot in drawn}) == len(drawn)
+
+
+def test_plots_as_files(tmp_path: Path) -> None:
+    result = a_benchmark()
+    result.rows = result.rows[:2]
+    paths = save_plots(result, tmp_path / "plots")
+    names = {path.name for path in paths}
+    assert {"latency-onnxruntime.png", "latency-onnxruntime.svg", "roofline-onnxruntime.svg"} <= names
+    assert {path.name for path in (tmp_path / "plots").iterdir()} == names
+    with Image.open(tmp_path / "plots" / "latency-onnxruntime.png") as image:
+        assert image.format == "PNG"
+        colours = {colour for _, colour in image.convert("RGB").getcolors(2**24) or ()}
+    assert {(0x7A, 0x8C, 0xA3), (0x2A, 0x78, 0xB8)} <= colours
+    assert "<svg" in (tmp_path / "plots" / "latency-onnxruntime.svg").read_text()
+
+
+def test_summaries_name_the_fastest() -> None:
+    latency = {plot.name: plot.summary for plot in plots(a_benchmark()) if plot.section == "Latency"}
+    assert latency["latency-pytorch"].endswith("fast (plain) is fastest, 9 ms")
+
+
+@pytest.mark.parametrize("count", [0, 1])
+def test_a_page_of_little(count: int) -> None:
+    result = a_benchmark()
+    result.rows = result.rows[:count]
+    assert "</html>" in to_html(result)
