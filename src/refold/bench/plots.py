@@ -41,6 +41,8 @@ _KIND_COLOURS = dict(
         strict=True,
     )
 )
+# Keeps a label readable across a line.
+_HALO = {"facecolor": "white", "edgecolor": "none", "alpha": 0.7, "pad": 0.6}
 # As wide as a phone's page, so that the text keeps its size there; a desktop shows several beside each other.
 _WIDTH = 4.8
 _STYLE: dict[str, Any] = {
@@ -166,7 +168,7 @@ def _accuracy(benchmark: Benchmark, rows: Sequence[Measurement]) -> Drawn:
     axes.margins(0.14)
     axes.set_xlim(left=0)
     axes.grid(alpha=0.25)
-    axes.legend(loc="lower right", fontsize=8, frameon=False)
+    _legend_above(axes, len(_forms(rows)))
     _label_points(axes, fastest, points)
     on_front = [row.configuration.model for row, value in known if (row.latency.median, value) in front]
     return figure, f"on the Pareto front are {', '.join(dict.fromkeys(on_front))}"
@@ -355,13 +357,11 @@ def _figure(height: float) -> tuple[Figure, Axes]:
 
 
 def _legend_above(axes: Axes, columns: int) -> None:
-    axes.legend(
-        loc="lower left",
-        bbox_to_anchor=(0, 1.0),
+    axes.figure.legend(
+        loc="outside upper left",
         ncols=columns,
         fontsize=7.5,
         frameon=False,
-        borderaxespad=0.2,
         columnspacing=1.0,
         handlelength=1.2,
     )
@@ -383,7 +383,14 @@ def _label_points(
             *((5, -5, "left", "top"), (-5, -5, "right", "top"), (0, 15, "center", "bottom")),
         ):
             text = axes.annotate(
-                name, point, xytext=(x, y), textcoords="offset points", ha=horizontal, va=vertical, fontsize=8
+                name,
+                point,
+                xytext=(x, y),
+                textcoords="offset points",
+                ha=horizontal,
+                va=vertical,
+                fontsize=8,
+                bbox=_HALO,
             )
             box = text.get_window_extent()
             outside = not (axes.bbox.x0 <= box.x0 and box.x1 <= figure.bbox.x1)
