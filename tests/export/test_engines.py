@@ -65,6 +65,7 @@ def write_small(tmp_path: Path, engine: str, **options: Any) -> tuple[Path, Expo
     return path, refold.export(small_network(), path, SMALL, engine=engine, **options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", QUICK)
 def test_a_network_of_the_zoo(engine: str, plain: nn.Module, tmp_path: Path) -> None:
     path = tmp_path / f"net{FORMATS[engine].suffix}"
@@ -157,6 +158,8 @@ def test_a_package_that_only_macos_runs_says_that_it_was_not_checked(tmp_path: P
 @needs("ncnn")
 def test_ncnn_says_what_it_cannot(tmp_path: Path) -> None:
     _, report = write_small(tmp_path, "ncnn")
+    assert report.relative_difference < 1e-4
+    assert report.batch_sizes == [1, 3]
     assert any("one image a call" in note for note in report.notes)
     assert sorted(file.name for file in tmp_path.iterdir()) == ["net.bin", "net.param"]
     with pytest.raises(InputError, match=r"export model\.float\(\), with half=True"):

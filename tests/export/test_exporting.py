@@ -146,7 +146,7 @@ class FixedBatch(nn.Module):
 
 def test_bad_input_is_one_sentence(net: nn.Module, tmp_path: Path) -> None:
     path = tmp_path / "x.onnx"
-    with pytest.raises(InputError, match=r"There is no engine 'tensorflow'; choose one of: onnxruntime"):
+    with pytest.raises(InputError, match=r"There is no engine 'tensorflow'; choose one of: .*onnxruntime"):
         refold.export(net, path, IMAGE, engine="tensorflow")
     with pytest.raises(InputError, match=r"cannot run on .*shape \(?1"):
         refold.export(net, path, torch.randn(1, 4, 48, 48))
