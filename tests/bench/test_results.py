@@ -12,6 +12,7 @@ from rich.console import Console
 
 from refold.bench import Benchmark, Configuration, Latency
 from refold.bench.results import parse_baseline, read_accuracies
+from refold.bench.tables import failures
 from refold.errors import InputError
 
 PLAIN, TRAINING = configuration(), configuration(form="training")
@@ -174,3 +175,10 @@ def test_a_configuration_reads_well() -> None:
         str(Configuration("net", "plain", "pytorch", 2, 1, (3, 8, 8)))
         == "net, plain, pytorch, batch 2, threads 1"
     )
+
+
+def test_a_breakdown_that_failed_is_told_beside_the_latency() -> None:
+    result = Benchmark({"a processor": a_machine()}, [row(PLAIN, [1.0], error="no answer within 120 s")])
+    ((name, reason),) = failures(result)
+    assert name == str(PLAIN)
+    assert reason == "memory or breakdown: no answer within 120 s"

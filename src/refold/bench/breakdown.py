@@ -104,7 +104,7 @@ def kind_of(operator: str, shapes: Sequence[Sequence[int]]) -> str:
     return POINTWISE if set(weight[2:]) == {1} else SPATIAL
 
 
-def profile_torch(model: nn.Module, image: Tensor, calls: int = 10, warm_up: int = 3) -> dict[str, float]:
+def profile_torch(model: nn.Module, image: Tensor, calls: int = 5, warm_up: int = 3) -> dict[str, float]:
     """Milliseconds a call by kind of operator, from PyTorch's profiler; what an operator calls counts as its own."""
     with torch.inference_mode():
         for _ in range(warm_up):

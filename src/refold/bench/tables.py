@@ -103,8 +103,15 @@ def common(benchmark: Benchmark) -> str:
 
 
 def failures(benchmark: Benchmark) -> list[tuple[str, str]]:
-    """Configuration and reason of every row without samples."""
-    return [(str(row.configuration), row.error or "interrupted") for row in benchmark.rows if not row.samples]
+    """Configuration and reason of every row that lacks its samples, or what was asked for besides them."""
+    return [
+        (
+            str(row.configuration),
+            f"memory or breakdown: {row.error}" if row.samples else row.error or "interrupted",
+        )
+        for row in benchmark.rows
+        if row.error is not None or not row.samples
+    ]
 
 
 def describe(name: str, machine: Machine) -> str:
