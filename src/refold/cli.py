@@ -540,6 +540,10 @@ def _train(
     if dry_run:
         console.print(render_recipe(resolved))
         return
+    if resume is not None and (data or settings or output):
+        raise InputError(
+            "--resume goes on with a run as it was started; leave --data, --set and --output out."
+        )
     if resume is None and data is None:
         raise InputError("There is nothing to train on; give --data digits, or --data FOLDER.")
     folder = resume or output or default_output(command)

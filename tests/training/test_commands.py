@@ -59,6 +59,7 @@ def test_mistakes_are_one_clear_sentence(monkeypatch: pytest.MonkeyPatch, tmp_pa
         (["train"], "nothing to train on; give --data"),
         (["train", "--set", "epoch=3"], "did you mean 'epochs'"),
         (["train", "--resume", str(tmp_path)], "holds no run"),
+        (["train", "--resume", str(tmp_path), "--set", "epochs=9"], "as it was started; leave"),
     ):
         with pytest.raises(InputError, match=message):
             CliRunner().invoke(cli.app, arguments, catch_exceptions=False)

@@ -224,6 +224,8 @@ def test_what_cannot_be_used_is_said_before_anything_is_written(
         ({}, {"data": str(tmp_path / "missing")}, "There is no folder"),
         ({}, {"network": "repghostnet_051"}, "repghostnet_050"),
         ({}, {"accumulate": 8}, "fewer than 2 a batch"),
+        ({}, {"precision": "bf17"}, "accelerator 'auto' and precision 'bf17' here: "),
+        ({}, {"accelerator": "tpus"}, "accelerator 'tpus' and precision '32-true' here: "),
     ):
         given = settings("run", recipe)
         with pytest.raises(refold.RefoldError, match=message) as caught:

@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import Trainer
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Callback, Trainer
 from rich.console import Console
 from torch import Tensor, nn
 
@@ -139,7 +140,8 @@ def _run(settings: Settings, console: Console) -> Result:
     images = _ready(open_data(settings.data, settings.seed), recipe, unreadable, console)
     with _threads(settings.threads), _quiet():
         module = _classifier(settings, images)
-        make_optimizer(module.net, recipe)  # an unknown one is said before anything is written
+        make_optimizer(module.net, recipe)  # what is unknown is said before anything is written
+        _trainer(settings, [])
         make_folder(settings.output)
         write_text(settings.output / _RUN, json.dumps(settings.to_dict(), indent=2))
         keeper = _fit(settings, module, unreadable, console)
@@ -180,7 +182,6 @@ def _unfolded(net: nn.Module, settings: Settings, preprocessing: dict[str, Any])
 
 
 def _fit(settings: Settings, module: Classifier, unreadable: Unreadable, console: Console) -> Keeper:
-    recipe = settings.recipe.recipe
     state = settings.output / STATE
 
     def keep(net: nn.Module, row: Row) -> None:
@@ -194,24 +195,35 @@ def _fit(settings: Settings, module: Classifier, unreadable: Unreadable, console
 
     keeper = Keeper(state, settings.output / _HISTORY, keep)
     live = LiveProgress(console, f"Training {settings.network}", keeper)
-    trainer = Trainer(
-        accelerator=settings.accelerator,
-        devices=1,
-        precision=settings.precision,  # type: ignore[arg-type]  # a text of the user's; Lightning checks it
-        max_epochs=recipe.epochs,
-        accumulate_grad_batches=settings.accumulate,
-        gradient_clip_val=recipe.gradient_clip,
-        callbacks=[unreadable, keeper, live],
-        use_distributed_sampler=False,
-        num_sanity_val_steps=0,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
+    trainer = _trainer(settings, [unreadable, keeper, live])
     with _interruptible():
         trainer.fit(module, ckpt_path=str(state) if state.is_file() else None, weights_only=True)
     return keeper
+
+
+def _trainer(settings: Settings, callbacks: list[Callback]) -> Trainer:
+    recipe = settings.recipe.recipe
+    try:
+        return Trainer(
+            accelerator=settings.accelerator,
+            devices=1,
+            precision=settings.precision,  # type: ignore[arg-type]  # a text of the user's; Lightning checks it
+            max_epochs=recipe.epochs,
+            accumulate_grad_batches=settings.accumulate,
+            gradient_clip_val=recipe.gradient_clip,
+            callbacks=callbacks,
+            use_distributed_sampler=False,
+            num_sanity_val_steps=0,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+    except (ValueError, RuntimeError, MisconfigurationException) as error:
+        raise InputError(
+            f"Lightning cannot train with accelerator '{settings.accelerator}' and precision "
+            f"'{settings.precision}' here: {' '.join(str(error).split())}"
+        ) from error
 
 
 def _finish(
