@@ -24,7 +24,6 @@ def quiet() -> Console:
 @pytest.mark.slow
 def test_digits_reach_the_promised_accuracy_in_every_form(tmp_path: Path) -> None:
     result = run(Settings(tmp_path / "run"), quiet())
-    assert result.seconds < 180
     columns = result.columns
     assert list(columns) == [TRAINING_FORM, PLAIN, IN_ENGINE]
     assert columns[TRAINING_FORM].accuracy >= 0.97

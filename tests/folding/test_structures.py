@@ -181,6 +181,12 @@ def test_modules_that_hand_their_input_on() -> None:
     check_fold(model, images(4), convolutions=1)
 
 
+def test_empty_sequences_in_several_blocks() -> None:
+    """Each block, when it is rewritten, loses modules that ran no operator; the others are rewritten all the same."""
+    blocks = [Parallel(nn.Sequential(*conv_bn(4, 4), nn.Sequential()), conv_bn(4, 4, 1)) for _ in range(3)]
+    check_fold(nn.Sequential(*blocks), images(4), convolutions=3)
+
+
 @pytest.mark.parametrize("drop", [DropPath(0.2), StochasticDepth(0.2, "row")], ids=["timm", "torchvision"])
 def test_stochastic_depth(drop: nn.Module) -> None:
     """It does nothing in evaluation mode, on either side of a sum."""

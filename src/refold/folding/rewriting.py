@@ -46,10 +46,12 @@ class _Job:
 
 def write(model: nn.Module, unit: Unit, edits: Edits) -> nn.Module:
     """Apply the edits of one unit to `model` in place; the model, or what stands for it if it became one layer."""
+    # Looked up before a job removes some of them.
+    transparent = {unit.module.get_submodule(path) for path in unit.transparent_paths()}
     for path, made in edits.slots.items():
         _replace(model, unit.module.get_submodule(path), made)
     for job in sorted(_jobs(edits.rewires), key=lambda job: -len(job.scope)):
-        model = _rewrite(model, unit, job, simplify=edits.extent is Extent.EVERYTHING)
+        model = _rewrite(model, unit, job, transparent, simplify=edits.extent is Extent.EVERYTHING)
     return model
 
 
@@ -87,10 +89,12 @@ def _merged(one: _Job, other: _Job) -> _Job:
     return _Job(scope, one.inside | other.inside | below, one.rewires + other.rewires)
 
 
-def _rewrite(model: nn.Module, unit: Unit, job: _Job, *, simplify: bool) -> nn.Module:
+def _rewrite(
+    model: nn.Module, unit: Unit, job: _Job, transparent: set[nn.Module], *, simplify: bool
+) -> nn.Module:
     module = unit.module.get_submodule(job.path)
-    opened = {id(unit.module.get_submodule(path)) for path in job.inside | unit.transparent_paths()}
-    graph, constants = trace(module, unit.calls[job.scope], lambda child, _: id(child) not in opened)
+    opened = transparent | {unit.module.get_submodule(path) for path in job.inside}
+    graph, constants = trace(module, unit.calls[job.scope], lambda child, _: child not in opened)
     for name, tensor in constants.items():
         module.register_buffer(name, tensor)
     found: dict[Any, fx.Node] = {_identity(node.meta["key"], module): node for node in graph.nodes}
