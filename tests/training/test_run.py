@@ -243,3 +243,10 @@ def test_the_best_epoch_is_the_one_that_is_kept(tmp_path: Path) -> None:
     keeper = Keeper(tmp_path / "state", tmp_path / "history.csv", lambda net, row: None)
     keeper.load_state_dict({"rows": [{"epoch": 1}], "best": {"epoch": 1}})
     assert keeper.state_dict() == {"rows": [{"epoch": 1}], "best": {"epoch": 1}}
+
+
+@pytest.mark.slow
+def test_the_digits_are_learnt(tmp_path: Path) -> None:
+    result = train(Settings(tmp_path / "run", "digits", "repghostnet_050", load_recipe("finetune")), quiet())
+    assert result.training_accuracy == result.plain_accuracy >= 0.98
+    assert result.same_answers == result.held_out_images == 359
