@@ -29,7 +29,7 @@ def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tm
     def run(*arguments: object) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["refold", *map(str, arguments)])
         # Rich looks up the stream when it is made, capsys replaces it for every test.
-        monkeypatch.setattr(cli, "console", cli.Console(width=100))
+        monkeypatch.setattr(cli.console, "width", 100)
         with pytest.raises(SystemExit) as left:
             cli.main()
         captured = capsys.readouterr()

@@ -166,7 +166,7 @@ def test_a_real_run_from_the_command_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(cli, "console", cli.Console(width=120))
+    monkeypatch.setattr(cli.console, "width", 120)
     Path("accuracies.csv").write_text("test_resnet,66.8\n")
     arguments = "bench test_resnet --form plain --input-size 32 --rounds 2 --warm-up 1 --breakdown"
     outputs = "-o r.json -o r.md -o r.csv --accuracy accuracies.csv --note tiny"

@@ -175,10 +175,7 @@ def _classifier(settings: Settings, images: LabelledImages) -> Classifier:
 def _unfolded(net: nn.Module, settings: Settings, preprocessing: dict[str, Any]) -> nn.Module:
     if settings.unfold is None:
         return net
-    wide = unfold(net, settings.unfold, example_input=example_input(net, preprocessing["input_size"]))
-    # By the record of the network that was unfolded, loading would build one without branches.
-    vars(wide).pop("architecture", None)
-    return wide
+    return unfold(net, settings.unfold, example_input=example_input(net, preprocessing["input_size"]))
 
 
 def _fit(settings: Settings, module: Classifier, unreadable: Unreadable, console: Console) -> Keeper:

@@ -123,6 +123,8 @@ def unfold(
         {norm: model.get_submodule(norm).eps for norm in seen.norms.values()},  # type: ignore[misc]
     )
     wide.unfold_report = report  # type: ignore[assignment]
+    # By this record, loading would build a network without branches.
+    vars(wide).pop("architecture", None)
     if start == "preserving":
         _require_same(seen.outputs, wide, arguments)
     return wide

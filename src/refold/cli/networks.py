@@ -1,0 +1,155 @@
+"""The commands on networks: `list`, `profile`, `fold` and `verify`."""
+
+# Heavy imports are inside the commands, so that --help and mistyped options answer at once.
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+from refold.cli.shared import (
+    AsJson,
+    Checkpoint,
+    InputSize,
+    NumClasses,
+    Target,
+    console,
+    network_from,
+    parse_size,
+)
+from refold.errors import InputError
+
+if TYPE_CHECKING:
+    from refold.folding import Cost
+
+
+def list_command(
+    pattern: Annotated[str, typer.Argument(help="A shell-style pattern such as 'repghost*'.")] = "",
+    timm: Annotated[bool, typer.Option("--timm", help="Include the models of timm.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """List the names of models, one a line."""
+    from refold.models import list_models
+
+    names = list_models(pattern, include_timm=timm)
+    if not names:
+        hint = "" if timm else " or --timm to include timm's"
+        wider = f"*{pattern.strip('*')}*"
+        raise InputError(f"No model matches '{pattern}'; try a wider pattern such as '{wider}'{hint}.")
+    print(json.dumps(names, indent=2) if as_json else "\n".join(names))
+
+
+def profile(
+    target: Target,
+    checkpoint: Checkpoint = None,
+    input_size: InputSize = None,
+    num_classes: NumClasses = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show what one image costs: the training form beside the plain form."""
+    from refold.checkpoints import example_input
+    from refold.folding import count, fold
+
+    model = network_from(target, checkpoint, num_classes)
+    example = example_input(model, parse_size(input_size, model))
+    if hasattr(model, "fold_report"):
+        costs = {"plain": count(model, example)}
+    else:
+        plain = fold(model, example, prove=False)
+        costs = {"training form": count(model, example), "plain": count(plain, example)}
+    size = list(example.shape[1:])
+    if as_json:
+        described = {form: cost.to_dict() for form, cost in costs.items()}
+        print(json.dumps({"model": target, "input_size": size, **described}, indent=2))
+    else:
+        console.print(_cost_table(f"{target}, one image {' x '.join(map(str, size))}", costs))
+
+
+def fold_command(
+    target: Target,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="The plain checkpoint to write (.safetensors).")
+    ],
+    report: Annotated[Path | None, typer.Option("--report", help="Also write the report as JSON.")] = None,
+    objective: Annotated[
+        Literal["macs", "operators"],
+        typer.Option(
+            help="macs: never more multiply-accumulates; operators: those of depthwise kernels may grow."
+        ),
+    ] = "macs",
+    shortcuts: Annotated[
+        Literal["keep", "fold"],
+        typer.Option(help="fold: take shortcuts into the convolutions around, at more cost."),
+    ] = "keep",
+    checkpoint: Checkpoint = None,
+    input_size: InputSize = None,
+    num_classes: NumClasses = None,
+) -> None:
+    """Fold a network into its plain form, prove it, and write the plain checkpoint."""
+    from refold.checkpoints import example_input, save
+    from refold.files import check_writable, write_text
+    from refold.folding import fold
+
+    for path in (output, report):
+        if path is not None:
+            check_writable(path)
+    model = network_from(target, checkpoint, num_classes)
+    example = example_input(model, parse_size(input_size, model))
+    plain: Any = fold(model, example, objective=objective, shortcuts=shortcuts)
+    console.print(plain.fold_report)
+    save(plain, output)
+    console.print(f"Plain checkpoint: {escape(str(output))}", soft_wrap=True)
+    if report is not None:
+        write_text(report, plain.fold_report.to_json())
+        console.print(f"Report: {escape(str(report))}", soft_wrap=True)
+
+
+def verify(
+    reference: Annotated[Path, typer.Argument(help="A checkpoint of refold.save, in either form.")],
+    candidate: Annotated[Path, typer.Argument(help="The checkpoint to compare with it.")],
+    input_size: InputSize = None,
+    as_json: AsJson = False,
+) -> None:
+    """Prove that two checkpoints compute the same function; exit code 2 where they do not."""
+    from refold.checkpoints import example_input, load
+    from refold.folding import verify as verify_networks
+
+    first, second = load(reference), load(candidate)
+    proof = verify_networks(first, second, example_input(first, parse_size(input_size, first)))
+    if as_json:
+        print(json.dumps(proof.to_dict(), indent=2))
+        return
+    table = Table(title=f"{reference.name} and {candidate.name} compute the same", title_justify="left")
+    table.add_column("")
+    table.add_column("distance", justify="right")
+    table.add_row("both in float64", f"{proof.distance_float64:.1e}")
+    for name, distance in (
+        (reference.name, proof.original_distance),
+        (candidate.name, proof.folded_distance),
+    ):
+        if distance is not None:
+            table.add_row(f"{name} in its own dtype, from float64", f"{distance:.1e}")
+    console.print(table)
+
+
+def _cost_table(title: str, costs: dict[str, Cost]) -> Table:
+    table = Table(title=title)
+    table.add_column("")
+    for form in costs:
+        table.add_column(form, justify="right")
+    table.add_row("parameters", *(f"{cost.parameters:,}" for cost in costs.values()))
+    table.add_row("multiply-accumulates", *(f"{cost.macs:,}" for cost in costs.values()))
+    table.add_row(
+        "multiplications, 3x3 as Winograd", *(f"{cost.winograd_multiplications:,}" for cost in costs.values())
+    )
+    table.add_row("activations", *(f"{cost.activations:,}" for cost in costs.values()))
+    table.add_row("operators", *(f"{cost.operator_count:,}" for cost in costs.values()), end_section=True)
+    kinds = dict.fromkeys(kind for cost in costs.values() for kind in cost.operators)
+    for kind in kinds:
+        table.add_row(kind, *(str(cost.operators.get(kind, 0)) for cost in costs.values()))
+    return table
