@@ -1,4 +1,4 @@
-"""Training-time branches for any model, at nearly the price of one."""
+"""Training-time branches for any model, and the way back to its own architecture."""
 
 from refold.unfolding.original import original_state_dict
 from refold.unfolding.parallel import Form, ParallelBranches

@@ -131,7 +131,7 @@ def unfold(
 
 
 def parallelise(model: nn.Module, form: Form = "auto") -> nn.Module:
-    """A copy of a network of refold's own whose sums of branches train at nearly the price of one.
+    """A copy of a network of refold's own whose sums of branches train in less time and memory than a loop.
 
     Every `BranchSum` becomes `ParallelBranches` with the same branches: names in the state dict, outputs, gradients
     and running statistics stay the same. Raises `InputError` where there is none.
