@@ -31,3 +31,9 @@ class InputError(RefoldError):
 
 class RecipeError(InputError):
     """A training recipe is not understood: an unknown recipe, key or value; the message names the nearest."""
+
+
+def first_line(error: BaseException) -> str:
+    """The first sentence of an error's message, without its full stop, or the error's name where it has none."""
+    line = next(iter(str(error).strip().splitlines()), type(error).__name__)
+    return line.split(". ")[0].rstrip(".")

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from refold.bench.candidates import CandidateFailed
 from refold.bench.worker import PYTORCH
 from refold.checkpoints import example_input
-from refold.errors import InputError, RefoldError
+from refold.errors import InputError, RefoldError, first_line
 from refold.export import FORMATS, export, installed_engines
 from refold.folding import Cost, count, fold
 from refold.models import create_model
@@ -51,7 +51,7 @@ class Subject:
             if form not in self._models:
                 self._models[form] = self._make(form, input_size)
         except (RefoldError, RuntimeError, MemoryError) as error:
-            raise CandidateFailed(f"the form '{form}' cannot be made: {_first_line(error)}") from error
+            raise CandidateFailed(f"the form '{form}' cannot be made: {first_line(error)}") from error
         return self._models[form]
 
     def _make(self, form: str, input_size: Sequence[int] | None) -> nn.Module:
@@ -168,7 +168,7 @@ def _write(model: nn.Module, folder: Path, engine: str, images: Tensor) -> Path:
         export(model, path, images, engine=engine, dynamic_batch=False, fold=False)
         return path
     except Exception as error:  # converters and pickle raise what they like; the rest of the run goes on
-        raise CandidateFailed(f"it cannot be written for {engine}: {_first_line(error)}") from error
+        raise CandidateFailed(f"it cannot be written for {engine}: {first_line(error)}") from error
 
 
 def _title(model: str | nn.Module) -> str:
@@ -176,8 +176,3 @@ def _title(model: str | nn.Module) -> str:
         return model
     architecture: Any = getattr(model, "architecture", None) or {}
     return architecture.get("name") or type(model).__name__
-
-
-def _first_line(error: BaseException) -> str:
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    return (lines[0] if lines else type(error).__name__).strip().rstrip(".")[:300]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from refold.errors import InputError
+from refold.errors import InputError, first_line
 
 if TYPE_CHECKING:
     from refold.export import Session
@@ -121,7 +121,7 @@ def _outputs(model: nn.Module, arguments: tuple[Tensor, ...]) -> list[Tensor]:
             result = model(*(argument.clone() for argument in arguments))
         except Exception as error:
             shapes = ", ".join(str(tuple(argument.shape)) for argument in arguments)
-            reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+            reason = first_line(error)
             raise InputError(
                 f"{type(model).__name__} cannot run on an input of shape {shapes}: {reason}; give an example "
                 "input that it accepts, or dynamic_batch=False if its batch size is fixed."

@@ -53,12 +53,6 @@ def run_converter(command: Sequence[str], title: str, written: Path) -> None:
     raise InputError(f"{title} cannot convert the model: {reason.rstrip('.')}.")
 
 
-def first_line(error: BaseException) -> str:
-    """The first line of an error's message, without its full stop."""
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    return (lines[0] if lines else type(error).__name__).strip().rstrip(".")
-
-
 @contextmanager
 def silent_stdout() -> Iterator[None]:
     """Keep what C code prints off the standard output, where it would spoil what the command prints."""

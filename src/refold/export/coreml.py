@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from refold.errors import InputError
+from refold.errors import InputError, first_line
 from refold.export import CannotRun, Contents
-from refold.export.converting import first_line, muted
+from refold.export.converting import muted
 from refold.export.preparing import with_batch_axis
 
 with muted():

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from refold.errors import InputError
+from refold.errors import InputError, first_line
 from refold.export import Contents
 from refold.export.comparing import tensors_in
-from refold.export.converting import first_line, quiet
+from refold.export.converting import quiet
 from refold.export.preparing import HalfInside, with_batch_axis
 
 if TYPE_CHECKING:

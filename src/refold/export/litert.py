@@ -14,9 +14,9 @@ from ai_edge_litert import schema_py_generated as schema
 from ai_edge_litert.interpreter import Interpreter
 from torch import Tensor, nn
 
-from refold.errors import InputError
+from refold.errors import InputError, first_line
 from refold.export import Contents
-from refold.export.converting import first_line, muted
+from refold.export.converting import muted
 
 if TYPE_CHECKING:
     from refold.export import Session

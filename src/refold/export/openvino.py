@@ -12,9 +12,9 @@ import openvino
 import torch
 from torch import Tensor, nn
 
-from refold.errors import InputError
+from refold.errors import InputError, first_line
 from refold.export import Contents
-from refold.export.converting import as_onnx, first_line
+from refold.export.converting import as_onnx
 
 if TYPE_CHECKING:
     from refold.export import Session

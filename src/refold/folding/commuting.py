@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from refold.algebra import Convolution, identity, is_channelwise, series
-from refold.errors import NotFoldable
+from refold.errors import NotFoldable, first_line
 from refold.folding.drafts import Draft, DraftRewire, edit
 from refold.folding.edits import Candidate
 from refold.folding.layers import NewLayer, layer, new_layer
@@ -17,7 +17,6 @@ from refold.folding.operators import Map, Same, inputs_of
 from refold.folding.planning import Planner
 from refold.folding.proof import distance, require_proved, run
 from refold.folding.report import FoldedRegion
-from refold.folding.tracing import first_line
 
 _CPU, _META = torch.device("cpu"), torch.device("meta")
 _MEANS_AND_MOVES = {

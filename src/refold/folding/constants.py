@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from refold.errors import NotFoldable
+from refold.errors import NotFoldable, first_line
 from refold.folding.precision import in_float64
-from refold.folding.tracing import Unit, first_line
+from refold.folding.tracing import Unit
 
 
 class Constants:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from refold.errors import InputError
+from refold.errors import InputError, first_line
 
 # What runs, in plain English, by the name of the ATen operator, in the order of every printed table.
 _KINDS: dict[str, tuple[str, ...]] = {
@@ -153,7 +153,7 @@ def count(model: nn.Module, example_input: Tensor | tuple[Any, ...]) -> Cost:
             model(*arguments)
         except Exception as error:
             shapes = ", ".join(str(tuple(v.shape)) for v in arguments if isinstance(v, Tensor))
-            reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+            reason = first_line(error)
             raise InputError(
                 f"{type(model).__name__} cannot run on an input of shape {shapes}: {reason}; "
                 "give an example input that its forward pass accepts."

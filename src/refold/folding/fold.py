@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from refold.errors import InputError
+from refold.errors import InputError, first_line
 from refold.folding.attempt import Attempt, Finder
 from refold.folding.cost import count
 from refold.folding.edits import Extent
@@ -30,7 +30,7 @@ from refold.folding.proof import (
 from refold.folding.regions import region_candidates
 from refold.folding.report import FoldReport
 from refold.folding.shortcuts import shortcut_candidates
-from refold.folding.tracing import Arguments, copy_tensors, first_line, plain_mode
+from refold.folding.tracing import Arguments, copy_tensors, plain_mode
 
 Objective = Literal["macs", "operators"]
 Shortcuts = Literal["keep", "fold"]

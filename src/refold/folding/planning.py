@@ -15,7 +15,7 @@ from refold.algebra import (
     Convolution,
     is_channelwise,
 )
-from refold.errors import NotFoldable
+from refold.errors import NotFoldable, first_line
 from refold.folding.composing import Composer
 from refold.folding.constants import Constants
 from refold.folding.operators import (
@@ -29,7 +29,7 @@ from refold.folding.operators import (
     inputs_of,
 )
 from refold.folding.recognition import linear_operator, scalable_module
-from refold.folding.tracing import Scope, Unit, checks, first_line
+from refold.folding.tracing import Scope, Unit, checks
 
 _MOST_SOURCES = 16
 """How many values a purely linear chain may be computed from: the nearest, and its start."""

@@ -13,12 +13,12 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from refold.algebra import Convolution
-from refold.errors import NotEquivalent, NotFoldable
+from refold.errors import NotEquivalent, NotFoldable, first_line
 from refold.folding.constants import Constants, apply
 from refold.folding.layers import rescaled
 from refold.folding.planning import Region
 from refold.folding.precision import Exact, in_float64, to_float64
-from refold.folding.tracing import Arguments, copy_tensors, first_line, plain_mode
+from refold.folding.tracing import Arguments, copy_tensors, plain_mode
 
 LARGEST_DISTANCE = 1e-9
 """In float64, the largest difference relative to the largest output that counts as rounding."""

@@ -206,9 +206,3 @@ def plain_mode() -> Iterator[None]:
 def copy_tensors(values: Any) -> Any:
     """The same structure with every tensor copied, since a forward pass may change its input in place."""
     return tree_map(lambda v: v.detach().clone() if isinstance(v, Tensor) else v, values)
-
-
-def first_line(error: Exception) -> str:
-    """The first sentence of an error message, or the error's name."""
-    line = next(iter(str(error).strip().splitlines()), type(error).__name__)
-    return line.split(". ")[0].rstrip(".")

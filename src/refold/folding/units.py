@@ -9,14 +9,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from refold.errors import NotFoldable
+from refold.errors import NotFoldable, first_line
 from refold.folding.observing import observe
 from refold.folding.tracing import (
     Arguments,
     ScopeTracer,
     Unit,
     copy_tensors,
-    first_line,
     fixed_arguments,
     forward_name,
     has_hooks,

@@ -14,16 +14,10 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from refold.blocks import GhostConv2d, GhostModule
-from refold.errors import InputError
+from refold.errors import InputError, first_line
+from refold.folding.tracing import has_hooks
 from refold.models.conversion import replaced
-from refold.models.observation import (
-    Call,
-    first_line,
-    has_hooks,
-    image_for,
-    observe_convolutions,
-    run_once,
-)
+from refold.models.observation import Call, image_for, observe_convolutions, run_once
 
 _GHOSTS = (GhostModule, GhostConv2d)
 _SHAPE = ("kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")

@@ -14,7 +14,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from refold.errors import InputError
+from refold.errors import InputError, first_line
+from refold.folding.tracing import has_hooks
 
 _NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm, BatchNormAct2d)
 _ACTIVATION_FILES = ("torch.nn.modules.activation", "timm.layers.activations")
@@ -84,16 +85,6 @@ def image_for(model: nn.Module) -> Tensor:
         return torch.empty(1, *size)
     # The first layer knows the channels of the images best, where they are not colours.
     return torch.randn(1, first.in_channels, *size[1:], device=first.weight.device, dtype=first.weight.dtype)
-
-
-def first_line(error: Exception) -> str:
-    """What an error says in short."""
-    return next(iter(str(error).splitlines()), type(error).__name__).rstrip(".")
-
-
-def has_hooks(module: nn.Module) -> bool:
-    """Whether calling the module runs more than its forward."""
-    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
 
 
 class _Watch(TorchFunctionMode):

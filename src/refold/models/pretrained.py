@@ -13,7 +13,7 @@ from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
 from timm.models._hub import download_cached_file
 from torch import Tensor
 
-from refold.errors import CheckpointError
+from refold.errors import CheckpointError, first_line
 from refold.models.loading import read_weights
 
 _GHOST = "https://github.com/huawei-noah/Efficient-AI-Backbones/releases/download"
@@ -84,7 +84,7 @@ def published_weights(
 
 def loading_failure(name: str, error: Exception, source: str = "") -> CheckpointError:
     """Why the published weights of a network could not be loaded, in one sentence; ``source`` says ' from ...'."""
-    reason = next(iter(str(error).splitlines()), type(error).__name__).rstrip(".")
+    reason = first_line(error)
     if _is_network_failure(error):
         problem, remedy = f"There is no network to fetch the pretrained weights of {name}{source}", "connect"
     elif "invalid hash" in reason:

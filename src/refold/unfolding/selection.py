@@ -16,7 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from refold.errors import InputError
+from refold.errors import InputError, first_line
 from refold.unfolding.branch import padding_of
 from refold.unfolding.building import kind_of
 from refold.unfolding.plans import Kind
@@ -141,7 +141,7 @@ def _watched_run(model: nn.Module, arguments: tuple[Any, ...]) -> _Observed:
                 observed.outputs = run(model, arguments)
         except Exception as error:
             shapes = ", ".join(str(tuple(v.shape)) for v in tree_leaves(arguments) if isinstance(v, Tensor))
-            line = next(iter(str(error).splitlines()), type(error).__name__)
+            line = first_line(error)
             raise InputError(
                 f"{type(model).__name__} cannot run on the example input (shape {shapes}): {line}; pass an "
                 "example_input that its forward pass accepts."
