@@ -47,8 +47,8 @@ def _work(rank: int, folder: str) -> None:
 
 
 def test_two_processes_are_one_batch(tmp_path: Path) -> None:
-    # Forked, since importing torch anew takes longer than all else.
-    mp.start_processes(_work, (str(tmp_path),), nprocs=2, start_method="fork")
+    # Not forked: a process in which a backward pass ran before cannot run one in a fork.
+    mp.spawn(_work, (str(tmp_path),), nprocs=2)
     for number, layer in enumerate(_layers()):
         layer.form = "looped"
         whole = _results(layer, torch.cat(_inputs()))
