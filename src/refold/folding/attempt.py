@@ -156,4 +156,4 @@ def _batch_norms(planner: Planner) -> list[fx.Node]:
 def _name(planner: Planner, node: fx.Node) -> str:
     if node.op == "call_module":
         return planner.unit.full_path(str(node.target))
-    return planner.unit.full_path(node.meta["scope"][-1][0] if node.meta["scope"] else "")
+    return planner.unit.full_scope(node.meta["scope"])

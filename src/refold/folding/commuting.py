@@ -106,7 +106,6 @@ def _candidate(planner: Planner, passage: _Passage) -> Candidate:
     edit(passage.norm, planner.operators[passage.norm], None, slots, rewires)
     for index, reader in enumerate(passage.readers):
         edit(reader, planner.operators[reader], index, slots, rewires)
-    scope = passage.norm.meta["scope"]
     layers = (
         "layer that reads it" if len(passage.readers) == 1 else f"{len(passage.readers)} layers that read it"
     )
@@ -116,7 +115,7 @@ def _candidate(planner: Planner, passage: _Passage) -> Candidate:
         make=partial(_make, planner, passage),
         folded=[
             FoldedRegion(
-                planner.unit.full_path(scope[-1][0] if scope else ""),
+                planner.unit.full_scope(passage.norm.meta["scope"]),
                 {"batch norm": 1},
                 f"taken up by the {layers}",
             )

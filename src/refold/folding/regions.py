@@ -62,5 +62,5 @@ def _describe(planner: Planner, region: Region) -> FoldedRegion:
         kind = type(planner.unit.attribute(str(region.source.target))).__name__
     groups = f", {convolution.groups} groups" if convolution.groups > 1 and not region.rescales else ""
     channels = f"{convolution.in_channels} to {convolution.out_channels} channels"
-    path = planner.unit.full_path(region.root.meta["scope"][-1][0] if region.root.meta["scope"] else "")
+    path = planner.unit.full_scope(region.root.meta["scope"])
     return FoldedRegion(path, dict(kinds), f"{kind}, {channels}{groups}")

@@ -61,7 +61,6 @@ class _Side:
 
 def shortcut_candidates(planner: Planner) -> list[Candidate]:
     """Every shortcut that can pass through the convolutions and activations which it leads around."""
-    planner.demanded.update(planner.operators)
     return [
         candidate
         for node, operator in planner.operators.items()
@@ -170,7 +169,7 @@ def _made_candidate(planner: Planner, chain: Chain, side: _Side) -> Candidate | 
     slots: dict[str, int | None] = {str(node.target): i for i, node in enumerate(chain.convolutions)}
     count = len(chain.convolutions)
     channels = ", ".join(str(each.out_channels) for each in structure)
-    path = planner.unit.full_path(scope[-1][0] if scope else "")
+    path = planner.unit.full_scope(scope)
     operators = {"convolution": count, "addition": 1, "activation": len(chain.activations)}
     return Candidate(
         operators=[*chain.nodes, chain.root],

@@ -137,6 +137,10 @@ class Unit:
         """The path in the whole model of a path in this unit."""
         return ".".join(part for part in (self.path, path) if part)
 
+    def full_scope(self, scope: Scope) -> str:
+        """The path in the whole model of the module whose call `scope` is."""
+        return self.full_path(scope[-1][0] if scope else "")
+
 
 def trace(module: nn.Module, arguments: Arguments, is_leaf: LeafRule) -> tuple[fx.Graph, dict[str, Tensor]]:
     """The graph of one module called with `arguments`, and the constant tensors that its code made.
