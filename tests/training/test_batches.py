@@ -14,7 +14,7 @@ from refold.training.batches import (
     collate,
     held_out_loader,
     recipe_transforms,
-    seeded,
+    reseed,
     training_loader,
 )
 from refold.training.data import Images
@@ -64,18 +64,22 @@ def test_chance_comes_from_the_key_and_leaves_the_generators_alone(workers: int)
     assert random.getstate() == states[0]
     assert torch.equal(torch.get_rng_state(), states[1])
     np.random.rand(5), torch.rand(5), random.random()
+    states_after = random.getstate()
     assert first is not None
     assert torch.equal(first, images[0, 3][0])  # type: ignore[arg-type]
     assert not torch.equal(first, images[1, 3][0])  # type: ignore[arg-type]
+    whole = images.__getitems__([(0, 2), (0, 3)])
+    assert torch.equal(first, whole[1][0])  # type: ignore[arg-type]
+    assert random.getstate() == states_after
     loader = training_loader(pictures(), augment, 5, seed=1, workers=workers)
     for batch in loader:
         for image, target in zip(batch.images, batch.targets.tolist(), strict=True):
             assert torch.equal(image, images[0, target][0])  # type: ignore[arg-type]
-    with seeded(1, 2):
-        numbers = torch.rand(2), np.random.rand(), random.random()
-    with seeded(1, 2):
-        assert torch.equal(torch.rand(2), numbers[0])
-        assert (np.random.rand(), random.random()) == numbers[1:]
+    reseed(1, 2)
+    numbers = torch.rand(2), np.random.rand(), random.random()
+    reseed(1, 2)
+    assert torch.equal(torch.rand(2), numbers[0])
+    assert (np.random.rand(), random.random()) == numbers[1:]
 
 
 def test_unreadable_images_travel_as_messages(tmp_path: Path) -> None:
@@ -97,8 +101,8 @@ def test_the_padded_crop_is_that_of_he_et_al() -> None:
     assert torch.equal(measure(white), torch.ones(3, 16, 16))
     shapes = set()
     for seed in range(60):
-        with seeded(seed):
-            rows, columns = (augment(white)[0] == 1).nonzero().T
+        reseed(seed)
+        rows, columns = (augment(white)[0] == 1).nonzero().T
         shapes.add((int(rows.max() - rows.min()) + 1, int(columns.max() - columns.min()) + 1))
     assert {side for shape in shapes for side in shape} <= {12, 13, 14, 15, 16}
     assert len(shapes) > 10

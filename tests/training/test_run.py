@@ -16,6 +16,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 import refold
+from refold.checkpoints import read_card
 from refold.errors import InputError, RecipeError
 from refold.training import run as running
 from refold.training.callbacks import Keeper
@@ -239,7 +240,30 @@ def test_what_cannot_be_used_is_said_before_anything_is_written(
         resume(tmp_path, quiet())
 
 
-def test_the_best_epoch_is_the_one_that_is_kept(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("keep", "epoch", "weights"), [("best", 1, "trained"), ("last", 2, "average")])
+def test_the_best_epoch_is_kept_or_the_last(
+    settings: Callable[..., Settings], monkeypatch: pytest.MonkeyPatch, keep: Any, epoch: int, weights: str
+) -> None:
+    """Accuracies that fall from epoch to epoch, the average's below."""
+
+    def results(module: Classifier) -> dict[str, float]:
+        worse = module.current_epoch / 4
+        return {"held_out_accuracy_trained": 0.9 - worse, "held_out_accuracy_average": 0.8 - worse}
+
+    kept: dict[str, Any] = {}
+    monkeypatch.setattr(Classifier, "epoch_results", results)
+    monkeypatch.setattr(running, "_finish", lambda settings, module, keeper, *_: kept.update(keeper.best))
+    given = settings(recipe={"ema_decay": 0.9}, keep=keep)
+    train(given, quiet())
+    assert (kept["epoch"], kept["weights"]) == (epoch, weights)
+    saved = read_card(given.output / "training.safetensors")
+    assert saved is not None
+    assert saved.provenance["epoch"]["epoch"] == epoch
+    with pytest.raises(InputError, match="no network 'newest' to keep; choose best or last"):
+        train(settings("other", keep="newest"), quiet())
+
+
+def test_the_best_epoch_goes_with_the_state(tmp_path: Path) -> None:
     keeper = Keeper(tmp_path / "state", tmp_path / "history.csv", lambda net, row: None)
     keeper.load_state_dict({"rows": [{"epoch": 1}], "best": {"epoch": 1}})
     assert keeper.state_dict() == {"rows": [{"epoch": 1}], "best": {"epoch": 1}}

@@ -7,7 +7,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -83,6 +83,10 @@ Accumulate = Annotated[int, typer.Option("--accumulate", min=1, help="Batches th
 UnreadableLimit = Annotated[
     int, typer.Option("--unreadable", min=0, help="Images that may be unreadable before it is an error.")
 ]
+Keep = Annotated[
+    Literal["best", "last"],
+    typer.Option("--keep", help="The network to keep: the best on held-out images, or the last."),
+]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the resolved recipe and stop.")]
 
 
@@ -104,6 +108,7 @@ def train_command(
     precision: Precision = "32-true",
     accumulate: Accumulate = 1,
     unreadable: UnreadableLimit = 10,
+    keep: Keep = "best",
     dry_run: DryRun = False,
 ) -> None:
     """Train a network on images, fold it, prove it, save it and export it; --resume goes on after a stop."""
@@ -132,6 +137,7 @@ def distill_command(
     precision: Precision = "32-true",
     accumulate: Accumulate = 1,
     unreadable: UnreadableLimit = 10,
+    keep: Keep = "best",
     dry_run: DryRun = False,
 ) -> None:
     """Train a network to answer as a teacher does, beside the classes; else the same as train."""

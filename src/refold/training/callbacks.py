@@ -35,13 +35,18 @@ class Keeper(Callback):
     """After each epoch: the best network so far, the state to resume from, and a line of the history.
 
     ``save`` writes a network with its row; the best is the one with the highest held-out accuracy, of the
-    trained weights and their average, the later of two equals. Its files appear whole or not at all.
+    trained weights and their average, the later of two equals. With ``last`` the newest epoch counts as the best,
+    and its average where there is one, so that the held-out images choose nothing. Its files appear whole or not
+    at all.
     """
 
-    def __init__(self, state: Path, history: Path, save: Callable[[nn.Module, Row], None]) -> None:
+    def __init__(
+        self, state: Path, history: Path, save: Callable[[nn.Module, Row], None], last: bool = False
+    ) -> None:
         self.state_file = state
         self.history_file = history
         self.save = save
+        self.last = last
         self.rows: list[Row] = []
         self.best: Row | None = None
         self._start = time.perf_counter()
@@ -60,7 +65,8 @@ class Keeper(Callback):
         results = pl_module.epoch_results()
         accuracies = {name: results[f"held_out_accuracy_{name}"] for name in pl_module.accuracies}
         # Of equals the last: the moving average of the weights.
-        weights = max(reversed(list(accuracies)), key=lambda name: accuracies[name])
+        candidates = list(accuracies)[-1:] if self.last else reversed(list(accuracies))
+        weights = max(candidates, key=lambda name: accuracies[name])
         row: Row = {
             "epoch": trainer.current_epoch + 1,
             "learning_rate": trainer.optimizers[0].param_groups[0]["lr"],
@@ -70,7 +76,7 @@ class Keeper(Callback):
             "seconds": time.perf_counter() - self._start,
         }
         self.rows.append(row)
-        if self.best is None or row["held_out_accuracy"] >= self.best["held_out_accuracy"]:
+        if self.last or self.best is None or row["held_out_accuracy"] >= self.best["held_out_accuracy"]:
             self.best = row
             if trainer.is_global_zero:
                 self.save(pl_module.network(weights), row)

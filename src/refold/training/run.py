@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -46,6 +46,7 @@ _RUN, _CARD, _REPORT, _HISTORY, _CURVES, _ONNX = (
     "curves.png",
     "plain.onnx",
 )
+Keep = Literal["best", "last"]
 _LARGEST_MEMORY = 2 * 1024**3
 
 
@@ -56,7 +57,8 @@ class Settings:
     ``data`` is what `refold.training.data.open_data` understands. ``checkpoint`` holds weights to start from,
     ``unfold`` names a plan of `refold.unfold`, ``teacher`` a network or a checkpoint to learn from.
     ``accelerator`` and ``precision`` are those of Lightning's Trainer. ``unreadable``
-    images may be left out before it is an error.
+    images may be left out before it is an error. ``keep`` says which epoch's network is the result: the one that did
+    best on the held-out images, or the last.
     """
 
     output: Path
@@ -74,6 +76,7 @@ class Settings:
     precision: str = "32-true"
     accumulate: int = 1
     unreadable: int = 10
+    keep: Keep = "best"
 
     def to_dict(self) -> dict[str, Any]:
         """The same as plain JSON-able values."""
@@ -135,6 +138,8 @@ def resume(folder: Path, console: Console) -> Result:
 
 
 def _run(settings: Settings, console: Console) -> Result:
+    if settings.keep not in get_args(Keep):
+        raise InputError(f"There is no network '{settings.keep}' to keep; choose best or last.")
     recipe = settings.recipe.recipe
     unreadable = Unreadable(console, settings.unreadable)
     images = _ready(open_data(settings.data, settings.seed), recipe, unreadable, console)
@@ -190,7 +195,7 @@ def _fit(settings: Settings, module: Classifier, unreadable: Unreadable, console
             provenance=_provenance(settings, module.images, row, unreadable),
         )
 
-    keeper = Keeper(state, settings.output / _HISTORY, keep)
+    keeper = Keeper(state, settings.output / _HISTORY, keep, last=settings.keep == "last")
     live = LiveProgress(console, f"Training {settings.network}", keeper)
     trainer = _trainer(settings, [unreadable, keeper, live])
     with _interruptible():
