@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 import refold
-from refold.checkpoints import Card, example_input, read_card
+from refold.checkpoints import Card, example_input, original, read_card
 from refold.errors import CheckpointError, InputError
+from refold.unfolding import Plan
 
 SIZE = [3, 48, 48]
 
@@ -229,3 +230,86 @@ def test_a_description_of_a_newer_version(net: nn.Module, tmp_path: Path) -> Non
 def test_title_of_a_card() -> None:
     assert Card("plain", "Own").title == "Own"
     assert Card("plain", "RepVGG", "repvgg_a0").title == "repvgg_a0"
+
+
+def _trained(model: nn.Module, x: Tensor) -> nn.Module:
+    optimizer = torch.optim.SGD(model.train().parameters(), 0.05)
+    for _ in range(2):
+        optimizer.zero_grad()
+        model(x).square().mean().backward()
+        optimizer.step()
+    return model.eval()
+
+
+MINE = Plan("mine", {"dense": ("column", "row"), "depthwise": ("1x1", "identity")}, repeats=2)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("resnet10t", {"plan": "repvgg", "start": "random", "form": "looped"}),
+        ("mobilenetv2_035", {"plan": MINE, "stages": [1, 2], "branches": {"*.1.*": 3, "*": 2}}),
+    ],
+)
+def test_an_unfolded_network_comes_back_by_itself(name: str, options: dict[str, Any], tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 48, 48, dtype=torch.float64)
+    model = refold.create_model(name, num_classes=3).double()
+    wide = _trained(refold.unfold(model, example_input=x[:1], **options), x)
+    path = _saved(wide, tmp_path / "wide.safetensors")
+    loaded: Any = refold.load(path, form="training")
+    assert same(wide, loaded)
+    assert loaded.unfold_report == wide.unfold_report
+    assert torch.equal(wide(x), loaded(x))
+    # Its fold, and the fold of that file, are the same network; and so is the original.
+    plain = refold.fold(loaded, x[:1], prove=False)
+    again = refold.load(_saved(plain, tmp_path / "plain.safetensors"), form="plain")
+    assert same(plain, again)
+    back = original(loaded)
+    assert type(back) is type(model)
+    assert not hasattr(back, "unfold_report")
+    assert back.state_dict().keys() == model.state_dict().keys()
+    assert torch.allclose(wide(x), back(x), rtol=1e-9, atol=1e-12)
+    returned = refold.load(_saved(back, tmp_path / "back.safetensors"), form="training")
+    assert same(back, returned)
+    assert read_card(tmp_path / "back.safetensors").unfold is None  # type: ignore[union-attr]
+
+
+def test_a_plain_network_that_was_unfolded_again_comes_back(tmp_path: Path) -> None:
+    x = torch.randn(2, *SIZE)
+    first = refold.fold(refold.create_model("resnet10t"), x[:1], prove=False)
+    plain = refold.load(_saved(first, tmp_path / "plain.safetensors"))
+    wide = _trained(refold.unfold(plain, "ghostnetv3", example_input=x[:1], stages=[3]), x)
+    second = refold.fold(wide, x[:1], prove=False)
+    wider = refold.unfold(second, "acb", example_input=x[:1], stages=[2])
+    for number, (model, form) in enumerate([(wide, "training"), (second, "plain"), (wider, "training")]):
+        path = _saved(model, tmp_path / f"{number}.safetensors")
+        loaded = refold.load(path, form=form)  # type: ignore[arg-type]
+        assert same(model, loaded)
+        assert torch.equal(model(x), loaded(x))
+    back = original(wide)
+    assert same(refold.load(_saved(back, tmp_path / "back.safetensors"), form="plain"), back)
+    assert torch.allclose(wide(x), back(x), atol=1e-5)
+
+
+def test_an_unfolded_network_without_a_name_needs_what_builds_it(tmp_path: Path) -> None:
+    x = torch.randn(2, 3, 16, 16)
+    wide = refold.unfold(Own(), "repvgg", example_input=x)
+    path = _saved(wide, tmp_path / "own.safetensors")
+    with pytest.raises(CheckpointError, match=r"class Own.*as it was before refold\.unfold"):
+        refold.load(path)
+    with pytest.raises(CheckpointError, match=r"only you can build its class.*original_state_dict"):
+        original(wide)
+    assert same(wide, refold.load(path, Own))
+    with pytest.raises(CheckpointError, match="has not the layers that were unfolded"):
+        refold.load(path, lambda: nn.Sequential(nn.Conv2d(3, 4, 3)))
+    with pytest.raises(InputError, match="unfolded already"):
+        refold.load(path, lambda: refold.unfold(Own(), "repvgg", example_input=x))
+    with pytest.raises(CheckpointError, match="do not fit Own as they did"):
+        refold.load(path, lambda: _with_first(nn.Conv2d(3, 4, 1, bias=False)))
+
+
+def _with_first(conv: nn.Conv2d) -> nn.Module:
+    model = Own()
+    model.first[0] = conv
+    return model

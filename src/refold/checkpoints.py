@@ -20,12 +20,15 @@ from refold.errors import CheckpointError, InputError
 from refold.files import PathLike, written_aside
 from refold.folding import fold
 from refold.models import create_model, load_checkpoint
+from refold.models.images import example_input
+from refold.unfolding import UnfoldReport, original_state_dict, rebuild
+
+__all__ = ["FORMS", "Card", "Form", "example_input", "load", "original", "read_card", "save"]
 
 Form = Literal["training", "plain"]
 FORMS: tuple[Form, ...] = ("training", "plain")
 
 _METADATA_KEY = "refold"
-_DEFAULT_INPUT_SIZE = (3, 224, 224)
 
 
 @dataclass(frozen=True)
@@ -35,7 +38,8 @@ class Card:
     ``architecture`` is a name for `refold.create_model`, with its ``arguments``, or None for a network that
     was built otherwise; ``model_class`` is its Python class. ``preprocessing`` speaks timm's terms
     (``input_size`` as channels, height, width; ``mean``, ``std``, ``interpolation``). ``fold`` is the report
-    of the fold that made a plain network, ``provenance`` whatever the writer wanted to keep.
+    of the fold that made a plain network, ``unfold`` the record of the branches that `refold.unfold` gave the
+    architecture before that, ``provenance`` whatever the writer wanted to keep.
     """
 
     form: Form
@@ -45,6 +49,7 @@ class Card:
     class_names: list[str] | None = None
     preprocessing: dict[str, Any] | None = None
     fold: dict[str, Any] | None = None
+    unfold: dict[str, Any] | None = None
     provenance: dict[str, Any] = field(default_factory=dict)
     refold_version: str = field(default_factory=lambda: version("refold"))
 
@@ -94,11 +99,12 @@ def load(
 ) -> nn.Module:
     """Build the network that a checkpoint holds, in the form it holds, in eval mode on the CPU.
 
-    A file of `refold.save` needs nothing more, unless the network is of the user's own class: then
-    ``architecture`` is the class, or any callable that builds it. A foreign checkpoint (a ``.pth`` of the
-    official repositories or of timm) needs ``architecture``, a model name. ``arguments`` go to
-    `refold.create_model` or to the callable, over those that the file records. ``form`` states what the
-    caller expects. Nothing is unpickled beyond tensors and plain containers unless ``allow_pickle`` says so.
+    A file of `refold.save` needs nothing more, unless the network is not one of `refold.create_model`: then
+    ``architecture`` is the class, or any callable that builds it as it was before it was unfolded or folded.
+    A foreign checkpoint (a ``.pth`` of the official repositories or of timm) needs ``architecture``, a model
+    name. ``arguments`` go to `refold.create_model` or to the callable, over those that the file records.
+    ``form`` states what the caller expects. Nothing is unpickled beyond tensors and plain containers unless
+    ``allow_pickle`` says so.
     The network carries the file's `Card` as its attribute ``card``.
 
     Raises `CheckpointError` where the file cannot be read, has another form or does not fit the architecture.
@@ -113,12 +119,38 @@ def load(
     if form is not None and card.form != form:
         raise CheckpointError(_wrong_form(path, card, form))
     model = _build(card, architecture, arguments, path)
-    if card.form == "plain":
-        options = (card.fold or {}).get("options", {})
-        model = fold(model, example_input(model, card=card), prove=False, **options)
-    _fill(model, path, card)
     model.card = card  # type: ignore[assignment]  # nn.Module types its attributes as tensors and modules
+    folded = None if card.form == "training" else (card.fold or {}).get("options", {})
+    model = _reshaped(model, card.unfold, folded)
+    _fill(model, path, card)
     return model.eval()
+
+
+def original(model: nn.Module) -> nn.Module:
+    """The network that was unfolded, of its own class, with the weights that training its branches gave.
+
+    ``model`` is what `refold.unfold` returned, or its fold; `refold.create_model` must know the network by name.
+    It computes the same in eval mode, which it is in, and has the same card.
+    Raises `InputError` where the model was not unfolded, or folding merged layers of the original, and
+    `CheckpointError` where the network has no name.
+    """
+    state = original_state_dict(model)
+    report: Any = model.unfold_report
+    architecture: Any = getattr(model, "architecture", None)
+    if architecture is None:
+        raise CheckpointError(
+            f"This {type(model).__name__} is none of refold.create_model, so that only you can build its class; load "
+            "what refold.original_state_dict gives into it."
+        )
+    made = create_model(architecture["name"], **architecture["arguments"])
+    if report.before is not None:
+        made = _reshaped(made, report.before["unfold"], report.before["fold"])
+    _take_dtypes(made, state)
+    made.load_state_dict(state, strict=True)
+    card: Card | None = getattr(model, "card", None)
+    if card is not None:
+        made.card = dataclasses.replace(card, form="training", fold=None, unfold=None)  # type: ignore[assignment]
+    return made.eval()
 
 
 def read_card(path: PathLike) -> Card | None:
@@ -146,32 +178,6 @@ def read_card(path: PathLike) -> Card | None:
         ) from error
 
 
-def example_input(
-    model: nn.Module, input_size: Sequence[int] | None = None, *, card: Card | None = None
-) -> Tensor:
-    """One random image ``(1, channels, height, width)`` in the model's dtype and on its device.
-
-    The size is ``input_size`` (channels, height, width) if given, else that of the checkpoint's
-    preprocessing, of the model's ``pretrained_cfg`` or 224 x 224 with the model's ``in_chans``.
-    """
-    card = card or getattr(model, "card", None)
-    if input_size is None and card is not None and card.preprocessing is not None:
-        input_size = card.preprocessing.get("input_size")
-    if input_size is None:
-        configured = getattr(model, "pretrained_cfg", None) or {}
-        _, height, width = configured.get("input_size", _DEFAULT_INPUT_SIZE)
-        input_size = (getattr(model, "in_chans", None) or _input_channels(model), height, width)
-    reference = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
-    generator = torch.Generator().manual_seed(0)
-    image = torch.randn(1, *input_size, generator=generator)
-    return image.to(device=reference.device, dtype=reference.dtype)
-
-
-def _input_channels(model: nn.Module) -> int:
-    first = next((module for module in model.modules() if isinstance(module, nn.Conv2d)), None)
-    return _DEFAULT_INPUT_SIZE[0] if first is None else first.in_channels
-
-
 def _describe(
     model: nn.Module,
     class_names: Sequence[str] | None,
@@ -186,6 +192,7 @@ def _describe(
         # A network that was rebuilt from a plain file keeps the report, and the proof, of the fold that made
         # it.
         folded = known.fold if known is not None and known.form == "plain" else report.to_dict()
+    unfolded = getattr(model, "unfold_report", None)
     if known is not None:
         class_names = known.class_names if class_names is None else class_names
         preprocessing = known.preprocessing if preprocessing is None else preprocessing
@@ -198,6 +205,7 @@ def _describe(
         class_names=None if class_names is None else list(class_names),
         preprocessing=None if preprocessing is None else dict(preprocessing),
         fold=folded,
+        unfold=unfolded.to_dict() if isinstance(unfolded, UnfoldReport) else None,
         provenance=dict(provenance or {}),
     )
 
@@ -215,9 +223,18 @@ def _build(
     if name is None:
         raise CheckpointError(
             f"'{path}' holds a network of class {card.model_class}, not one of refold.create_model; "
-            "give the class: refold.load(path, architecture=...)."
+            f"give the class{', as it was before refold.unfold' if card.unfold else ''}: "
+            "refold.load(path, architecture=...)."
         )
     return create_model(name, **{**card.arguments, **arguments})
+
+
+def _reshaped(model: nn.Module, unfolded: Any, folded: Any) -> nn.Module:
+    """The model in the form of a record: with branches, after whatever was done to it before, and then folded."""
+    if unfolded is not None:
+        before = unfolded["before"]
+        model = rebuild(_reshaped(model, before["unfold"], before["fold"]) if before else model, unfolded)
+    return model if folded is None else fold(model, example_input(model), prove=False, **folded)
 
 
 def _fill(model: nn.Module, path: PathLike, card: Card) -> None:
@@ -233,7 +250,7 @@ def _fill(model: nn.Module, path: PathLike, card: Card) -> None:
                 f"{tuple(written[key].shape)}, expected {tuple(tensor.shape)}; "
                 "build it with the arguments of the checkpoint, such as num_classes."
             )
-        tensor.data = tensor.data.to(written[key].dtype)
+    _take_dtypes(model, written)
     try:
         load_model(model, path)
     except RuntimeError as error:
@@ -243,6 +260,12 @@ def _fill(model: nn.Module, path: PathLike, card: Card) -> None:
             f"such as '{strangers[0]}'; was it built with other arguments or by another version "
             f"(the file: {card.refold_version})?"
         ) from error
+
+
+def _take_dtypes(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    for key, tensor in model.state_dict(keep_vars=True).items():
+        if key in tensors:
+            tensor.data = tensor.data.to(tensors[key].dtype)
 
 
 def _load_foreign(

@@ -17,7 +17,8 @@ from refold.blocks import GhostConv2d, GhostModule
 from refold.errors import InputError, first_line
 from refold.folding.tracing import has_hooks
 from refold.models.conversion import replaced
-from refold.models.observation import Call, image_for, observe_convolutions, run_once
+from refold.models.images import example_input as image_for
+from refold.models.observation import Call, observe_convolutions, run_once
 
 _GHOSTS = (GhostModule, GhostConv2d)
 _SHAPE = ("kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")

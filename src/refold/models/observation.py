@@ -29,7 +29,6 @@ _FUNCTIONS: dict[str, type[nn.Module]] = {
     "hardswish": nn.Hardswish,
     "mish": nn.Mish,
 }
-_DEFAULT_SIZE = (3, 224, 224)
 
 
 @dataclass
@@ -74,17 +73,6 @@ def run_once(model: nn.Module, x: Tensor) -> None:
     finally:
         for module, training in modes:
             module.training = training
-
-
-def image_for(model: nn.Module) -> Tensor:
-    """One random image of the size in the model's ``pretrained_cfg``, else of 224x224 pixels, in its dtype."""
-    configured = getattr(model, "pretrained_cfg", None) or {}
-    size = list(configured.get("input_size", _DEFAULT_SIZE))
-    first = next((module for module in model.modules() if isinstance(module, nn.Conv2d)), None)
-    if first is None:
-        return torch.empty(1, *size)
-    # The first layer knows the channels of the images best, where they are not colours.
-    return torch.randn(1, first.in_channels, *size[1:], device=first.weight.device, dtype=first.weight.dtype)
 
 
 class _Watch(TorchFunctionMode):

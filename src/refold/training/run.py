@@ -22,7 +22,7 @@ from lightning.pytorch import Callback, Trainer
 from rich.console import Console
 from torch import Tensor, nn
 
-from refold.checkpoints import example_input, load, save
+from refold.checkpoints import example_input, load, original, save
 from refold.errors import InputError, RefoldError
 from refold.export import export
 from refold.files import make_folder, write_text
@@ -35,7 +35,7 @@ from refold.training.distillation import Teacher, open_teacher
 from refold.training.module import Classifier, make_optimizer
 from refold.training.recipe import Recipe, ResolvedRecipe
 from refold.training.starting import build_network, preprocessing_for, teacher_network
-from refold.unfolding import original_state_dict, unfold
+from refold.unfolding import unfold
 
 STATE, TRAINING, PLAIN = "last.ckpt", "training.safetensors", "plain.safetensors"
 _RUN, _CARD, _REPORT, _HISTORY, _CURVES, _ONNX = (
@@ -234,16 +234,8 @@ def _finish(
     """What is folded is the best network as it was saved."""
     folder, images = settings.output, module.images
     names = [TRAINING, PLAIN, _ONNX, _REPORT, _CARD, _HISTORY, _CURVES]
-    base = build_network(settings.network, len(images.class_names), settings.recipe.recipe)
-    if settings.unfold is None:
-        net = trained = load(folder / TRAINING, form="training")
-    else:
-        net = load(
-            folder / TRAINING, lambda: _unfolded(base, settings, module.preprocessing), form="training"
-        )
-        base.load_state_dict(original_state_dict(net))
-        trained = base.eval()
-        trained.card = net.card  # class names and provenance go along
+    net = load(folder / TRAINING, form="training")
+    trained = net if settings.unfold is None else original(net)
     example = example_input(net, module.preprocessing["input_size"])
     with console.status("Folding, and proving the fold"):
         plain: Any = fold(trained, example)

@@ -3,7 +3,9 @@
 from refold.unfolding.original import original_state_dict
 from refold.unfolding.parallel import Form, ParallelBranches
 from refold.unfolding.plans import PLANS, Plan
-from refold.unfolding.unfold import UnfoldedLayer, UnfoldReport, parallelise, unfold
+from refold.unfolding.rebuilding import rebuild
+from refold.unfolding.report import UnfoldedLayer, UnfoldReport
+from refold.unfolding.unfold import parallelise, unfold
 
 __all__ = [
     "PLANS",
@@ -14,5 +16,6 @@ __all__ = [
     "UnfoldedLayer",
     "original_state_dict",
     "parallelise",
+    "rebuild",
     "unfold",
 ]

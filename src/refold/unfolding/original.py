@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from refold.errors import InputError
 from refold.folding import fold
 from refold.unfolding.parallel import ParallelBranches
-from refold.unfolding.unfold import UnfoldReport
+from refold.unfolding.report import UnfoldReport
 
 
 @torch.no_grad()
@@ -30,26 +30,28 @@ def original_state_dict(model: nn.Module) -> dict[str, Tensor]:
     held = _plain_tensors(model)
     state: dict[str, Tensor] = {}
     shifted = {norm: conv for conv, norm in report.norms.items() if f"{norm}.running_mean" not in held}
-    for name, (shape, dtype) in report.tensors.items():
+    for name, shape in report.shapes.items():
         path, _, kind = name.rpartition(".")
         if path in shifted:
             conv = shifted[path]
-            shift = None if f"{conv}.bias" in report.tensors else held.get(f"{conv}.bias")
-            affine = f"{path}.weight" in report.tensors
+            shift = None if f"{conv}.bias" in report.shapes else held.get(f"{conv}.bias")
+            affine = f"{path}.weight" in report.shapes
             tensor = _pure_shift(kind, shape, shift, report.epsilons[path], affine)
+            if tensor.is_floating_point():
+                tensor = tensor.to(held[f"{conv}.weight"])
         elif name in held:
             tensor = held[name]
         elif kind == "bias" and f"{path}.weight" in held:
-            tensor = torch.zeros(shape)
+            tensor = held[f"{path}.weight"].new_zeros(shape)
         else:
             raise InputError(_lost(name))
         if tuple(tensor.shape) != shape:
             raise InputError(_lost(name))
-        state[name] = tensor.detach().to(dtype).clone()
+        state[name] = tensor.detach().clone()
     unplaced = [
         path
         for path in {name.rpartition(".")[0] for name in held if name.endswith(".bias")}
-        if f"{path}.bias" not in report.tensors
+        if f"{path}.bias" not in report.shapes
         and report.norms.get(path) not in shifted
         and bool(held[f"{path}.bias"].any())
     ]
@@ -100,4 +102,4 @@ def _pure_shift(
         "running_mean": nothing if affine else -shift,
         "running_var": nothing + (1 if affine else 1 - epsilon),
     }
-    return values.get(kind, nothing)
+    return values.get(kind, torch.zeros(shape, dtype=torch.int64))

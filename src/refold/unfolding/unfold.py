@@ -3,55 +3,25 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any, Literal, get_args
 
 import torch
-from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
 
 from refold.blocks.branches import BranchSum
-from refold.checkpoints import example_input as default_input
 from refold.errors import InputError, NotEquivalent
-from refold.unfolding.building import build
+from refold.models.images import example_input as default_input
 from refold.unfolding.parallel import Form, ParallelBranches
 from refold.unfolding.plans import Kind, Plan, find_plan
+from refold.unfolding.rebuilding import add_branches, described, require_no_branches
+from refold.unfolding.report import UnfoldedLayer, UnfoldReport
 from refold.unfolding.selection import Candidate, observe, run
 
 Start = Literal["preserving", "random"]
-
-
-@dataclass(frozen=True)
-class UnfoldedLayer:
-    """One layer that got branches: `kernels` of all its convolutions that see the whole input, and the skip."""
-
-    path: str
-    norm: str | None
-    kind: Kind
-    stage: int
-    branches: int
-    skip: bool
-
-
-@dataclass(frozen=True)
-class UnfoldReport:
-    """What `unfold` did, and what the way back needs to know of the original model."""
-
-    plan: str
-    layers: list[UnfoldedLayer]
-    norms: dict[str, str] = field(repr=False)
-    """The batch norm behind each convolution of the original."""
-    tensors: dict[str, tuple[tuple[int, ...], torch.dtype]] = field(repr=False)
-    """The state dict of the original: shape and dtype by name."""
-    epsilons: dict[str, float] = field(repr=False)
-
-    def __str__(self) -> str:
-        kinds = Counter(layer.kind for layer in self.layers)
-        counted = ", ".join(f"{number} {kind}" for kind, number in kinds.items())
-        return f"{self.plan}: {len(self.layers)} layers unfolded ({counted})"
 
 
 def unfold(
@@ -93,8 +63,7 @@ def unfold(
         raise InputError(f"There is no start '{start}'; choose one of {', '.join(get_args(Start))}.")
     if form not in get_args(Form):
         raise InputError(f"There is no form '{form}'; choose one of {', '.join(get_args(Form))}.")
-    if any(isinstance(module, ParallelBranches) for module in model.modules()):
-        raise InputError(f"{type(model).__name__} is unfolded already; fold it before it is unfolded again.")
+    require_no_branches(model)
     given = default_input(model) if example_input is None else example_input
     arguments = given if isinstance(given, tuple) else (given,)
     wide = copy.deepcopy(model)
@@ -104,27 +73,21 @@ def unfold(
         found, chosen, kinds, _patterns(layers), _patterns(exclude), stages, type(model).__name__
     )
     repeats = _repeats(selected, branches, chosen)
-    unfolded = []
-    for candidate in selected:
-        scale = 0.0 if start == "preserving" else 1.0
-        layer = _unfold_layer(wide, candidate, chosen, repeats[candidate.path], scale, form)
-        unfolded += [layer] if layer else []
+    asked = [
+        UnfoldedLayer(c.path, c.norm, c.kind, c.stage, 1, False, tuple(chosen.rules[c.kind]), repeats[c.path])
+        for c in selected
+    ]
+    scale = 0.0 if start == "preserving" else 1.0
+    added = [add_branches(wide, layer, scale, form) for layer in asked]
+    unfolded = [layer for layer in added if layer is not None]
     if not unfolded:
         names = ", ".join(candidate.path for candidate in selected[:5])
         raise InputError(
             f"No branch of the plan '{chosen.name}' fits any of the {len(selected)} layers chosen ({names}); choose "
             "other layers, another plan or more branches."
         )
-    report = UnfoldReport(
-        chosen.name,
-        unfolded,
-        seen.norms,
-        {name: (tuple(t.shape), t.dtype) for name, t in model.state_dict().items()},
-        {norm: model.get_submodule(norm).eps for norm in seen.norms.values()},  # type: ignore[misc]
-    )
-    wide.unfold_report = report  # type: ignore[assignment]
-    # By this record, loading would build a network without branches.
-    vars(wide).pop("architecture", None)
+    report = UnfoldReport(chosen.name, unfolded, seen.norms, form, _history(wide))
+    wide.unfold_report = described(report, model)  # type: ignore[assignment]  # nn.Module types its attributes as tensors and modules
     if start == "preserving":
         _require_same(seen.outputs, wide, arguments)
     return wide
@@ -148,6 +111,17 @@ def parallelise(model: nn.Module, form: Form = "auto") -> nn.Module:
             return made
         fast.set_submodule(path, made)
     return fast
+
+
+def _history(model: nn.Module) -> dict[str, Any] | None:
+    """How a plain model came to be. The model is in training form from here on, and loses its report of the fold."""
+    own = vars(model)
+    folded, unfolded = own.pop("fold_report", None), own.pop("unfold_report", None)
+    if folded is None:
+        return None
+    if "card" in own:
+        own["card"] = dataclasses.replace(own["card"], form="training", fold=None)
+    return {"fold": folded.options, "unfold": None if unfolded is None else unfolded.to_dict()}
 
 
 def _patterns(given: str | Sequence[str]) -> list[str]:
@@ -225,43 +199,6 @@ def _repeats(
         )
         for candidate in selected
     }
-
-
-def _unfold_layer(
-    model: nn.Module, candidate: Candidate, plan: Plan, repeats: int, scale: float, form: Form
-) -> UnfoldedLayer | None:
-    conv = model.get_submodule(candidate.path)
-    old = nn.Identity() if candidate.norm is None else model.get_submodule(candidate.norm)
-    norm, rest = _without_activation(old)
-    assert isinstance(conv, nn.Conv2d)
-    made = build(conv, norm, plan.rules[candidate.kind], repeats, scale=scale, form=form)
-    if made is None:
-        return None
-    model.set_submodule(candidate.path, made)
-    if candidate.norm is not None:
-        model.set_submodule(candidate.norm, rest)
-    return UnfoldedLayer(
-        candidate.path,
-        candidate.norm,
-        candidate.kind,
-        candidate.stage,
-        len(made.branches),
-        made.skip is not None,
-    )
-
-
-def _without_activation(norm: nn.Module) -> tuple[nn.Module, nn.Module]:
-    """A batch norm alone, and what its module does after it."""
-    if not isinstance(norm, BatchNormAct2d):
-        return norm, nn.Identity()
-    plain = nn.BatchNorm2d(
-        norm.num_features, norm.eps, norm.momentum, norm.affine, norm.track_running_stats, device="meta"
-    )
-    plain._parameters.update(norm._parameters)
-    plain._buffers.update(norm._buffers)
-    plain.train(norm.training)
-    after = [part for part in (norm.drop, norm.act) if not isinstance(part, nn.Identity)]
-    return plain, nn.Sequential(*after) if len(after) > 1 else (after or [nn.Identity()])[0]
 
 
 @torch.no_grad()
