@@ -15,7 +15,10 @@ convolution with its batch norm, the floor:
 | depthwise 3x3 (and 1x1, and skip), 60 to 192 channels | 28 | 0.54-0.88 | 0.21-0.27 | yes |
 | depthwise 3x3 (and 1x1, and skip), 384 channels | 14 | 0.85-0.98 | 0.19-0.23 | yes |
 | depthwise 3x3 (and 1x1, and skip), fewer channels or smaller maps | 14, 7 | 0.9-4.4 | 0.14-0.38 | no |
-| depthwise 3x3 with stride 2 | 112 to 14 | 1.1-1.9 | 0.11-0.28 | no |
+| depthwise 3x3 with stride 2, 48 channels | 112 | 0.55-0.64 | 0.13-0.19 | yes |
+| depthwise 3x3 with stride 2, 96, 144 channels | 112, 56 | 0.87-0.93 | 0.13-0.18 | yes |
+| depthwise 3x3 with stride 2, fewer values or smaller maps | 56 to 14 | 1.3-1.9 | 0.21-0.37 | no |
+| depthwise 5x5 with stride 2 | 56 to 14 | 1.3-1.9 | 0.15-0.28 | no |
 | dense 3x3 beside 1x1 and skip | 14 to 56 | 1.1-1.2 | 0.73-0.84 | no |
 
 Where many channels become few, the covariance of the input costs more than the branches do; on small maps the work
@@ -47,6 +50,9 @@ def choose(
     """
     if part == "spatial" or x.device.type != "cpu" or branches + skip < 2:
         return "looped"
+    if part == "neighbourhood" and geometry.stride != (1, 1):
+        # What pays is to write one gradient of the input instead of several, where it is larger than any cache.
+        return "moments" if geometry.kernel_size == (3, 3) and x.numel() > 6_000_000 else "looped"
     if part == "neighbourhood":
         # In units of one branch: constant work for each pixel, for the border, and for each call.
         pays = 1.5 + 38 / min(x.shape[2:]) + 800_000 / x.numel() < branches + skip

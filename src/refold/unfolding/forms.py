@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import reduce
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from refold.unfolding.branch import Geometry, scale_and_shift, step, uses_batch, widened
+from refold.unfolding.recomputing import written_statistics
 from refold.unfolding.statistics import neighbourhood_moments, pointwise_moments
 
 
@@ -25,13 +27,14 @@ def from_moments(
 ) -> Tensor:
     """The sum of branches, of the skip and of the input as one convolution, its kernel from the input's statistics.
 
-    `pointwise` says that all kernels are 1x1; else the layer is depthwise, 3x3 with stride 1. `x` is `[batch,
+    `pointwise` says that all kernels are 1x1; else the layer is depthwise, and 3x3 if its stride is 1. `x` is `[batch,
     in_channels, height, width]`.
     """
-    kernel_size = (1, 1) if pointwise else geometry.kernel_size
-    stride = geometry.stride
-    seen = x[:, :, :: stride[0], :: stride[1]] if pointwise and stride != (1, 1) else x
-    padding = (0, 0) if pointwise else geometry.padding
+    seen = x
+    if pointwise:
+        if geometry.stride != (1, 1):
+            seen = x[:, :, :: geometry.stride[0], :: geometry.stride[1]]
+        geometry = replace(geometry, kernel_size=(1, 1), stride=(1, 1), padding=(0, 0))
     device = x.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
     with torch.autocast(device, enabled=False):
@@ -39,10 +42,10 @@ def from_moments(
         # Half precision holds inputs, outputs and what is kept. In between all is float32: most of the gradients
         # cancels behind batch norms, and what is left of a rounded kernel or a rounded part of a gradient is noise.
         wide = seen if dtype == torch.float64 else seen.float()
-        weight, bias = _summed(wide, seen, branches, skip, adds_input, geometry, kernel_size)
+        weight, bias = _summed(wide, seen, branches, skip, adds_input, geometry)
         if wide is seen:
-            return F.conv2d(seen, weight, bias, padding=padding, groups=geometry.groups)
-        out: Tensor = _Convolution.apply(wide, seen, weight, bias, padding, geometry.groups)
+            return F.conv2d(seen, weight, bias, geometry.stride, geometry.padding, 1, geometry.groups)
+        out: Tensor = _Convolution.apply(wide, seen, weight, bias, geometry)
         return out.to(dtype)
 
 
@@ -51,31 +54,31 @@ class _Convolution(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, kept: Tensor, weight: Tensor, bias: Tensor, padding: tuple[int, int], groups: int
+        ctx: Any, x: Tensor, kept: Tensor, weight: Tensor, bias: Tensor, geometry: Geometry
     ) -> Tensor:
         ctx.save_for_backward(kept, weight)
-        ctx.settings = (padding, groups)
-        return F.conv2d(x, weight, bias, padding=padding, groups=groups)
+        ctx.geometry = geometry
+        return F.conv2d(x, weight, bias, geometry.stride, geometry.padding, 1, geometry.groups)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         kept, weight = ctx.saved_tensors
-        padding, groups = ctx.settings
+        geometry = ctx.geometry
         needs_x, _, needs_weight, needs_bias = ctx.needs_input_grad[:4]
         of_x, of_weight, of_bias = torch.ops.aten.convolution_backward(
             gradients[0],
             kept.to(weight.dtype),
             weight,
             [len(weight)],
-            [1, 1],
-            padding,
+            geometry.stride,
+            geometry.padding,
             [1, 1],
             False,
             [0, 0],
-            groups,
+            geometry.groups,
             [needs_x, needs_weight, needs_bias],
         )
-        return of_x, None, of_weight, of_bias, None, None
+        return of_x, None, of_weight, of_bias, None
 
 
 def stacked(x: Tensor, branches: Sequence[Any]) -> list[Tensor]:
@@ -97,10 +100,9 @@ def _summed(
     skip: nn.BatchNorm2d | None,
     adds_input: bool,
     geometry: Geometry,
-    kernel_size: tuple[int, int],
 ) -> tuple[Tensor, Tensor]:
     """Kernel and bias of the one convolution, in the dtype of `x`; the running averages are updated."""
-    dtype = x.dtype
+    dtype, kernel_size = x.dtype, geometry.kernel_size
     convolutions = [branch.conv for branch in branches]
     norms = [branch.bn for branch in branches] + ([] if skip is None else [skip])
     kernels = [widened(conv.weight, kernel_size).to(dtype) for conv in convolutions]
@@ -112,18 +114,15 @@ def _summed(
         )
     means = variances = None
     if any(uses_batch(norm) for norm in norms):
-        if kernel_size == (1, 1):
-            mean, covariance = pointwise_moments(x, geometry.groups, kept)
+        if geometry.stride != (1, 1):
+            means, variances = _strided_statistics(x, kept, convolutions, stack, geometry)
         else:
-            mean, covariance = neighbourhood_moments(x, kept)
-        means, variances = _statistics(stack, mean, covariance)
-        if skip is not None:
-            own_mean, own_variance = _input_statistics(mean, covariance, geometry)
-            means, variances = torch.cat([means, own_mean]), torch.cat([variances, own_variance])
+            means, variances = _statistics(x, kept, stack, skip is not None, geometry)
     biases = _biases(convolutions, stack, skip is not None)
     if means is not None and biases is not None:
         means = means + biases
-    count = x.shape[0] * x.shape[2] * x.shape[3]
+    height, width = geometry.output_size(x)
+    count = x.shape[0] * height * width
     scale, shift = scale_and_shift(norms, means, variances, stack, count)
     if biases is not None:
         shift = shift + scale * biases
@@ -134,19 +133,38 @@ def _summed(
     return weight, shift.sum(0)
 
 
-def _statistics(kernels: Tensor, mean: Tensor, covariance: Tensor) -> tuple[Tensor, Tensor]:
-    """Batch mean and variance, `[branches, out_channels]`, of what kernels write, from those of what they see."""
+def _statistics(
+    x: Tensor, kept: Tensor, kernels: Tensor, with_input: bool, geometry: Geometry
+) -> tuple[Tensor, Tensor]:
+    """Batch mean and variance, `[branches, out_channels]`, of what kernels write at stride 1, and of their input."""
+    if geometry.kernel_size == (1, 1):
+        mean, covariance = pointwise_moments(x, geometry.groups, kept)
+    else:
+        mean, covariance = neighbourhood_moments(x, kept)
     branches, channels = kernels.shape[:2]
     by_group = kernels.reshape(branches, mean.shape[0], channels // mean.shape[0], -1)
-    variances = ((by_group @ covariance) * by_group).sum(-1)
-    return _means(kernels, mean), variances.reshape(branches, channels)
+    means = (by_group @ mean.unsqueeze(-1)).reshape(branches, channels)
+    variances = ((by_group @ covariance) * by_group).sum(-1).reshape(branches, channels)
+    if with_input:
+        own_mean, own_variance = _input_statistics(mean, covariance, geometry)
+        means, variances = torch.cat([means, own_mean]), torch.cat([variances, own_variance])
+    return means, variances
 
 
-def _means(kernels: Tensor, mean: Tensor) -> Tensor:
-    """Batch mean, `[branches, out_channels]`, of what kernels write, from that of what they see."""
-    branches, channels = kernels.shape[:2]
-    by_group = kernels.reshape(branches, mean.shape[0], channels // mean.shape[0], -1)
-    return (by_group @ mean.unsqueeze(-1)).reshape(branches, channels)
+def _strided_statistics(
+    x: Tensor, kept: Tensor, convolutions: Sequence[nn.Conv2d], kernels: Tensor, geometry: Geometry
+) -> tuple[Tensor, Tensor]:
+    """Batch mean and variance, `[branches, channels]`, of what depthwise kernels write with a stride."""
+    spatial = [i for i, conv in enumerate(convolutions) if conv.kernel_size != (1, 1)]
+    written = written_statistics(x, kept, kernels[spatial], geometry.stride, geometry.padding)
+    means, variances = list(written.means), list(written.variances)
+    for i, conv in enumerate(convolutions):
+        if i not in spatial:
+            # All that a 1x1 kernel does is to scale the pixels in the middle of the windows.
+            factor = conv.weight.flatten().to(x.dtype)
+            means.insert(i, factor * written.pixel_mean)
+            variances.insert(i, factor.square() * written.pixel_variance)
+    return torch.stack(means), torch.stack(variances)
 
 
 def _input_statistics(mean: Tensor, covariance: Tensor, geometry: Geometry) -> tuple[Tensor, Tensor]:

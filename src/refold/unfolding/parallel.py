@@ -125,8 +125,12 @@ class ParallelBranches(nn.Module):
 
     def _fits_neighbourhood(self) -> bool:
         g = self.geometry
-        shape = (g.kernel_size, g.padding, g.stride, g.dilation)
-        return g.depthwise and shape == ((3, 3), (1, 1), (1, 1), (1, 1))
+        if not g.depthwise or g.dilation != (1, 1):
+            return False
+        if g.stride == (1, 1):
+            return g.kernel_size == (3, 3) and g.padding == (1, 1)
+        centred = all(2 * p + 1 == k for p, k in zip(g.padding, g.kernel_size, strict=True))
+        return g.in_channels == g.out_channels and centred
 
     def _spatial_parts(self, x: Tensor) -> list[Tensor]:
         if not self._spatial:
