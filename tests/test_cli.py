@@ -10,12 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 import refold
 from refold import cli
 from refold.checkpoints import read_card
+from refold.unfolding import PLANS
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -98,6 +101,70 @@ def test_fold_verify_and_export(call: Run, checkpoint: Path, tmp_path: Path) -> 
     assert "|Δ|" in call("export", checkpoint, "-o", "branches.onnx", "--no-fold", "--fixed-batch")[1]
 
 
+def test_unfold_and_the_way_back(call: Run, tmp_path: Path) -> None:
+    torch.manual_seed(3)
+    model = refold.create_model("resnet10t", num_classes=4)
+    options = (
+        "--plan",
+        "repvgg",
+        "--layers",
+        "layer*",
+        "--exclude",
+        "layer4*",
+        "--stages",
+        "3",
+        "--stages",
+        "4",
+    )
+    options += ("--branches", "layer2.0.conv1=3", "--branches", "2", "--seed", "3", "--input-size", "64")
+    code, out, err = call("unfold", "resnet10t", "--num-classes", "4", "-o", "wide.safetensors", *options)
+    assert (code, err) == (0, "")
+    assert re.search(r"dense +│ +4 │ +3 to 4 │ +2 │", out), out
+    total = sum(p.numel() for p in model.parameters())
+    assert f"{total:,} │" in out
+    wide: Any = refold.load("wide.safetensors")
+    assert wide.state_dict()["fc.weight"].equal(model.state_dict()["fc.weight"]), (
+        "the seed is that of the weights"
+    )
+    assert {layer.path: layer.branches for layer in wide.unfold_report.layers} == {
+        "layer2.0.conv1": 4,
+        "layer2.0.conv2": 3,
+        "layer3.0.conv1": 3,
+        "layer3.0.conv2": 3,
+    }
+    code, out, _ = call("unfold", "resnet10t", "--plan", "repvgg", "--start", "random", "--json")
+    written = json.loads(out)
+    assert written["parameters"] > written["parameters_before"] > total
+    assert len(written["layers"]) == 11
+    assert call("fold", "wide.safetensors", "--input-size", "64", "-o", "plain.safetensors")[0] == 0
+    code, out, err = call("fold", "wide.safetensors", "--original", "-o", "back.safetensors")
+    assert (code, err) == (0, "")
+    assert "resnet10t computes the same without the branches" in out
+    back = timm.create_model("resnet10t", num_classes=4).eval()
+    back.load_state_dict(load_file("back.safetensors"), strict=True)
+    x = torch.randn(2, 3, 64, 64)
+    for path in ("wide.safetensors", "plain.safetensors", "back.safetensors"):
+        assert torch.allclose(refold.load(path)(x), back(x), rtol=1e-4, atol=1e-5)
+
+
+def test_plans_are_shown_and_read_from_files(call: Run, tmp_path: Path) -> None:
+    code, out, _ = call("unfold", "--list")
+    assert code == 0
+    assert all(name in out for name in PLANS)
+    assert [plan["name"] for plan in json.loads(call("unfold", "--list", "--json")[1])] == list(PLANS)
+    (tmp_path / "mine.yaml").write_text("repeats: 2\nrules:\n  dense: [row, '1x1, same']\n")
+    (tmp_path / "mine.json").write_text(
+        '{"name": "mine", "repeats": 2, "rules": {"dense": ["row", "1x1, same"]}}'
+    )
+    found = [
+        json.loads(call("unfold", "resnet10t", "--plan", f"mine.{suffix}", "--json")[1])
+        for suffix in ("yaml", "json")
+    ]
+    assert found[0] == found[1]
+    assert found[0]["plan"] == "mine"
+    assert found[0]["layers"][0]["shapes"] == ["row", "1x1, same"]
+
+
 def test_a_named_model_is_filled_from_a_foreign_checkpoint(
     call: Run, checkpoint: Path, tmp_path: Path
 ) -> None:
@@ -126,6 +193,7 @@ def test_every_mistake_is_one_line_and_exit_code_2(call: Run, checkpoint: Path, 
     (tmp_path / "foreign.safetensors").write_bytes(b"not a checkpoint at all")
     torch.save(nn.Linear(2, 2).state_dict(), tmp_path / "linear.pth")
     (tmp_path / "one" / "class").mkdir(parents=True)
+    (tmp_path / "bad.json").write_text('{"dense": ["row"]}')
     before = sorted(tmp_path.iterdir())
     for arguments, message in (
         (("profile", "repghostnet_05"), "repghostnet_050"),
@@ -141,6 +209,25 @@ def test_every_mistake_is_one_line_and_exit_code_2(call: Run, checkpoint: Path, 
         (("fold", checkpoint, "--input-size", "big", "-o", "x"), "The input size 'big' is not understood"),
         (("fold", checkpoint, "-o", "missing/x.safetensors"), "the folder 'missing' does not exist"),
         (("fold", checkpoint, "-o", "x.safetensors", "--report", "one"), "'one' is a folder"),
+        (("unfold",), "There is nothing to unfold"),
+        (("unfold", checkpoint, "--plan", "repvg"), "Did you mean 'repvgg'? There are: ghostnetv3, repvgg"),
+        (("unfold", checkpoint, "--plan", "no.yaml"), "The plan 'no.yaml' cannot be read (No such file"),
+        (("unfold", checkpoint, "--plan", "bad.json"), "The plan 'bad.json' has no rules"),
+        (
+            ("unfold", checkpoint, "--layers", "layer1.*"),
+            "matches 'layer1.*'; there are: stem.conv, stages.0",
+        ),
+        (("unfold", checkpoint, "--kinds", "round"), "no kind of layer 'round'; choose from pointwise"),
+        (("unfold", checkpoint, "--stages", "9"), "is in stage 9; there are: 1, 2"),
+        (("unfold", checkpoint, "--branches", "many"), "--branches 'many' is not understood"),
+        (("unfold", checkpoint, "--branches", "0"), "0 branches for '*' are too few"),
+        (("unfold", checkpoint, "--pretrained"), "The weights come from one place"),
+        (("unfold", checkpoint, "-o", "missing/x.safetensors"), "the folder 'missing' does not exist"),
+        (("fold", checkpoint, "--original", "-o", "x.safetensors"), "carries no unfold report"),
+        (
+            ("fold", checkpoint, "--original", "--report", "r.json", "-o", "x"),
+            "--original folds branches only",
+        ),
         (("export", checkpoint, "-o", "one"), "'one' is a folder"),
         (("export", checkpoint, "-o", "x.onnx", "--engine", "abacus"), "There is no engine 'abacus'"),
         (("quickstart", "--data", "missing"), "There is no folder 'missing'"),

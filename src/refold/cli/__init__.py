@@ -12,6 +12,7 @@ from refold.cli.engines import bench, export_command
 from refold.cli.networks import fold_command, list_command, profile, verify
 from refold.cli.runs import distill_command, predict, quickstart, train_command
 from refold.cli.shared import console
+from refold.cli.unfolding import unfold_command
 from refold.errors import RefoldError
 
 __all__ = ["app", "console", "main"]
@@ -46,6 +47,7 @@ _COMMANDS: dict[str, Callable[..., None]] = {
     "quickstart": quickstart,
     "list": list_command,
     "profile": profile,
+    "unfold": unfold_command,
     "fold": fold_command,
     "verify": verify,
     "export": export_command,

@@ -1,4 +1,4 @@
-"""The commands on networks: `list`, `profile`, `fold` and `verify`."""
+"""The commands on networks: `list`, `profile`, `unfold`, `fold` and `verify`."""
 
 # Heavy imports are inside the commands, so that --help and mistyped options answer at once.
 
@@ -25,6 +25,8 @@ from refold.cli.shared import (
 from refold.errors import InputError
 
 if TYPE_CHECKING:
+    from torch import Tensor, nn
+
     from refold.folding import Cost
 
 
@@ -76,6 +78,13 @@ def fold_command(
         Path, typer.Option("--output", "-o", help="The plain checkpoint to write (.safetensors).")
     ],
     report: Annotated[Path | None, typer.Option("--report", help="Also write the report as JSON.")] = None,
+    original: Annotated[
+        bool,
+        typer.Option(
+            "--original",
+            help="Take away what refold unfold added and nothing else: the weights of the original class.",
+        ),
+    ] = False,
     objective: Annotated[
         Literal["macs", "operators"],
         typer.Option(
@@ -98,8 +107,13 @@ def fold_command(
     for path in (output, report):
         if path is not None:
             check_writable(path)
+    if original and (report is not None or (objective, shortcuts) != ("macs", "keep")):
+        raise InputError("--original folds branches only; leave --report, --objective and --shortcuts out.")
     model = network_from(target, checkpoint, num_classes)
     example = example_input(model, parse_size(input_size, model))
+    if original:
+        _save_original(model, example, output)
+        return
     plain: Any = fold(model, example, objective=objective, shortcuts=shortcuts)
     console.print(plain.fold_report)
     save(plain, output)
@@ -107,6 +121,18 @@ def fold_command(
     if report is not None:
         write_text(report, plain.fold_report.to_json())
         console.print(f"Report: {escape(str(report))}", soft_wrap=True)
+
+
+def _save_original(model: nn.Module, example: Tensor, output: Path) -> None:
+    from refold.checkpoints import original, save
+    from refold.folding import verify as verify_networks
+
+    back = original(model)
+    proof = verify_networks(model, back, example)
+    save(back, output)
+    name: Any = back.architecture
+    console.print(f"{name['name']} computes the same without the branches, to {proof.distance_float64:.0e}")
+    console.print(f"Checkpoint with the names of its class: {escape(str(output))}", soft_wrap=True)
 
 
 def verify(

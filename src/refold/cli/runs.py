@@ -188,7 +188,8 @@ def _train(
     except KeyboardInterrupt:
         print(f"refold: stopped; go on with: refold train --resume {folder}", file=sys.stderr)
         raise typer.Exit(130) from None
-    console.print(render_result(result, folder))
+    if result is not None:  # the first process of a run has it
+        console.print(render_result(result, folder))
 
 
 def predict(

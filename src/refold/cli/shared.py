@@ -36,18 +36,22 @@ NumClasses = Annotated[
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
 
-def network_from(target: str, checkpoint: Path | None, num_classes: int | None) -> nn.Module:
-    """Load a checkpoint file, or create a named model and fill it from ``checkpoint``."""
+def network_from(
+    target: str, checkpoint: Path | None, num_classes: int | None, *, pretrained: bool = False
+) -> nn.Module:
+    """Load a checkpoint file, or create a named model and fill it from ``checkpoint`` or its published weights."""
     from refold.checkpoints import load
     from refold.models import create_model, load_checkpoint
 
     arguments: dict[str, Any] = {} if num_classes is None else {"num_classes": num_classes}
     path = Path(target)
+    if pretrained and (checkpoint is not None or path.suffix in CHECKPOINT_SUFFIXES):
+        raise InputError("The weights come from one place; leave --pretrained or the checkpoint out.")
     if path.is_file() or path.suffix in CHECKPOINT_SUFFIXES:
         if checkpoint is not None:
             raise InputError(f"'{target}' is a checkpoint already; leave --checkpoint out or name a model.")
         return load(path, **arguments)
-    model = create_model(target, **arguments)
+    model = create_model(target, pretrained, **arguments)
     if checkpoint is not None:
         load_checkpoint(model, checkpoint)
     return model.eval()

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
-from typing import Literal, get_args
+from pathlib import Path
+from typing import Any, Literal, get_args
 
 from refold.errors import InputError
 
@@ -115,14 +118,54 @@ PLANS = {
 }
 
 
-def find_plan(plan: str | Plan) -> Plan:
-    """The plan of that name. Raises `InputError`, with the nearest name, where there is none."""
+def find_plan(plan: str | Path | Plan) -> Plan:
+    """The plan of that name, or of that YAML or JSON file.
+
+    Raises `InputError`, with the nearest name, where there is none, and where the file is not understood.
+    """
     if isinstance(plan, Plan):
         return plan
     if plan in PLANS:
-        return PLANS[plan]
+        return PLANS[str(plan)]
+    if Path(plan).suffix in (".yaml", ".yml", ".json"):
+        return _read(Path(plan))
     near = get_close_matches(str(plan), PLANS, n=1, cutoff=0.4)
     hint = f" Did you mean '{near[0]}'?" if near else ""
     raise InputError(
-        f"There is no branch plan '{plan}'.{hint} There are: {', '.join(PLANS)}; or pass a Plan."
+        f"There is no branch plan '{plan}'.{hint} There are: {', '.join(PLANS)}; or give a Plan, or a .yaml file."
     )
+
+
+def _read(path: Path) -> Plan:
+    known = [field.name for field in dataclasses.fields(Plan)]
+    try:
+        text = path.read_text(encoding="utf-8")
+        document = json.loads(text) if path.suffix == ".json" else _parsed_yaml(text, path)
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+        raise InputError(f"The plan '{path}' cannot be read ({reason}); correct it.") from error
+    rules = document.get("rules") if isinstance(document, dict) else None
+    if not isinstance(rules, dict) or not all(isinstance(shapes, list) for shapes in rules.values()):
+        raise InputError(
+            f"The plan '{path}' has no rules; write under 'rules' a list of branches for each kind of layer, such as "
+            "depthwise: [1x1, identity]."
+        )
+    if strangers := sorted(map(str, document.keys() - set(known))):
+        raise InputError(f"The plan '{path}' has no key '{strangers[0]}'; there are: {', '.join(known)}.")
+    repeats = document.get("repeats", 1)
+    if not isinstance(repeats, int):
+        raise InputError(f"'repeats' is {repeats!r} in the plan '{path}'; expected a whole number.")
+    return Plan(str(document.get("name", path.stem)), rules, repeats, str(document.get("source", "")))
+
+
+def _parsed_yaml(text: str, path: Path) -> Any:
+    try:
+        import yaml
+    except ModuleNotFoundError as error:
+        raise InputError(
+            f"To read '{path}', pyyaml is needed: pip install 'refold[train]'; or write the plan as JSON."
+        ) from error
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(str(error)) from error

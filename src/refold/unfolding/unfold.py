@@ -7,6 +7,7 @@ import dataclasses
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from fnmatch import fnmatchcase
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
@@ -26,7 +27,7 @@ Start = Literal["preserving", "random"]
 
 def unfold(
     model: nn.Module,
-    plan: str | Plan = "ghostnetv3",
+    plan: str | Path | Plan = "ghostnetv3",
     *,
     kinds: Collection[Kind] | None = None,
     layers: str | Sequence[str] = "*",
@@ -39,11 +40,11 @@ def unfold(
 ) -> nn.Module:
     """A copy of `model` with training-time branches, which `refold.fold` takes back to the original architecture.
 
-    `plan` names one of `refold.unfolding.PLANS`, or is a `Plan`. Layers can be limited to some `kinds` ("pointwise",
-    "depthwise", "dense", "grouped"), to names that match one of the shell patterns `layers` and none of `exclude`, and
-    to `stages`: how often the image was halved before the layer's output. `branches` is the number of kernels of the
-    layer's own size, the layer's own among them: one number, or one for each pattern of names, the first match
-    counting; by default that of the plan.
+    `plan` names one of `refold.unfolding.PLANS` or a YAML or JSON file, or is a `Plan`. Layers can be limited to some
+    `kinds` ("pointwise", "depthwise", "dense", "grouped"), to names that match one of the shell patterns `layers` and
+    none of `exclude`, and to `stages`: how often the image was halved before the layer's output. `branches` is the
+    number of kernels of the layer's own size, the layer's own among them: one number, or one for each pattern of
+    names, the first match counting; by default that of the plan.
 
     The batch norm that alone reads a convolution becomes that of its first branch, as in the papers. With the
     "preserving" `start` all other branches begin with a batch norm scale of zero: the model computes exactly what it
