@@ -188,9 +188,9 @@ def input_size(name: str, model: Any) -> list[int]:
     return [channels, smaller or height, smaller or width]
 
 
-def run(name: str, limit: float) -> dict[str, Any]:
-    """Fold one model in a process of its own; the record says why there is no row where it failed."""
-    command = [sys.executable, __file__, "--one", name]
+def run(name: str, limit: float, script: str = __file__) -> dict[str, Any]:
+    """Run the script for one model in a process of its own; the record says why there is no row where it failed."""
+    command = [sys.executable, script, "--one", name]
     with tempfile.TemporaryFile("w+") as errors:
         try:
             done = subprocess.run(command, stdout=subprocess.PIPE, stderr=errors, text=True, timeout=limit)
@@ -259,12 +259,11 @@ def _introduction(records: Sequence[dict[str, Any]], folded: Sequence[dict[str, 
     )
     clean = [r for r in folded if not r["after"]["operators"].get("batch norm", 0)]
     worst = max((r["proof"]["distance_float64"] for r in folded), default=0.0)
-    versions = ", ".join(f"{name} {version(name)}" for name in _DISTRIBUTIONS)
     return f"""\
 Written by `python benchmarks/fold_models.py --output docs/folding-models.md`: {len(records)} models in training
 form with random weights and batch norm statistics, folded by `refold.fold` on one image of the given size, with the
 proof, on one thread.
-{versions}, Python {platform.python_version()}, {cpu_name()}.
+{versions()}, {cpu_name()}.
 
 {len(folded)} of {len(records)} models were folded and proved. Of {before:,} batch norms that ran before, {after:,} run
 after, and {len(clean)} models have none left; [why the others stay](#what-was-left-and-why). The largest distance of
@@ -278,6 +277,12 @@ any model from its folded form is {worst:.0e}.
 - *float32*: the distance (relative, root mean square) from the float64 result, before → after.
 - *seconds*: folding and proof.
 """
+
+
+def versions() -> str:
+    """What the figures were taken with."""
+    installed = ", ".join(f"{name} {version(name)}" for name in _DISTRIBUTIONS)
+    return f"{installed}, Python {platform.python_version()}"
 
 
 def cpu_name() -> str:
