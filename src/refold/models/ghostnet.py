@@ -48,7 +48,6 @@ GHOST_ROWS = (
     GhostRow("8.2", 4, 5, 960, 160, False, 1),
     GhostRow("8.3", 4, 5, 960, 160, True, 1),
 )
-_STEM_CHANNELS, _FINAL_CHANNELS, _HEAD_CHANNELS = 16, 960, 1280
 
 # The width of each network.
 NETWORKS = {"ghostnet_050": 0.5, "ghostnet_100": 1.0, "ghostnet_130": 1.3, "ghostnet_170": 1.7}
@@ -87,8 +86,9 @@ CONCATENATED_RENAMES = (
 class GhostNet(ImageClassifier):
     """A stem, sixteen ``GhostBottleneck`` in five resolutions and a 1x1 convolution, then ``ExpandedHead``.
 
-    ``width`` scales the channels, rounded to multiples of four. A family member changes ``rows`` and
-    ``module``; those given here go before, and ``conv`` builds the bottlenecks' strided convolutions.
+    ``width`` scales the channels, rounded to multiples of four. A family member changes ``rows``,
+    ``module`` and the channels before and behind the rows; those given here go before, and ``conv`` builds the
+    bottlenecks' strided convolutions.
     ``identity_shortcuts=False`` leaves out the shortcuts that compute nothing. ``bottleneck`` builds something else
     in the place of ``GhostBottleneck``, from its input channels, its row and the width.
     Images ``(batch, in_chans, height, width)`` of any height and width to logits ``(batch, num_classes)``.
@@ -101,6 +101,9 @@ class GhostNet(ImageClassifier):
     first_convs: ClassVar[tuple[str, ...]] = ("stem.conv",)
     rows: ClassVar[Sequence[GhostRow]] = GHOST_ROWS
     module: ClassVar[GhostModuleFactory] = GhostModule
+    stem_channels: ClassVar[int] = 16
+    final_channels: ClassVar[int] = 960
+    head_channels: ClassVar[int] = 1280
 
     def __init__(
         self,
@@ -120,7 +123,7 @@ class GhostNet(ImageClassifier):
         build = bottleneck or partial(
             _bottleneck, module=module or self.module, conv=conv, identity_shortcut=identity_shortcuts
         )
-        stem_channels = channels = scaled(_STEM_CHANNELS, width)
+        stem_channels = channels = scaled(self.stem_channels, width)
         stages, features = [], {}
         for stage, members in groupby(rows or self.rows, key=lambda row: row.stage):
             blocks = []
@@ -129,17 +132,17 @@ class GhostNet(ImageClassifier):
                 channels = scaled(row.out_channels, width)
             stages.append(nn.Sequential(*blocks))
             features[f"stages.{stage}"] = channels
-        final_channels = scaled(_FINAL_CHANNELS, width)
+        final_channels = scaled(self.final_channels, width)
         super().__init__(
             stem=ConvNorm(in_chans, stem_channels, 3, stride=2, activation=True),
             stages=stages,
             final_conv=ConvNorm(channels, final_channels, activation=True),
             head=ExpandedHead(
-                final_channels, _HEAD_CHANNELS, num_classes, pool_type=global_pool, drop_rate=drop_rate
+                final_channels, self.head_channels, num_classes, pool_type=global_pool, drop_rate=drop_rate
             ),
             feature_channels=features,
             num_features=final_channels,
-            head_hidden_size=_HEAD_CHANNELS,
+            head_hidden_size=self.head_channels,
             num_classes=num_classes,
             in_chans=in_chans,
             drop_rate=drop_rate,
