@@ -14,12 +14,11 @@ import torch
 from torch import nn
 
 import refold
+from pages import put_table
 from refold.errors import RefoldError
 from refold.export import FORMATS, installed_engines
 
 NETWORKS = ("ghostnet_100", "repghostnet_100", "repvgg_a0", "mobileone_s0", "ghostnetv3_100", "repnext_u3_t")
-PAGE = Path(__file__).resolve().parents[1] / "docs" / "export.md"
-START, END = "<!-- measured by benchmarks/export_engines.py -->", "<!-- end of what was measured -->"
 
 
 def lively(model: nn.Module) -> nn.Module:
@@ -105,10 +104,8 @@ def main() -> None:
                 print(name, known[name], flush=True)
                 settings.results.write_text(json.dumps(known, indent=2))
     if settings.write:
-        page = PAGE.read_text(encoding="utf-8")
-        before, rest = page.split(START)
-        measured = table(known, [name for name in NETWORKS if any(key.startswith(name) for key in known)])
-        PAGE.write_text(f"{before}{START}\n{measured}\n{END}{rest.split(END)[1]}", encoding="utf-8")
+        measured = [name for name in NETWORKS if any(key.startswith(name) for key in known)]
+        put_table("export.md", "export_engines.py", table(known, measured))
 
 
 if __name__ == "__main__":

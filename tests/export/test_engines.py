@@ -137,6 +137,35 @@ def test_engines_that_take_long_to_convert(engine: str, tmp_path: Path) -> None:
     assert json.loads(module.read_metadata(path)["class_names"]) == list("abcd")
 
 
+@needs("mnn")
+def test_mnn_rounds_its_half_weights(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    layers = [layer for _ in range(24) for layer in (nn.Conv2d(16, 16, 1), nn.ReLU())]
+    for layer in layers[::2]:
+        layer.weight.data.abs_()
+    path = tmp_path / "net.mnn"
+    report = refold.export(
+        nn.Sequential(*layers), path, torch.rand(1, 16, 4, 4), engine="mnn", half=True, fold=False
+    )
+    assert 0 < report.relative_difference < 1e-3, "cut off, 24 layers of positive weights lose 6e-3"
+
+
+@pytest.mark.slow
+@needs("litert")
+def test_litert_takes_the_pixels_and_keeps_the_metadata_of_half_precision(tmp_path: Path) -> None:
+    from refold.export.litert import read_metadata
+
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv2d(3, 64, 1), nn.Upsample((7, 7)), nn.Conv2d(64, 64, 3)).eval()
+    for half in (False, True):
+        path = tmp_path / "net.tflite"
+        report = refold.export(
+            network, path, torch.randn(1, 3, 3, 3), engine="litert", half=half, class_names=list("abcd")
+        )
+        assert report.relative_difference < (5e-3 if half else 1e-5)
+        assert json.loads(read_metadata(path)["class_names"]) == list("abcd")
+
+
 @needs("coreml")
 def test_a_package_that_only_macos_runs_says_that_it_was_not_checked(tmp_path: Path) -> None:
     import sys

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from refold.errors import InputError, first_line
 from refold.export import Contents
 from refold.export.converting import muted
+from refold.export.resizing import resizes_as_choices
 
 if TYPE_CHECKING:
     from refold.export import Session
@@ -55,10 +56,13 @@ def write(
         with muted():
             import litert_torch
 
+            # Its own nearest-neighbour resize has half-pixel centres, PyTorch's has not.
+            model = resizes_as_choices(model, arguments)
             litert_torch.convert(model, arguments).export(str(path))
+            # The quantizer puts the weights behind the flatbuffer, where packing it anew would lose them.
+            _add_metadata(path, metadata)
             if half:
                 _halve_weights(path)
-        _add_metadata(path, metadata)
     except OSError:
         raise
     except Exception as error:
@@ -97,7 +101,9 @@ def read_metadata(path: Path) -> dict[str, str]:
     model = _read(path)
     for entry in model.metadata or []:
         if entry.name.decode() == _ENTRY:
-            return dict(json.loads(bytes(model.buffers[entry.buffer].data)))
+            buffer = model.buffers[entry.buffer]
+            outside = path.read_bytes()[buffer.offset : buffer.offset + buffer.size]
+            return dict(json.loads(outside if buffer.data is None else bytes(buffer.data)))
     return {}
 
 
