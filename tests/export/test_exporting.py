@@ -99,6 +99,13 @@ def test_half_precision(tmp_path: Path) -> None:
     assert [file.name for file in tmp_path.iterdir()] == ["x.onnx"]
 
 
+def test_the_layout_of_the_example_leaves_no_trace(tmp_path: Path) -> None:
+    layers = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    image = torch.randn(1, 3, 8, 8).to(memory_format=torch.channels_last)
+    report = refold.export(layers, tmp_path / "x.onnx", image, dynamic_batch=False)
+    assert set(report.contents.operators) <= {"Conv", "Relu", "GlobalAveragePool", "ReduceMean"}
+
+
 class OtherEngine:
     """An engine whose answers are off."""
 

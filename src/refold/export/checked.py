@@ -46,7 +46,8 @@ def export_checked(
     if class_names is None:
         class_names = getattr(getattr(model, "card", None), "class_names", None)
     normalization = choose_normalization(normalize, preprocessing)
-    arguments = tuple(argument.detach().cpu() for argument in arguments)
+    # In another layout than this one, converters write transpositions into the file, or files that are wrong.
+    arguments = tuple(argument.detach().cpu().contiguous() for argument in arguments)
     form = "plain" if folding or hasattr(model, "fold_report") else "training"
     if folding and not hasattr(model, "fold_report"):
         device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
