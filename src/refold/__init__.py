@@ -18,6 +18,7 @@ from refold.export import export
 
 if TYPE_CHECKING:
     from refold.bench import benchmark
+    from refold.bench.papers import list_papers, paper
     from refold.checkpoints import load, save
     from refold.folding import FoldReport, Proof, fold, verify
     from refold.models import create_model, list_models, load_checkpoint
@@ -38,9 +39,11 @@ __all__ = [
     "export",
     "fold",
     "list_models",
+    "list_papers",
     "load",
     "load_checkpoint",
     "original_state_dict",
+    "paper",
     "save",
     "unfold",
     "verify",
@@ -49,6 +52,7 @@ __all__ = [
 # Loaded when first used: torch and timm take seconds to import, and `refold --help` needs neither.
 _HOME = {
     "benchmark": "refold.bench.runner",
+    **dict.fromkeys(("list_papers", "paper"), "refold.bench.papers"),
     **dict.fromkeys(("load", "save"), "refold.checkpoints"),
     **dict.fromkeys(("FoldReport", "Proof", "fold", "verify"), "refold.folding"),
     **dict.fromkeys(("create_model", "list_models", "load_checkpoint"), "refold.models"),

@@ -53,7 +53,7 @@ def run(models: Mapping[str, nn.Module], settings: Settings, console: Console) -
     result = Benchmark()
     if models:
         try:
-            with _progress(console) as on_progress:
+            with progress(console) as on_progress:
                 result = benchmark(
                     models,
                     baseline=settings.baseline,
@@ -81,7 +81,8 @@ def run(models: Mapping[str, nn.Module], settings: Settings, console: Console) -
 
 
 @contextmanager
-def _progress(console: Console) -> Any:
+def progress(console: Console) -> Any:
+    """A progress bar that goes when the block ends; gives the function to report to."""
     columns = (BarColumn(), TaskProgressColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
     with Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task("starting", total=1.0)

@@ -45,7 +45,7 @@ _KIND_COLOURS = dict(
 _HALO = {"facecolor": "white", "edgecolor": "none", "alpha": 0.7, "pad": 0.6}
 # As wide as a phone's page, so that the text keeps its size there; a desktop shows several beside each other.
 _WIDTH = 4.8
-_STYLE: dict[str, Any] = {
+STYLE: dict[str, Any] = {
     "font.family": "sans-serif",
     "font.sans-serif": ["Helvetica", "Arial", "Liberation Sans", "DejaVu Sans"],
     "font.size": 9,
@@ -83,7 +83,7 @@ class Plot:
         """The drawing as an SVG element to put into a page; its text stays text."""
         buffer = io.BytesIO()
         # Names inside a page must differ from plot to plot, and be the same from run to run.
-        with matplotlib.rc_context({**_STYLE, "svg.hashsalt": self.name}):
+        with matplotlib.rc_context({**STYLE, "svg.hashsalt": self.name}):
             self.figure.savefig(buffer, format="svg", metadata={"Date": None})
         text = buffer.getvalue().decode("utf-8")
         # Groups carry names that nothing refers to and that every drawing uses again.
@@ -92,7 +92,7 @@ class Plot:
     def save(self, path: PathLike) -> None:
         """Write the drawing as .svg or .png."""
         kind = Path(path).suffix.lower().removeprefix(".")
-        salt = {**_STYLE, "svg.hashsalt": self.name}
+        salt = {**STYLE, "svg.hashsalt": self.name}
         with matplotlib.rc_context(salt), written_aside(path) as aside:
             self.figure.savefig(aside, format=kind, dpi=200)
 
@@ -102,7 +102,7 @@ def plots(benchmark: Benchmark) -> list[Plot]:
     rows = benchmark.measured
     found: list[Plot] = []
     scenes = list(dict.fromkeys(_scene(row) for row in rows))
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         for section, draw in _SECTIONS.items():
             for scene in scenes:
                 here = [row for row in rows if _scene(row) == scene]
@@ -148,7 +148,7 @@ def _accuracy(benchmark: Benchmark, rows: Sequence[Measurement]) -> Drawn:
     known = [(row, accuracy) for row in rows if (accuracy := benchmark.accuracy(row)) is not None]
     if not known:
         return None
-    figure, axes = _figure(3.8)
+    figure, axes = new_figure(3.8)
     points = [(row.latency.median, accuracy) for row, accuracy in known]
     front = pareto_front(points)
     axes.step(*zip(*front, strict=True), where="post", color="#444444", linewidth=1, linestyle="--", zorder=1)
@@ -169,7 +169,7 @@ def _accuracy(benchmark: Benchmark, rows: Sequence[Measurement]) -> Drawn:
     axes.set_xlim(left=0)
     axes.grid(alpha=0.25)
     _legend_above(axes, len(_forms(rows)))
-    _label_points(axes, fastest, points)
+    label_points(axes, fastest, points)
     on_front = [row.configuration.model for row, value in known if (row.latency.median, value) in front]
     return figure, f"on the Pareto front are {', '.join(dict.fromkeys(on_front))}"
 
@@ -177,7 +177,7 @@ def _accuracy(benchmark: Benchmark, rows: Sequence[Measurement]) -> Drawn:
 def _latency(benchmark: Benchmark, rows: Sequence[Measurement]) -> Drawn:
     models = list(dict.fromkeys(row.configuration.model for row in rows))
     forms = _forms(rows)
-    figure, axes = _figure(0.9 + len(models) * (0.16 + 0.2 * len(forms)))
+    figure, axes = new_figure(0.9 + len(models) * (0.16 + 0.2 * len(forms)))
     height = 0.82 / len(forms)
     for place, form in enumerate(forms):
         mine = {row.configuration.model: row for row in rows if row.configuration.form == form}
@@ -217,7 +217,7 @@ def _breakdown(benchmark: Benchmark, rows: Sequence[Measurement]) -> Drawn:
     known = [(row, row.breakdown) for row in rows if row.breakdown]
     if not known:
         return None
-    figure, axes = _figure(1.7 + 0.27 * len(known))
+    figure, axes = new_figure(1.7 + 0.27 * len(known))
     left = [0.0] * len(known)
     totals = [sum(times.values()) for _, times in known]
     for kind in KINDS:
@@ -247,7 +247,7 @@ def _roofline(benchmark: Benchmark, rows: Sequence[Measurement]) -> Drawn:
     roof = benchmark.machines[first.machine].roofs.get(first.configuration.threads)
     if roof is None:
         return None
-    figure, axes = _figure(4.0)
+    figure, axes = new_figure(4.0)
     intensities = [work.flops / work.bytes for _, work in known]
     low, high = min(*intensities, 0.5) / 2, max(*intensities, roof.flops / roof.memory_bandwidth) * 3
     cache_size, cache = max(roof.bandwidth, key=lambda pair: pair[1])
@@ -313,7 +313,7 @@ def _throughput_plots(benchmark: Benchmark) -> list[Plot]:
         sizes = sorted({row.configuration.batch_size for row in rows})
         if len(sizes) < 2:
             continue
-        figure, axes = _figure(3.8)
+        figure, axes = new_figure(3.8)
         models = list(dict.fromkeys(row.configuration.model for row in rows))
         for model in models:
             for form in _forms(rows):
@@ -351,7 +351,8 @@ _SECTIONS: dict[str, Callable[[Benchmark, Sequence[Measurement]], Drawn]] = {
 }
 
 
-def _figure(height: float) -> tuple[Figure, Axes]:
+def new_figure(height: float) -> tuple[Figure, Axes]:
+    """An empty drawing of the usual width, `height` in inches."""
     figure = Figure(figsize=(_WIDTH, height), layout="constrained")
     return figure, figure.subplots()
 
@@ -367,7 +368,7 @@ def _legend_above(axes: Axes, columns: int) -> None:
     )
 
 
-def _label_points(
+def label_points(
     axes: Axes, labels: dict[str, tuple[float, float]], points: Sequence[tuple[float, float]]
 ) -> None:
     """Write each label beside its point, where it covers neither a point nor another label if there is room."""

@@ -24,6 +24,8 @@ from refold.models import create_model
 TRAINING, PLAIN, SHORTCUT_FOLDED = "training", "plain", "shortcut-folded"
 FORMS = (TRAINING, PLAIN, SHORTCUT_FOLDED)
 DEFAULT_FORMS = (TRAINING, PLAIN)
+# Of all models, or of each by its name.
+Forms = Sequence[str] | Mapping[str, Sequence[str]] | None
 
 
 @dataclass
@@ -75,15 +77,16 @@ class Subject:
 
 def subjects_of(
     models: str | nn.Module | Iterable[str | nn.Module] | Mapping[str, str | nn.Module],
-    forms: Sequence[str] | None,
+    forms: Forms,
 ) -> list[Subject]:
     """The models of a benchmark by name.
 
     A model's name is built in `forms`, by default training and plain; a module is taken in these forms or, by
-    default, as it is. One that was folded already has no training form.
+    default, as it is. `forms` may also map names to their own. A model that was folded already has no training form.
     Raises `InputError` for an unknown form, and for two models of the same name and form.
     """
-    unknown = next((form for form in forms or () if form not in FORMS), None)
+    listed = [form for own in forms.values() for form in own] if isinstance(forms, Mapping) else forms or ()
+    unknown = next((form for form in listed if form not in FORMS), None)
     if unknown is not None:
         raise InputError(f"There is no form '{unknown}'; choose among: {', '.join(FORMS)}.")
     if isinstance(models, str | nn.Module):
@@ -98,7 +101,8 @@ def subjects_of(
         own: Sequence[str] = DEFAULT_FORMS
         if not isinstance(model, str):
             own = (PLAIN,) if hasattr(model, "fold_report") else (TRAINING,)
-        wanted = [form for form in forms or own if not (own == (PLAIN,) and form == TRAINING)]
+        asked = (forms.get(name) if isinstance(forms, Mapping) else forms) or own
+        wanted = [form for form in asked if not (own == (PLAIN,) and form == TRAINING)]
         subjects.append(Subject(name, model, tuple(dict.fromkeys(wanted or own))))
     measured = [(subject.name, form) for subject in subjects for form in subject.forms]
     twice = next((pair for pair in measured if measured.count(pair) > 1), None)

@@ -10,6 +10,7 @@ import typer
 
 from refold.cli.engines import bench, export_command
 from refold.cli.networks import fold_command, list_command, profile, verify
+from refold.cli.papers import paper_command
 from refold.cli.runs import distill_command, predict, quickstart, train_command
 from refold.cli.shared import console
 from refold.cli.unfolding import unfold_command
@@ -52,6 +53,7 @@ _COMMANDS: dict[str, Callable[..., None]] = {
     "verify": verify,
     "export": export_command,
     "bench": bench,
+    "paper": paper_command,
     "train": train_command,
     "distill": distill_command,
     "predict": predict,

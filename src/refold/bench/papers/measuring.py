@@ -1,0 +1,226 @@
+"""Measuring our side of a table: sizes by counting, times by `refold.benchmark`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from torch import Tensor, nn
+
+from refold.bench.papers.networks import build
+from refold.bench.papers.published import TIMES, Exhibit, Row, find_exhibit
+from refold.bench.results import Benchmark, Measurement
+from refold.bench.runner import Progress, benchmark
+from refold.bench.subjects import PLAIN, SHORTCUT_FOLDED, TRAINING
+from refold.checkpoints import example_input
+from refold.errors import InputError
+from refold.files import PathLike
+from refold.folding import Cost, count, fold
+from refold.models import list_models
+
+_FOLDED_PIXELS = 64
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How a time is measured here: the engine, its threads, and the images of a call."""
+
+    engine: str
+    threads: int
+    batch_size: int
+
+
+@dataclass(frozen=True)
+class PaperTable:
+    """A published table or figure with our side of it.
+
+    `sizes` has the cost of one image by form for each row that is a network, under its `model`. `benchmark` holds the
+    measured times (empty without), `settings` how they were measured. `accuracies` are those of networks trained here,
+    by network.
+    """
+
+    exhibit: Exhibit
+    sizes: Mapping[str, Mapping[str, Cost]]
+    benchmark: Benchmark = field(default_factory=Benchmark)
+    settings: tuple[Setting, ...] = ()
+    accuracies: Mapping[str, float] = field(default_factory=dict)
+
+    def measurement(self, row: Row, setting: Setting) -> Measurement | None:
+        """What was measured of a row, on the machine that was added last; None where nothing was."""
+        found = [
+            measured
+            for measured in self.benchmark.measured
+            if (key := measured.configuration).model == row.subject
+            and (key.form, key.engine, key.threads) == (row.timed, setting.engine, setting.threads)
+            and key.batch_size == setting.batch_size
+            and row.pixels in (None, key.input_size[-1])
+        ]
+        machines = list(self.benchmark.machines)
+        return max(found, key=lambda measured: machines.index(measured.machine), default=None)
+
+    def samples(self, row: Row, setting: Setting) -> tuple[float, ...]:
+        """Milliseconds a call, of a row with `minus` less that row's; empty where it was not measured."""
+        own = self.measurement(row, setting)
+        if own is None or row.minus is None:
+            return own.samples if own else ()
+        other = self.measurement(self.exhibit.row(row.minus), setting)
+        if other is None:
+            return ()
+        if other.run == own.run and len(other.samples) == len(own.samples):
+            return tuple(mine - its for mine, its in zip(own.samples, other.samples, strict=True))
+        return (median(own.samples) - median(other.samples),)
+
+    def ratio(self, row: Row, setting: Setting) -> float | None:
+        """The time of a row relative to that of the row it is compared with; None without one."""
+        if row.against is None:
+            return None
+        reference = self.exhibit.row(row.against)
+        own, its = self.measurement(row, setting), self.measurement(reference, setting)
+        if own is None or its is None:
+            return None
+        if row.minus is None and own.run == its.run and len(own.samples) == len(its.samples):
+            return own.latency.ratio_to(its.latency)
+        mine, other = self.samples(row, setting), self.samples(reference, setting)
+        return median(mine) / median(other) if mine and other and median(other) > 0 else None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The same as plain JSON-able values."""
+        from refold.bench.papers.tables import to_dict
+
+        return to_dict(self)
+
+    def save(self, path: PathLike) -> None:
+        """Write the table; the suffix says how: .json, .csv or .md. Raises `InputError` for another."""
+        from refold.bench.papers.tables import save
+
+        save(self, path)
+
+    def __rich__(self) -> Any:
+        from refold.bench.papers.tables import to_rich
+
+        return to_rich(self)
+
+
+def paper(
+    name: str,
+    *,
+    latency: bool = True,
+    engine: str | Sequence[str] = "onnxruntime",
+    threads: Sequence[int] = (1,),
+    largest_batch: int | None = None,
+    rounds: int = 30,
+    warm_up: int = 5,
+    only: Sequence[str] = (),
+    results: PathLike | None = None,
+    accuracies: Mapping[str, float] | None = None,
+    machine: str | None = None,
+    note: str = "",
+    time_limit: float = 120.0,
+    on_progress: Progress | None = None,
+) -> PaperTable:
+    """Measure our side of a published table or figure, such as "repghost/table-4" (`list_papers` names them).
+
+    Sizes are counted for the training form and the plain form. Times are measured as `benchmark` does, in the form
+    that the paper timed and with its batch sizes, of which `largest_batch` is the largest; `latency=False` leaves them
+    out. `only` are patterns of rows or networks to measure, by default all. `results` is a .json file of `benchmark`
+    that is written as the run goes; what it holds already is not measured again. `accuracies` by network, in percent,
+    of what was trained here stand beside the quoted ones. The other arguments are those of `benchmark`.
+
+    Raises `InputError` for an unknown name or pattern, with the nearest, and `BenchmarkInterrupted` on Ctrl-C.
+    """
+    exhibit = find_exhibit(name)
+    if only:
+        exhibit = exhibit.only(tuple(only))
+    if largest_batch is not None and largest_batch < 1:
+        raise InputError(f"largest_batch is {largest_batch}; give at least 1.")
+    report = on_progress or (lambda text, share: None)
+    timed = latency and bool(exhibit.columns_of(*TIMES))
+    sizes = _sizes(exhibit, lambda text, share: report(text, share * (0.1 if timed else 1.0)))
+    if not timed:
+        return PaperTable(exhibit, sizes, accuracies=accuracies or {})
+    printed = {column.batch_size for _, column in exhibit.columns_of(*TIMES)}
+    batch_sizes = sorted({min(size, largest_batch or size) for size in printed})
+    measured = Benchmark()
+    for pixels, rows in _by_pixels(exhibit).items():
+        part = benchmark(
+            {row.subject: build(row) for row in {row.subject: row for row in rows}.values()},
+            forms=_forms(rows),
+            engine=engine,
+            batch_sizes=batch_sizes,
+            threads=threads,
+            input_size=None if pixels is None else (3, pixels, pixels),
+            rounds=rounds,
+            warm_up=warm_up,
+            breakdown=exhibit.breakdown,
+            output=results,
+            resume=results is not None and Path(results).exists(),
+            machine=machine,
+            note=note,
+            time_limit=time_limit,
+            on_progress=lambda text, share: report(text, 0.1 + 0.9 * share),
+        )
+        measured = measured.merged(part)
+    engines = list(dict.fromkeys(row.configuration.engine for row in measured.rows))
+    wanted = [engine] if isinstance(engine, str) else list(engine)
+    if wanted != ["all"]:
+        engines = [name for name in wanted if name in engines]
+    settings = tuple(Setting(e, t, b) for b in batch_sizes for t in threads for e in engines)
+    return PaperTable(exhibit, sizes, measured, settings, accuracies or {})
+
+
+def _sizes(exhibit: Exhibit, report: Progress) -> dict[str, dict[str, Cost]]:
+    rows = [row for row in exhibit.rows if row.has_size]
+    own = set(list_models())
+    known: dict[tuple[str, int | None, str], Cost] = {}
+    sizes: dict[str, dict[str, Cost]] = {}
+    for done, row in enumerate(rows):
+        report(f"counting {row.subject}", done / len(rows))
+        forms = (TRAINING, PLAIN, row.form) if row.network in own and not row.linear else (row.form,)
+        sizes[row.model] = {}
+        for form in dict.fromkeys(forms):
+            key = (row.subject, row.pixels, form)
+            if key not in known:
+                known[key] = _size(row, form)
+            sizes[row.model][form] = known[key]
+    return sizes
+
+
+def _size(row: Row, form: str) -> Cost:
+    size = None if row.pixels is None else (3, row.pixels, row.pixels)
+    if form == TRAINING:
+        network = build(row, device="meta")
+        return count(network, example_input(network, size))
+    network = build(row)
+    image = example_input(network, size)
+    if not row.linear:
+        # Folding needs an image, but a small one does where the network takes any.
+        small = row.network in list_models() and min(image.shape[2:]) > _FOLDED_PIXELS
+        network = folded(network, image[..., :_FOLDED_PIXELS, :_FOLDED_PIXELS] if small else image, form)
+    return count(network.to("meta"), image.to("meta"))
+
+
+def folded(network: nn.Module, image: Tensor, form: str) -> nn.Module:
+    """The plain or the shortcut-folded form, for its size: without the proof."""
+    if form == SHORTCUT_FOLDED:
+        # The paper's form has one kernel in each unit, which for RepUnit1 takes more multiplications.
+        return fold(network, image, prove=False, shortcuts="fold", objective="operators")
+    return fold(network, image, prove=False)
+
+
+def _by_pixels(exhibit: Exhibit) -> dict[int | None, list[Row]]:
+    groups: dict[int | None, list[Row]] = {}
+    for row in exhibit.rows:
+        if row.network is not None:
+            groups.setdefault(row.pixels, []).append(row)
+    return groups
+
+
+def _forms(rows: Sequence[Row]) -> dict[str, list[str]]:
+    forms: dict[str, list[str]] = {}
+    for row in rows:
+        if row.timed not in forms.setdefault(row.subject, []):
+            forms[row.subject].append(row.timed)
+    return forms

@@ -1,0 +1,252 @@
+"""What the papers print, read from published.toml: papers, their tables and figures, rows and values."""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from refold.errors import InputError
+
+_PUBLISHED = Path(__file__).with_name("published.toml")
+
+Quantity = Literal[
+    "parameters",
+    "macs",
+    "activations",
+    "winograd_multiplications",
+    "latency",
+    "throughput",
+    "top-1",
+    "top-5",
+]
+# The forms that `refold.benchmark` knows; its module takes seconds to import.
+Form = Literal["training", "plain", "shortcut-folded"]
+SIZES: tuple[Quantity, ...] = ("parameters", "macs", "activations", "winograd_multiplications")
+TIMES: tuple[Quantity, ...] = ("latency", "throughput")
+ACCURACIES: tuple[Quantity, ...] = ("top-1", "top-5")
+_UNITS = {"M": 10**6, "10M": 10**7, "B": 10**9}
+_UNITS_OF: dict[Quantity, tuple[str, ...]] = {
+    **dict.fromkeys(SIZES, tuple(_UNITS)),
+    "latency": ("ms",),
+    "throughput": ("images/s",),
+    **dict.fromkeys(ACCURACIES, ("%",)),
+}
+
+
+@dataclass(frozen=True)
+class Paper:
+    """A source of published values: `key` in names such as repghost/table-4, `name` in running text."""
+
+    key: str
+    name: str
+    title: str
+    authors: str
+
+
+@dataclass(frozen=True)
+class Column:
+    """What one value of each row is: a quantity in a unit, for a time also the device and the batch size."""
+
+    quantity: Quantity
+    unit: str
+    on: str = ""
+    batch_size: int = 1
+
+    def __post_init__(self) -> None:
+        if self.quantity not in get_args(Quantity):
+            raise ValueError(f"there is no quantity '{self.quantity}'")
+        if self.unit not in _UNITS_OF[self.quantity]:
+            raise ValueError(f"'{self.unit}' is no unit of {self.quantity}")
+        if bool(self.on) != (self.quantity in TIMES):
+            raise ValueError(f"{self.quantity}: a time, and nothing else, names the device it is measured on")
+
+    def scaled(self, value: float) -> float:
+        """A measured size (a count) in this column's unit."""
+        return value / _UNITS[self.unit]
+
+    def is_printed_as(self, value: float, text: str) -> bool:
+        """Whether a measured size, rounded or cut off to the printed digits, is what is printed."""
+        digits = len(text.partition(".")[2])
+        scaled = self.scaled(value)
+        return float(text) in (round(scaled, digits), int(scaled * 10**digits) / 10**digits)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of a table: its printed values, one a column ("" where nothing is printed), and our network.
+
+    `network` is None where it cannot be built here. The printed sizes are those of `form`, the printed times those of
+    `timed`. `linear` computes the folded network's 1x1 convolutions as linear layers. `against` is the row that this
+    row's time is compared with, `minus` the row whose time is subtracted from its own. `pixels` is the side of the
+    images, by default the network's own; `note` says why the network is not what is printed.
+    """
+
+    model: str
+    values: tuple[str, ...]
+    network: str | None = None
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    form: Form = "training"
+    timed: Form = "plain"
+    linear: bool = False
+    against: str | None = None
+    minus: str | None = None
+    pixels: int | None = None
+    note: str | None = None
+
+    @property
+    def has_size(self) -> bool:
+        """Whether it is a network, whose size says something."""
+        return self.network is not None and not self.network.startswith("refold/")
+
+    @property
+    def subject(self) -> str:
+        """The network with its arguments, as one name."""
+        arguments = [f"{key}={value}" for key, value in self.arguments.items()]
+        if self.linear:
+            arguments.append("linear")
+        return f"{self.network}({', '.join(arguments)})" if arguments else str(self.network)
+
+
+@dataclass(frozen=True)
+class Exhibit:
+    """A table or figure of a paper. `settings` says how its times were measured; with `breakdown` it shows where the
+    time of a network goes."""
+
+    paper: Paper
+    number: str
+    title: str
+    columns: tuple[Column, ...]
+    rows: tuple[Row, ...]
+    settings: str = ""
+    breakdown: bool = False
+
+    @property
+    def name(self) -> str:
+        """Its name on the command line, such as repghost/table-4."""
+        return f"{self.paper.key}/{self.number.replace(' ', '-')}"
+
+    @property
+    def source(self) -> str:
+        """Where its values are printed, such as "RepGhost, table 4"."""
+        return f"{self.paper.name}, {self.number}"
+
+    def columns_of(self, *quantities: Quantity) -> list[tuple[int, Column]]:
+        """The columns of some quantities, each with its place among the values of a row."""
+        return [(place, column) for place, column in enumerate(self.columns) if column.quantity in quantities]
+
+    @property
+    def measures(self) -> list[str]:
+        """What it compares: "sizes", "latency", "operators" and "accuracy (quoted)"."""
+        found = ["sizes"] if any(row.has_size for row in self.rows) else []
+        if self.columns_of(*TIMES):
+            found.append("latency")
+        if self.breakdown:
+            found.append("operators")
+        if self.columns_of(*ACCURACIES):
+            found.append("accuracy (quoted)")
+        return found
+
+    def row(self, model: str) -> Row:
+        """The row of this name."""
+        return next(row for row in self.rows if row.model == model)
+
+    def only(self, patterns: tuple[str, ...]) -> Exhibit:
+        """The exhibit with the rows whose model or network matches a pattern, and those that they refer to.
+
+        Raises `InputError` where none does.
+        """
+        chosen = {
+            row.model
+            for row in self.rows
+            for pattern in patterns
+            if any(fnmatch.fnmatchcase(name, pattern) for name in (row.model, row.network or ""))
+        }
+        if not chosen:
+            networks = [row.network for row in self.rows if row.network]
+            raise InputError(
+                f"No row of {self.name} matches '{', '.join(patterns)}'; its networks are "
+                f"{', '.join(dict.fromkeys(networks))}."
+            )
+        chosen |= {
+            other for row in self.rows if row.model in chosen for other in (row.against, row.minus) if other
+        }
+        return replace(self, rows=tuple(row for row in self.rows if row.model in chosen))
+
+
+@cache
+def exhibits() -> tuple[Exhibit, ...]:
+    """Every table and figure that can be measured here, paper by paper, in the order of the file.
+
+    Raises `ValueError` where the file is not as it describes itself.
+    """
+    content = tomllib.loads(_PUBLISHED.read_text(encoding="utf-8"))
+    papers = {key: Paper(key, **facts) for key, facts in content["paper"].items()}
+    found = tuple(_exhibit(papers, entry) for entry in content["exhibit"])
+    if len({exhibit.name for exhibit in found}) < len(found):
+        raise ValueError("published.toml has two exhibits of the same name")
+    return tuple(sorted(found, key=lambda exhibit: list(papers).index(exhibit.paper.key)))
+
+
+def _exhibit(papers: Mapping[str, Paper], entry: dict[str, Any]) -> Exhibit:
+    entry = dict(entry)
+    shared = {key: entry.pop(key) for key in ("form", "timed", "pixels") if key in entry}
+    rows = tuple(
+        Row(**{**shared, **row, "values": tuple(row["values"])})  # a row's own go before
+        for row in entry.pop("rows")
+    )
+    columns = tuple(Column(**column) for column in entry.pop("columns"))
+    exhibit = Exhibit(papers[entry.pop("paper")], columns=columns, rows=rows, **entry)
+    _check(exhibit)
+    return exhibit
+
+
+def _check(exhibit: Exhibit) -> None:
+    names = [row.model for row in exhibit.rows]
+    for row in exhibit.rows:
+        where = f"{exhibit.name}, {row.model}"
+        if names.count(row.model) > 1:
+            raise ValueError(f"{where}: two rows have this name")
+        if len(row.values) != len(exhibit.columns):
+            raise ValueError(f"{where}: {len(row.values)} values for {len(exhibit.columns)} columns")
+        if not {row.form, row.timed} <= set(get_args(Form)):
+            raise ValueError(f"{where}: its forms are not of {', '.join(get_args(Form))}")
+        for other in (row.against, row.minus):
+            if other is not None and exhibit.row(other).network is None:
+                raise ValueError(f"{where}: '{other}' is not measured")
+        for value in filter(None, row.values):
+            float(value)
+
+
+def list_papers(pattern: str = "") -> list[Exhibit]:
+    """The tables and figures that can be measured here, paper by paper.
+
+    `pattern` is a shell-style wildcard for their names, such as ``repghost/*``; empty for all.
+    """
+    return [exhibit for exhibit in exhibits() if fnmatch.fnmatch(exhibit.name, pattern or "*")]
+
+
+def find_exhibit(name: str) -> Exhibit:
+    """The exhibit of this name; raises `InputError` with the nearest names where there is none."""
+    known = {exhibit.name: exhibit for exhibit in exhibits()}
+    wanted = name.strip().lower().replace(" ", "-")
+    if wanted in known:
+        return known[wanted]
+    paper, _, number = wanted.partition("/")
+    keys = list(dict.fromkeys(exhibit.paper.key for exhibit in exhibits()))
+    if paper in keys:
+        own = [exhibit.name for exhibit in exhibits() if exhibit.paper.key == paper]
+        nearest = difflib.get_close_matches(wanted, own, n=4, cutoff=0.0) if number else own
+        what = f"{paper} has no '{number}' that can be measured here" if number else f"'{name}' is a paper"
+        raise InputError(f"{what[0].upper()}{what[1:]}; the nearest names are {', '.join(nearest)}.")
+    near = difflib.get_close_matches(paper, keys, n=2, cutoff=0.5) or keys
+    own = [exhibit.name for exhibit in exhibits() if exhibit.paper.key in near]
+    nearest = difflib.get_close_matches(f"{near[0]}/{number}", own, n=4, cutoff=0.0)
+    raise InputError(
+        f"There is no paper '{paper}'; the nearest names are {', '.join(nearest)}, and `refold paper list` shows all."
+    )

@@ -1,0 +1,395 @@
+"""A paper's table with our side of it: on the terminal, as Markdown, CSV and JSON."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median, quantiles
+from typing import Any
+
+from rich.console import Group
+from rich.markup import escape
+from rich.table import Table
+
+from refold.bench.breakdown import KINDS
+from refold.bench.papers.measuring import PaperTable, Setting
+from refold.bench.papers.published import ACCURACIES, SIZES, TIMES, Column, Row
+from refold.bench.results import check_suffix
+from refold.bench.tables import describe, failures
+from refold.files import PathLike, write_text
+
+FORMAT = "refold paper 1"
+_TITLES = {
+    "parameters": "params",
+    "macs": "MACs",
+    "activations": "activations",
+    "winograd_multiplications": "Winograd multiplications",
+}
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Headings and cells; columns from `numbers` on are figures."""
+
+    title: str
+    headings: list[str]
+    rows: list[list[str]]
+    numbers: int
+
+
+@dataclass(frozen=True)
+class Value:
+    """One published or measured value, in the unit of its column, for CSV and JSON.
+
+    `ratio` is the time (or rate) relative to that of the row it is compared with. `deviation` is ours relative to the
+    published one, in percent; `met` says whether ours, rounded or cut off, has the printed digits.
+    """
+
+    model: str
+    network: str | None
+    quantity: str
+    unit: str
+    form: str
+    on: str = ""
+    engine: str = ""
+    threads: int | None = None
+    batch_size: int | None = None
+    published: str = ""
+    published_ratio: float | None = None
+    here: float | None = None
+    first_quartile: float | None = None
+    third_quartile: float | None = None
+    ratio: float | None = None
+    deviation: float | None = None
+    met: bool | None = None
+    note: str = ""
+
+
+def values(table: PaperTable) -> list[Value]:
+    """Everything that is published or measured, one by one: sizes by form, times by device or engine, accuracies."""
+    found: list[Value] = []
+    for row in table.exhibit.rows:
+        for place, column in enumerate(table.exhibit.columns):
+            text = row.values[place]
+            if column.quantity in SIZES:
+                found += _size_values(table, row, column, text)
+            elif column.quantity in ACCURACIES:
+                here = table.accuracies.get(row.network or "") if column.quantity == "top-1" else None
+                if text or here is not None:
+                    found.append(_value(row, column, row.timed, published=text, here=here))
+            elif text:
+                ratio = _published_ratio(table, row, place)
+                found.append(_value(row, column, row.timed, published=text, published_ratio=ratio))
+        for setting in table.settings:
+            found += _time_values(table, row, setting)
+    return found
+
+
+def _value(row: Row, column: Column, form: str, **others: Any) -> Value:
+    known: dict[str, Any] = {"batch_size": column.batch_size if column.quantity in TIMES else None, **others}
+    return Value(
+        row.model,
+        row.network and row.subject,
+        column.quantity,
+        column.unit,
+        form,
+        on=column.on,
+        note=row.note or "",
+        **known,
+    )
+
+
+def _size_values(table: PaperTable, row: Row, column: Column, text: str) -> Iterator[Value]:
+    sizes = table.sizes.get(row.model, {})
+    if text and row.form not in sizes:
+        yield _value(row, column, row.form, published=text)
+    for form, cost in sizes.items():
+        count = getattr(cost, column.quantity)
+        compared = bool(text) and form == row.form
+        yield _value(
+            row,
+            column,
+            form,
+            published=text if compared else "",
+            here=column.scaled(count),
+            deviation=_deviation(column, text, count) if compared else None,
+            met=column.is_printed_as(count, text) if compared else None,
+        )
+
+
+def _time_values(table: PaperTable, row: Row, setting: Setting) -> Iterator[Value]:
+    samples = table.samples(row, setting)
+    if not samples:
+        return
+    first, third = _quartiles(samples)
+    column = Column("latency", "ms", on="here", batch_size=setting.batch_size)
+    yield _value(
+        row,
+        column,
+        row.timed,
+        **asdict(setting),
+        here=median(samples),
+        first_quartile=first,
+        third_quartile=third,
+        ratio=table.ratio(row, setting),
+    )
+
+
+def _quartiles(samples: tuple[float, ...]) -> tuple[float, float]:
+    if len(samples) < 2:
+        return samples[0], samples[0]
+    first, _, third = quantiles(samples, n=4, method="inclusive")
+    return first, third
+
+
+def _deviation(column: Column, text: str, count: float) -> float:
+    return 100 * (column.scaled(count) / float(text) - 1)
+
+
+def _published_ratio(table: PaperTable, row: Row, place: int) -> float | None:
+    if row.against is None or not row.values[place]:
+        return None
+    reference = table.exhibit.row(row.against).values[place]
+    return float(row.values[place]) / float(reference) if reference else None
+
+
+def grids(table: PaperTable) -> list[Grid]:
+    """The tables to show: sizes with quoted accuracies, times, and time by kind of operator."""
+    found = []
+    exhibit = table.exhibit
+    if table.sizes or exhibit.columns_of(*ACCURACIES):
+        found.append(_size_grid(table))
+    if exhibit.columns_of(*TIMES):
+        found.append(_time_grid(table))
+    if any(row.breakdown for row in table.benchmark.measured):
+        found.append(_operator_grid(table))
+    return found
+
+
+def _size_grid(table: PaperTable) -> Grid:
+    exhibit = table.exhibit
+    columns = exhibit.columns_of(*SIZES)
+    if not columns:  # nothing printed, but ours is worth knowing
+        columns = [(-1, Column("parameters", "M")), (-1, Column("macs", "M"))]
+    accuracies = exhibit.columns_of(*ACCURACIES)
+    headings = ["model", "network here"]
+    for place, column in columns:
+        title = f"{_TITLES[column.quantity]} {'×' if column.unit == '10M' else ''}{column.unit}"
+        headings += [f"{title}: paper", "here", "Δ"] if place >= 0 else [f"{title}: here"]
+    headings += [f"{column.quantity} %: quoted" for _, column in accuracies]
+    if table.accuracies:
+        headings.append("top-1 %: here")
+    rows = []
+    for row in exhibit.rows:
+        if row.network and not row.has_size:
+            continue
+        cells = [row.model, row.subject if row.network else ""]
+        for place, column in columns:
+            cells += _size_cells(table, row, place, column)
+        cells += [row.values[place] for place, _ in accuracies]
+        if table.accuracies:
+            here = table.accuracies.get(row.network or "")
+            cells.append("" if here is None else f"{here:g}")
+        rows.append(cells)
+    return Grid(
+        "Sizes and costs of one image" + ("; accuracies as published" if accuracies else ""),
+        headings,
+        rows,
+        2,
+    )
+
+
+def _size_cells(table: PaperTable, row: Row, place: int, column: Column) -> list[str]:
+    sizes = table.sizes.get(row.model, {})
+    text = row.values[place] if place >= 0 else ""
+    digits = max(
+        len(text.partition(".")[2]) + 1, 2 if column.unit != "M" or column.quantity == "parameters" else 1
+    )
+    shown = [f"{column.scaled(getattr(cost, column.quantity)):.{digits}f}" for cost in sizes.values()]
+    here = " → ".join(shown if len(set(shown)) > 1 else shown[:1])
+    if place < 0:
+        return [here]
+    deviation = ""
+    if text and row.form in sizes:
+        count = getattr(sizes[row.form], column.quantity)
+        deviation = f"{_deviation(column, text, count):+.1f}%" + (
+            "" if column.is_printed_as(count, text) else " ≠"
+        )
+    return [text, here, deviation]
+
+
+def _time_grid(table: PaperTable) -> Grid:
+    exhibit = table.exhibit
+    columns = exhibit.columns_of(*TIMES)
+    devices = list(dict.fromkeys((column.on, column.quantity, column.unit) for _, column in columns))
+    runs = list(dict.fromkeys((setting.engine, setting.threads) for setting in table.settings))
+    batches = list(dict.fromkeys(column.batch_size for _, column in columns))
+    several = len({threads for _, threads in runs}) > 1
+    is_rate = any(column.quantity == "throughput" for _, column in columns)
+    headings = ["model", "form", "batch", *(f"{on}, {unit}: paper" for on, _, unit in devices)]
+    for engine, threads in runs:
+        name = f"{engine}, {threads} threads" if several else engine
+        headings += [f"{name}, ms: here", *([f"{name}, images/s: here"] if is_rate else [])]
+    rows = []
+    for row in exhibit.rows:
+        for batch in batches:
+            at = {(c.on, c.quantity): place for place, c in columns if c.batch_size == batch}
+            printed = [_printed_time(table, row, at.get((on, quantity))) for on, quantity, _ in devices]
+            here, used = _here(table, row, batch, runs, is_rate)
+            if not any(printed) and not any(here):
+                continue
+            size = f"{batch}" if used in (None, batch) else f"{used} (paper: {batch})"
+            rows.append([row.model, row.timed if row.network else "", size, *printed, *here])
+    return Grid("Times", headings, rows, 2)
+
+
+def _printed_time(table: PaperTable, row: Row, place: int | None) -> str:
+    if place is None or not row.values[place]:
+        return ""
+    ratio = _published_ratio(table, row, place)
+    return row.values[place] + ("" if ratio is None else f" ({ratio:.2f})")
+
+
+def _here(
+    table: PaperTable, row: Row, batch: int, runs: list[tuple[str, int]], is_rate: bool
+) -> tuple[list[str], int | None]:
+    cells: list[str] = []
+    used = None
+    for engine, threads in runs:
+        sizes = [s.batch_size for s in table.settings if (s.engine, s.threads) == (engine, threads)]
+        setting = Setting(engine, threads, max((size for size in sizes if size <= batch), default=batch))
+        samples = table.samples(row, setting)
+        if not samples:
+            cells += [""] * (1 + is_rate)
+            continue
+        used = setting.batch_size
+        ratio = table.ratio(row, setting)
+        cells.append(f"{median(samples):.2f}" + ("" if ratio is None else f" ({ratio:.2f})"))
+        if is_rate:
+            rate = 1000 * used / median(samples)
+            cells.append(f"{rate:.1f}" + ("" if ratio is None else f" ({1 / ratio:.2f})"))
+    return cells, used
+
+
+def _operator_grid(table: PaperTable) -> Grid:
+    found = []
+    for row in table.exhibit.rows:
+        for setting in table.settings:
+            measured = table.measurement(row, setting)
+            if measured is not None and measured.breakdown:
+                found.append((row, setting, measured.breakdown))
+    kinds = [kind for kind in KINDS if any(times.get(kind) for *_, times in found)]
+    rows = []
+    for row, setting, times in found:
+        total = sum(times.values())
+        shares = [f"{times.get(kind, 0.0) / total:.1%}" for kind in kinds]
+        rows.append([row.model, setting.engine, str(setting.batch_size), f"{total:.2f}", *shares])
+    return Grid(
+        "Share of the time in operators, from the engine's own profile",
+        ["model", "engine", "batch", "ms", *kinds],
+        rows,
+        2,
+    )
+
+
+def remarks(table: PaperTable) -> list[str]:
+    """What stands below the tables: conditions, comparisons, notes, machines, failures and the spread."""
+    exhibit = table.exhibit
+    lines = []
+    if exhibit.settings:
+        lines.append(f"published: {exhibit.settings}")
+    if any(len(sizes) > 1 for sizes in table.sizes.values()):
+        lines.append("here: the training form → the plain form where they differ (→ shortcuts folded too)")
+    if table.sizes and exhibit.columns_of(*SIZES):
+        lines.append("Δ: ours to the printed value; ≠: ours, rounded or cut off, has other digits")
+    if exhibit.columns_of(*TIMES):
+        for reference in dict.fromkeys(row.against for row in exhibit.rows if row.against):
+            compared = ", ".join(row.model for row in exhibit.rows if row.against == reference)
+            lines.append(f"in brackets relative to {reference}: {compared}")
+    subtracted = [f"{row.model} less {row.minus}" for row in exhibit.rows if row.minus]
+    if subtracted:
+        lines.append(f"differences, round by round: {'; '.join(subtracted)}")
+    lines += [f"{row.model}: {row.note}" for row in exhibit.rows if row.note]
+    if table.settings:
+        lines.append(_spread(table))
+        lines += [describe(name, machine) for name, machine in table.benchmark.machines.items()]
+    lines += [f"not measured: {name}: {reason}" for name, reason in failures(table.benchmark)]
+    return [line for line in lines if line]
+
+
+def _spread(table: PaperTable) -> str:
+    widths, rounds = [], set()
+    for row in table.exhibit.rows:
+        for setting in table.settings:
+            samples = table.samples(row, setting)
+            if len(samples) > 1:
+                first, third = _quartiles(samples)
+                widths.append((third - first) / abs(median(samples)))
+                rounds.add(len(samples))
+    if not widths:
+        return ""
+    return (
+        f"times here: medians of {'/'.join(map(str, sorted(rounds)))} rounds taken in turn; their middle half spans "
+        f"{median(widths):.0%} of the median as a rule, {max(widths):.0%} at most"
+    )
+
+
+def to_rich(table: PaperTable) -> Group:
+    """The tables for the terminal, with the remarks below the last."""
+    shown: list[Any] = [f"[bold]{escape(table.exhibit.source)}[/]: {escape(table.exhibit.title)}"]
+    for grid in grids(table):
+        rich = Table(title=grid.title, title_justify="left")
+        for place, heading in enumerate(grid.headings):
+            rich.add_column(heading, justify="left" if place < grid.numbers else "right", overflow="fold")
+        for cells in grid.rows:
+            rich.add_row(*map(escape, cells))
+        shown.append(rich)
+    return Group(*shown, *(escape(f"- {line}") for line in remarks(table)))
+
+
+def to_markdown(table: PaperTable) -> str:
+    """The tables and the remarks."""
+    lines = [f"**{table.exhibit.source}**: {table.exhibit.title}."]
+    for grid in grids(table):
+        marks = "|".join("---" if place < grid.numbers else "--:" for place in range(len(grid.headings)))
+        lines += ["", f"{grid.title}:", "", f"| {' | '.join(grid.headings)} |", f"|{marks}|"]
+        lines += [f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |" for cells in grid.rows]
+    return "\n".join([*lines, "", *(f"- {line}" for line in remarks(table))]) + "\n"
+
+
+def to_csv(table: PaperTable) -> str:
+    """Every value in a line of its own."""
+    text = io.StringIO()
+    source = {"exhibit": table.exhibit.name, "source": table.exhibit.source}
+    writer = csv.DictWriter(text, [*source, *Value.__dataclass_fields__], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({**source, **asdict(value)} for value in values(table))
+    return text.getvalue()
+
+
+def to_dict(table: PaperTable) -> dict[str, Any]:
+    """All of it as plain JSON-able values, with the measurements as `refold bench` keeps them."""
+    exhibit = table.exhibit
+    return {
+        "format": FORMAT,
+        "name": exhibit.name,
+        "source": exhibit.source,
+        "paper": asdict(exhibit.paper),
+        "title": exhibit.title,
+        "settings": exhibit.settings,
+        "values": [asdict(value) for value in values(table)],
+        "benchmark": table.benchmark.to_dict() if table.settings else None,
+    }
+
+
+def save(table: PaperTable, path: PathLike) -> None:
+    """Write the table by its file's suffix: .json, .csv or .md. Raises `InputError` for another."""
+    suffix = check_suffix(Path(path))
+    if suffix == ".json":
+        write_text(path, json.dumps(to_dict(table), indent=1))
+    else:
+        write_text(path, to_csv(table) if suffix == ".csv" else to_markdown(table))

@@ -1,0 +1,152 @@
+"""The command `paper`: the tables and figures of the papers, measured here beside what is published."""
+
+# Heavy imports are inside the command, so that --help and mistyped options answer at once.
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from refold.cli.shared import AsJson, console
+from refold.errors import InputError
+
+if TYPE_CHECKING:
+    from refold.bench.papers import Exhibit
+
+
+def paper_command(
+    name: Annotated[
+        str, typer.Argument(metavar="list|PAPER/NUMBER", help="list, or a table such as repghost/table-4.")
+    ],
+    no_latency: Annotated[bool, typer.Option("--no-latency", help="Sizes and costs only.")] = False,
+    engine: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--engine", help="pytorch, an engine of export, or all; repeat it. [default: onnxruntime]"
+        ),
+    ] = None,
+    threads: Annotated[
+        list[int] | None, typer.Option("--threads", help="Threads of the engine; repeat it. [default: 1]")
+    ] = None,
+    largest_batch: Annotated[
+        int | None,
+        typer.Option("--largest-batch", help="Measure larger batches of the paper with this size."),
+    ] = None,
+    rounds: Annotated[int, typer.Option("--rounds", help="Rounds in which each takes a turn.")] = 30,
+    warm_up: Annotated[int, typer.Option("--warm-up", help="Rounds before them that do not count.")] = 5,
+    only: Annotated[
+        list[str] | None,
+        typer.Option("--only", help="Rows or networks to measure, such as 'repghostnet*'; repeat it."),
+    ] = None,
+    results: Annotated[
+        Path | None,
+        typer.Option(
+            "--results", help="A .json of refold bench, kept as the run goes; what it holds is not measured."
+        ),
+    ] = None,
+    output: Annotated[
+        list[Path] | None, typer.Option("--output", "-o", help="A .json, .csv or .md file; repeat it.")
+    ] = None,
+    plots: Annotated[
+        Path | None, typer.Option("--plots", help="A folder for every plot as PNG and as SVG.")
+    ] = None,
+    accuracy: Annotated[
+        Path | None,
+        typer.Option("--accuracy", help="Accuracies of what was trained here, by network, as CSV or JSON."),
+    ] = None,
+    machine: Annotated[
+        str | None, typer.Option("--machine", help="The name of this machine. [default: its processor's]")
+    ] = None,
+    note: Annotated[str, typer.Option("--note", help="Kept with the machine's facts.")] = "",
+    time_limit: Annotated[
+        float, typer.Option("--time-limit", help="Seconds after which a silent engine is given up.")
+    ] = 120.0,
+    as_json: AsJson = False,
+    as_csv: Annotated[bool, typer.Option("--csv", help="Print CSV, a line for each value.")] = False,
+    as_markdown: Annotated[bool, typer.Option("--markdown", help="Print Markdown.")] = False,
+) -> None:
+    """Measure a table or figure of the papers and print it beside the published values; list names them."""
+    from refold.bench.papers import find_exhibit, list_papers
+
+    if as_json + as_csv + as_markdown > 1:
+        raise InputError("--json, --csv and --markdown exclude each other; give one.")
+    if name == "list":
+        _print_list(list_papers(), as_json)
+        return
+    find_exhibit(name)  # before what takes seconds to import
+    from refold.bench.command import progress
+    from refold.bench.papers import paper, save_paper_plots, to_csv, to_markdown
+    from refold.bench.results import check_suffix, read_accuracies
+    from refold.bench.runner import BenchmarkInterrupted
+    from refold.files import check_writable
+
+    for path in output or ():
+        check_suffix(check_writable(path))
+    accuracies = {} if accuracy is None else read_accuracies(accuracy)
+    is_plain = as_json or as_csv or as_markdown
+    try:
+        with progress(Console(stderr=True) if is_plain else console) as on_progress:
+            table = paper(
+                name,
+                latency=not no_latency,
+                engine=engine or "onnxruntime",
+                threads=threads or [1],
+                largest_batch=largest_batch,
+                rounds=rounds,
+                warm_up=warm_up,
+                only=only or (),
+                results=results,
+                accuracies=accuracies,
+                machine=machine,
+                note=note,
+                time_limit=time_limit,
+                on_progress=on_progress,
+            )
+    except BenchmarkInterrupted:
+        advice = "no --results were kept" if results is None else f"the same command goes on with {results}"
+        print(f"refold: stopped; {advice}.", file=sys.stderr)
+        raise typer.Exit(130) from None
+    for path in output or ():
+        table.save(path)
+    if plots is not None:
+        save_paper_plots(table, plots)
+    if as_json:
+        print(json.dumps(table.to_dict(), indent=1))
+    elif is_plain:
+        print((to_csv if as_csv else to_markdown)(table), end="")
+    else:
+        console.print(table)
+
+
+def _print_list(exhibits: list[Exhibit], as_json: bool) -> None:
+    if as_json:
+        described = [
+            {
+                "name": exhibit.name,
+                "paper": exhibit.paper.title,
+                "number": exhibit.number,
+                "title": exhibit.title,
+                "measures": exhibit.measures,
+            }
+            for exhibit in exhibits
+        ]
+        print(json.dumps(described, indent=2))
+        return
+    table = Table()
+    for heading in ("name", "what it shows", "what is measured"):
+        table.add_column(heading, overflow="fold")
+    paper = None
+    for exhibit in exhibits:
+        if exhibit.paper != paper:
+            paper = exhibit.paper
+            table.add_section()
+            table.add_row("", f"[bold]{escape(paper.title)}[/] ({escape(paper.authors)})", "")
+        table.add_row(exhibit.name, escape(exhibit.title), ", ".join(exhibit.measures))
+    console.print(table)
