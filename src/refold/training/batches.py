@@ -24,15 +24,19 @@ Key = tuple[int, int]
 
 
 class Batch(NamedTuple):
-    """Images ``(n, 3, height, width)`` float32, classes ``(n,)`` int64, and what could not be read."""
+    """Images ``(n, 3, height, width)`` float32, classes ``(n,)`` int64, and what could not be read.
+
+    ``indices`` ``(n,)`` int64 are the places of the images among all.
+    """
 
     images: Tensor
     targets: Tensor
     unreadable: list[str]
+    indices: Tensor
 
 
-Example = tuple[Tensor | None, int, str]
-"""An image, or None for one that could not be read; its class; the message of what could not be read."""
+Example = tuple[Tensor | None, int, str, int]
+"""An image, or None for one that could not be read; its class; the message of what could not be read; its place."""
 
 
 class SeededImages(Dataset[Example]):
@@ -64,9 +68,9 @@ class SeededImages(Dataset[Example]):
         try:
             image = read_image(self.images.sources[index])
         except InputError as error:
-            return None, target, str(error)
+            return None, target, str(error), index
         reseed(self.seed, epoch, index)
-        return self.transform(image), target, ""
+        return self.transform(image), target, "", index
 
 
 class EpochBatches(Sampler[list[Key]]):
@@ -146,11 +150,13 @@ def held_out_loader(
 
 def collate(examples: Sequence[Example]) -> Batch:
     """Stack the images that could be read."""
-    readable = [(image, target) for image, target, _ in examples if image is not None]
+    images = [example[0] for example in examples if example[0] is not None]
+    readable = [example for example in examples if example[0] is not None]
     return Batch(
-        torch.stack([image for image, _ in readable]) if readable else torch.empty(0, 3, 1, 1),
-        torch.tensor([target for _, target in readable], dtype=torch.int64),
-        [message for image, _, message in examples if image is None],
+        torch.stack(images) if images else torch.empty(0, 3, 1, 1),
+        torch.tensor([target for _, target, _, _ in readable], dtype=torch.int64),
+        [message for image, _, message, _ in examples if image is None],
+        torch.tensor([index for _, _, _, index in readable], dtype=torch.int64),
     )
 
 
@@ -191,6 +197,25 @@ def recipe_transforms(
     training = torchvision_transforms.Compose([first, second, last])
     measuring = create_transform(is_training=False, crop_pct=preprocessing["crop_pct"], **shared)
     return training, measuring
+
+
+def chance_in(recipe: Recipe, mirror: bool) -> list[str]:
+    """The recipe's values that make an image another one in each epoch; none, and it is always the same.
+
+    ``mirror`` is that of `recipe_transforms`.
+    """
+    cut = recipe.crop_padding
+    crops = cut is None and (recipe.crop_scale != (1.0, 1.0) or recipe.crop_ratio != (1.0, 1.0))
+    found = {
+        "crop_padding": cut,
+        "crop_scale, crop_ratio": crops,
+        "horizontal_flip": mirror and recipe.horizontal_flip,
+        **{
+            key: getattr(recipe, key)
+            for key in ("color_jitter", "auto_augment", "random_erasing", "mixup", "cutmix")
+        },
+    }
+    return [key for key, value in found.items() if value]
 
 
 @contextmanager

@@ -1,8 +1,9 @@
-"""Learning from a teacher: the loss of GhostNetV3's eq. 3 and 4, and teachers with preprocessing of their own."""
+"""Learning from a teacher: GhostNetV3's eq. 3 and 4, losses of features, and teachers with their own preprocessing."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -34,6 +35,75 @@ def distillation_loss(
 ) -> Tensor:
     """(1 − α) cross-entropy + α divergence (GhostNetV3, eq. 3)."""
     return (1 - alpha) * cross_entropy + alpha * divergence(student, teacher, temperature)
+
+
+def feature_loss(student: Tensor, teacher: Tensor) -> Tensor:
+    """The mean squared difference of features ``(n, width)`` (FitNets, eq. 3, as a mean)."""
+    return F.mse_loss(student.float(), teacher.float())
+
+
+def relation_loss(student: Tensor, teacher: Tensor) -> Tensor:
+    """Huber loss between the distances of all pairs of images, each in units of the batch's mean distance.
+
+    Features are ``(n, width)``, of any two widths (Relational Knowledge Distillation, Park et al. 2019, eq. 5 to 7, as
+    a mean over the pairs).
+    """
+    student_distances, teacher_distances = (_relative_distances(f.float()) for f in (student, teacher))
+    return F.huber_loss(student_distances, teacher_distances)
+
+
+def _relative_distances(features: Tensor) -> Tensor:
+    distances = torch.pdist(features)
+    return distances / distances.mean().clamp_min(torch.finfo(distances.dtype).tiny)
+
+
+class FeatureLosses(nn.Module):
+    """The recipe's feature and relation losses, of what the classifiers of student and teacher read.
+
+    Where the two widths differ, a linear ``projection`` of the student's features learns along; it is no part of the
+    student. ``attach`` comes once the networks are those that train; then each call gives the loss of the last batch
+    that both have seen.
+    Raises `InputError` where a network has no linear classifier to look before.
+    """
+
+    def __init__(
+        self, student: nn.Module, teacher: nn.Module, *, feature_weight: float, relation_weight: float
+    ) -> None:
+        super().__init__()
+        self.feature_weight = feature_weight
+        self.relation_weight = relation_weight
+        widths = [_linear_classifier(net).in_features for net in (student, teacher)]
+        same = widths[0] == widths[1] or not feature_weight
+        self.projection = nn.Identity() if same else nn.Linear(widths[0], widths[1], bias=False)
+        self._seen: dict[str, Tensor] = {}
+
+    def attach(self, student: nn.Module, teacher: nn.Module) -> None:
+        """Look at what passes into the classifiers from now on."""
+        for name, net in (("student", student), ("teacher", teacher)):
+            _linear_classifier(net).register_forward_pre_hook(partial(self._look, name))
+
+    def _look(self, name: str, classifier: nn.Module, inputs: tuple[Tensor]) -> None:
+        self._seen[name] = inputs[0]
+
+    def forward(self) -> Tensor:
+        student, teacher = self._seen.pop("student"), self._seen.pop("teacher")
+        loss = student.new_zeros((), dtype=torch.float32)
+        if self.feature_weight:
+            loss = loss + self.feature_weight * feature_loss(self.projection(student), teacher)
+        if self.relation_weight:
+            loss = loss + self.relation_weight * relation_loss(student, teacher)
+        return loss
+
+
+def _linear_classifier(net: nn.Module) -> nn.Linear:
+    get_classifier: Any = getattr(net, "get_classifier", None)
+    classifier = None if get_classifier is None else get_classifier()
+    if not isinstance(classifier, nn.Linear):
+        raise InputError(
+            f"{type(net).__name__} has no linear layer as its classifier, so its features are not known; "
+            "leave feature_weight and relation_weight at 0."
+        )
+    return classifier
 
 
 class Teacher:

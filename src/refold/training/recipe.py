@@ -30,7 +30,9 @@ class Recipe:
     rate by ``decay_rate``. ``dropout`` and ``drop_path`` None leave the network's own value. ``crop_scale`` and
     ``crop_ratio`` are timm's random resized crop; ``crop_padding`` pixels instead pad the resized image and cut
     the input size out of it at random. ``auto_augment`` is a policy in timm's notation, such as "original" or
-    "rand-m9-mstd0.5". ``alpha`` and ``temperature`` count only with a teacher (GhostNetV3, eq. 3 and 4).
+    "rand-m9-mstd0.5". ``alpha`` and ``temperature`` count only with a teacher (GhostNetV3, eq. 3 and 4), as do
+    ``feature_weight`` and ``relation_weight``, those of two losses beside eq. 3 (`distillation.feature_loss` and
+    `distillation.relation_loss`).
     """
 
     epochs: int
@@ -66,6 +68,8 @@ class Recipe:
     cutmix: float = 0.0
     alpha: float = 0.5
     temperature: float = 1.0
+    feature_weight: float = 0.0
+    relation_weight: float = 0.0
 
     @property
     def scaled_learning_rate(self) -> float:
@@ -270,6 +274,8 @@ _LEAST = {
     "learning_rate": 0,
     "minimum_learning_rate": 0,
     "weight_decay": 0,
+    "feature_weight": 0,
+    "relation_weight": 0,
 }
 _SHARES = (
     "label_smoothing",
