@@ -16,7 +16,7 @@ from torch import nn
 from refold.errors import RecipeError
 from refold.training import run as running
 from refold.training.data import Images, LabelledImages
-from refold.training.module import Classifier, make_optimizer
+from refold.training.module import Classifier, MeanLoss, make_optimizer
 from refold.training.recipe import load_recipe
 from refold.training.run import Settings, train
 
@@ -99,9 +99,19 @@ def test_optimisers_are_the_recipes(module: Callable[..., Classifier]) -> None:
         module("repvgg", optimizer="adamm").configure_optimizers()
 
 
+def test_a_mean_loss_counts_images() -> None:
+    """A smaller last batch counts less, and a loss that is no number is not lost."""
+    mean = MeanLoss()
+    for loss, images in ((2.0, 3), (5.0, 1)):
+        mean.update(torch.tensor(loss), images)
+    assert float(mean.compute()) == pytest.approx((2 * 3 + 5) / 4)
+    mean.update(torch.tensor(float("nan")), 1)
+    assert math.isnan(float(mean.compute()))
+
+
 def test_the_average_is_that_of_equation_5(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """GhostNetV3, eq. 5, over weights and batch norm statistics of every step; its start is the first step's."""
-    monkeypatch.setattr(running, "_finish", lambda *_: None)
+    monkeypatch.setattr(running, "finish", lambda *_: None)
     generator = np.random.default_rng(0)
     for name in ("a", "b"):
         (tmp_path / "data" / name).mkdir(parents=True)

@@ -61,7 +61,7 @@ def settings(colours: Path, tmp_path: Path) -> Callable[..., Settings]:
 @pytest.fixture
 def unfinished(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leave out what comes after training."""
-    monkeypatch.setattr(running, "_finish", lambda *_: None)
+    monkeypatch.setattr(running, "finish", lambda *_: None)
 
 
 def test_a_run_leaves_files_that_load(settings: Callable[..., Settings]) -> None:
@@ -191,7 +191,7 @@ def test_a_full_disk_leaves_what_was_there(
     assert not list(folder.glob(".*"))
     assert torch.load(folder / "last.ckpt", weights_only=True)["epoch"] == 0
     monkeypatch.undo()
-    monkeypatch.setattr(running, "_finish", lambda *_: None)
+    monkeypatch.setattr(running, "finish", lambda *_: None)
     resume(folder, quiet())
     assert torch.load(folder / "last.ckpt", weights_only=True)["epoch"] == 1
 
@@ -252,7 +252,7 @@ def test_the_best_epoch_is_kept_or_the_last(
 
     kept: dict[str, Any] = {}
     monkeypatch.setattr(Classifier, "epoch_results", results)
-    monkeypatch.setattr(running, "_finish", lambda settings, module, keeper, *_: kept.update(keeper.best))
+    monkeypatch.setattr(running, "finish", lambda settings, module, keeper, *_: kept.update(keeper.best))
     given = settings(recipe={"ema_decay": 0.9}, keep=keep)
     train(given, quiet())
     assert (kept["epoch"], kept["weights"]) == (epoch, weights)

@@ -6,6 +6,7 @@ import csv
 import io
 import time
 from collections.abc import Callable
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from rich.progress import (
 from rich.table import Column
 from rich.text import Text
 from torch import nn
+from torch.distributed import all_gather_object
 
 from refold.errors import InputError
 from refold.files import write_text, written_aside
@@ -86,10 +88,16 @@ class Keeper(Callback):
             write_text(self.history_file, _as_csv(self.rows))
         else:
             trainer.save_checkpoint(self.state_file)  # takes part in the barrier, writes nothing
+        for logger in trainer.loggers:  # which log on the first process only
+            logger.log_metrics({k: v for k, v in row.items() if k not in ("epoch", "weights")}, row["epoch"])
+            logger.save()
 
 
 class Unreadable(Callback):
-    """Name each image that cannot be read as it is met; more than ``limit`` of them are an error."""
+    """Name each image that cannot be read; more than ``limit`` of them are an error.
+
+    What the other processes met is heard of at the end of an epoch.
+    """
 
     def __init__(self, console: Console, limit: int) -> None:
         self.console = console
@@ -113,6 +121,13 @@ class Unreadable(Callback):
     ) -> None:
         for message in batch.unreadable:
             self.add(message)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.world_size > 1:
+            met: list[Any] = [None] * trainer.world_size
+            all_gather_object(met, list(self.messages))
+            for message in chain(*met):
+                self.add(message)
 
     def on_validation_batch_end(
         self,

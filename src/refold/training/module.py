@@ -13,11 +13,13 @@ from timm.optim import create_optimizer_v2, get_optimizer_info, list_optimizers
 from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
+from torch.distributed import all_reduce
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
-from torchmetrics import MeanMetric
+from torchmetrics import Metric
 from torchmetrics.classification import MulticlassAccuracy
 
+from refold.blocks.parallel.synchronised import synchronise_norms
 from refold.errors import InputError, RecipeError
 from refold.training.batches import Batch, held_out_loader, recipe_transforms, reseed, training_loader
 from refold.training.data import LabelledImages
@@ -31,7 +33,9 @@ class Classifier(LightningModule):
     """Train ``net`` by ``recipe``; with an ``ema_decay``, ``average`` follows its weights and buffers.
 
     ``preprocessing`` is what the network's images look like, in timm's terms. ``accumulate`` batches make one
-    step, and together with all processes ``recipe.batch_size`` images, or all there are if they are fewer.
+    step, and together with all ``processes`` ``recipe.batch_size`` images, or all there are if they are fewer.
+    ``sync_batch_norm`` takes batch statistics over the processes; ``compile`` runs the training form through
+    `torch.compile`.
     """
 
     def __init__(
@@ -44,6 +48,10 @@ class Classifier(LightningModule):
         seed: int,
         workers: int = 0,
         accumulate: int = 1,
+        processes: int = 1,
+        sync_batch_norm: bool = False,
+        channels_last: bool = True,
+        compile: bool = False,
         teacher: Teacher | None = None,
     ) -> None:
         super().__init__()
@@ -55,12 +63,16 @@ class Classifier(LightningModule):
         self.preprocessing = preprocessing
         self.seed = seed
         self.workers = workers
+        self.processes = processes
+        self.synchronises = sync_batch_norm and processes > 1
+        self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        self.compiles = compile
         self.teacher = teacher
         self.batch_images = self.step_images // accumulate
-        if self.batch_images < 2:
+        if self.batch_images // processes < 2:
             raise InputError(
-                f"{self.step_images} images in {accumulate} accumulated batches leave fewer than 2 a batch; "
-                "give more images, a larger batch_size or fewer accumulated batches."
+                f"{self.step_images} images in {accumulate} accumulated batches on {processes} processes leave fewer "
+                "than 2 a batch; give more images, a larger batch_size or fewer accumulated batches."
             )
         # A step that is not whole, at the end of an epoch, is left out.
         self.steps = len(images.training) // self.step_images
@@ -78,12 +90,12 @@ class Classifier(LightningModule):
             self.average = ModelEmaV3(
                 net, recipe.ema_decay, use_warmup=recipe.ema_warm_up, warmup_power=0.75
             ).requires_grad_(False)
-        self.training_loss = MeanMetric(nan_strategy="disable")
+        self.training_loss = MeanLoss()
         names = [TRAINED] if self.average is None else [TRAINED, AVERAGE]
         self.accuracies: Any = nn.ModuleDict(
             {name: MulticlassAccuracy(classes, average="micro") for name in names}
         )
-        self.losses: Any = nn.ModuleDict({name: MeanMetric(nan_strategy="disable") for name in names})
+        self.losses: Any = nn.ModuleDict({name: MeanLoss() for name in names})
         self._averaged_steps = 0
 
     def network(self, name: str) -> nn.Module:
@@ -94,9 +106,15 @@ class Classifier(LightningModule):
         averaged: nn.Module = self.average.module
         return averaged
 
+    def configure_model(self) -> None:
+        if self.synchronises:
+            self.net = synchronise_norms(self.net, self.trainer.strategy.root_device)
+
     def on_fit_start(self) -> None:
         if self.teacher is not None:
             self.teacher.to(self.device)
+        if self.compiles:
+            self.net.compile()  # in place, so that names, files and the average know nothing of it
 
     def on_train_start(self) -> None:
         self._averaged_steps = self.global_step  # a resumed run has made steps already
@@ -108,18 +126,18 @@ class Classifier(LightningModule):
             self.batch_images,
             seed=self.seed,
             workers=self.workers,
-            rank=self.trainer.global_rank,
-            processes=self.trainer.world_size,
+            rank=self.global_rank,
+            processes=self.processes,
         )
 
     def val_dataloader(self) -> DataLoader[Any]:
         return held_out_loader(
             self.images.held_out,
             self.measure,
-            max(self.batch_images // self.trainer.world_size, 32),
+            max(self.batch_images // self.processes, 32),
             workers=self.workers,
-            rank=self.trainer.global_rank,
-            processes=self.trainer.world_size,
+            rank=self.global_rank,
+            processes=self.processes,
         )
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
@@ -130,13 +148,18 @@ class Classifier(LightningModule):
         images, targets = batch.images, batch.targets
         if self.mixup is not None and len(images) % 2:
             images, targets = images[:-1], targets[:-1]  # it mixes pairs
-        if len(images) < 2:
-            return None  # the statistics of one image are none
+        if len(images) < 2:  # the statistics of one image are none
+            if self.processes == 1:
+                return None
+            raise InputError(
+                f"A process has {len(images)} readable images of its batch and needs 2; repair the images, or give "
+                "a larger batch_size."
+            )
         smoothing = self.recipe.label_smoothing
         if self.mixup is not None:
             images, targets = self.mixup(images, targets)
             smoothing = 0.0
-        images = images.contiguous(memory_format=torch.channels_last)
+        images = images.contiguous(memory_format=self.memory_format)
         logits = self.net(images)
         loss = F.cross_entropy(logits, targets, label_smoothing=smoothing)
         if self.teacher is not None:
@@ -144,13 +167,21 @@ class Classifier(LightningModule):
             loss = distillation_loss(loss, logits, answers, self.recipe.alpha, self.recipe.temperature)
         if self.device.type == "cpu":  # elsewhere looking at each loss would make the device wait
             self.check(float(loss.detach()))
-        self.training_loss.update(loss.detach(), weight=len(images))
-        return loss
+        self.training_loss.update(loss.detach(), len(images))
+        return loss * self._weight()
+
+    def _weight(self) -> float:
+        """Of this process' mean in that of the whole batch, times the processes, over which gradients are averaged."""
+        share = len(range(self.global_rank, self.batch_images, self.processes))
+        return share * self.processes / self.batch_images
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         if self.average is not None and self.global_step > self._averaged_steps:
             self.average.update(self.net, step=self.global_step)
         self._averaged_steps = self.global_step
+        if self.processes > 1 and batch_idx + 1 == self.batches:
+            for name in self.accuracies:
+                _average_statistics(self.network(name), self.processes)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         if not len(batch.images):
@@ -158,7 +189,7 @@ class Classifier(LightningModule):
         for name in self.accuracies:
             logits = self.network(name)(batch.images).float()
             self.accuracies[name].update(logits, batch.targets)
-            self.losses[name].update(F.cross_entropy(logits, batch.targets), weight=len(batch.targets))
+            self.losses[name].update(F.cross_entropy(logits, batch.targets), len(batch.targets))
 
     def epoch_results(self) -> dict[str, float]:
         """What the epoch gave: losses and accuracies (shares) by name; raises `InputError` for a bad loss."""
@@ -201,6 +232,40 @@ class Classifier(LightningModule):
 
     def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
         scheduler.step_update(self.global_step)
+
+
+class MeanLoss(Metric):
+    """The mean over images, of all processes, of losses that are means of batches.
+
+    Without a look at each value, which would make an accelerator wait; `torchmetrics.MeanMetric` takes no weights then.
+    """
+
+    total: Tensor
+    images: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name in ("total", "images"):
+            self.add_state(name, torch.zeros(()), dist_reduce_fx="sum")
+
+    def update(self, loss: Tensor, images: int) -> None:
+        """Count the mean of a batch of that many images."""
+        self.total += loss * images
+        self.images += images
+
+    def compute(self) -> Tensor:
+        """The mean so far."""
+        return self.total / self.images
+
+
+def _average_statistics(net: nn.Module, processes: int) -> None:
+    """Give all processes the same batch norm statistics: each has seen images of its own."""
+    statistics = [value for name, value in net.named_buffers() if "running_" in name]
+    if statistics:
+        together = torch.cat(statistics)
+        all_reduce(together)
+        for value, total in zip(statistics, together.split([len(v) for v in statistics]), strict=True):
+            value.copy_(total / processes)
 
 
 def make_optimizer(net: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:

@@ -10,7 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from refold.training.recipe import ResolvedRecipe
-from refold.training.run import Result
+from refold.training.settings import Result
 
 
 def render_recipe(resolved: ResolvedRecipe) -> Table:

@@ -11,92 +11,37 @@ import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal, get_args
+from pickle import UnpicklingError
+from typing import Any
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.strategies import DDPStrategy
 from rich.console import Console
-from torch import Tensor, nn
+from torch import nn
 
-from refold.checkpoints import example_input, load, original, save
-from refold.errors import InputError, RefoldError
-from refold.export import export
+from refold.checkpoints import example_input, save
+from refold.errors import InputError, RefoldError, first_line
 from refold.files import make_folder, write_text
-from refold.folding import fold
-from refold.training.batches import held_out_loader, reseed
+from refold.training.batches import reseed
 from refold.training.callbacks import Keeper, LiveProgress, Row, Unreadable, progress
-from refold.training.curves import draw_curves
 from refold.training.data import LabelledImages, open_data, read_into_memory
 from refold.training.distillation import Teacher, open_teacher
+from refold.training.finishing import finish, provenance
 from refold.training.module import Classifier, make_optimizer
+from refold.training.processes import Place, place, start
 from refold.training.recipe import Recipe, ResolvedRecipe
+from refold.training.settings import HISTORY, RUN, STATE, TENSORBOARD, TRAINING, Result, Settings
 from refold.training.starting import build_network, preprocessing_for, teacher_network
 from refold.unfolding import unfold
 
-STATE, TRAINING, PLAIN = "last.ckpt", "training.safetensors", "plain.safetensors"
-_RUN, _CARD, _REPORT, _HISTORY, _CURVES, _ONNX = (
-    "run.json",
-    "card.json",
-    "fold.json",
-    "history.csv",
-    "curves.png",
-    "plain.onnx",
-)
-Keep = Literal["best", "last"]
+__all__ = ["Result", "Settings", "default_output", "resume", "train"]
+
 _LARGEST_MEMORY = 2 * 1024**3
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What a run may be told, beside its recipe.
-
-    ``data`` is what `refold.training.data.open_data` understands. ``checkpoint`` holds weights to start from,
-    ``unfold`` names a plan of `refold.unfold`, ``teacher`` a network or a checkpoint to learn from.
-    ``accelerator`` and ``precision`` are those of Lightning's Trainer. ``unreadable``
-    images may be left out before it is an error. ``keep`` says which epoch's network is the result: the one that did
-    best on the held-out images, or the last.
-    """
-
-    output: Path
-    data: str
-    network: str
-    recipe: ResolvedRecipe
-    checkpoint: str | None = None
-    unfold: str | None = None
-    teacher: str | None = None
-    teacher_checkpoint: str | None = None
-    seed: int = 0
-    workers: int = 0
-    threads: int = 1
-    accelerator: str = "auto"
-    precision: str = "32-true"
-    accumulate: int = 1
-    unreadable: int = 10
-    keep: Keep = "best"
-
-    def to_dict(self) -> dict[str, Any]:
-        """The same as plain JSON-able values."""
-        return {**dataclasses.asdict(self), "output": str(self.output)}
-
-
-@dataclass(frozen=True)
-class Result:
-    """What a run gave: the best epoch, held-out accuracies (shares) of both forms, the proof and the files."""
-
-    best: Row
-    epochs: int
-    training_accuracy: float
-    plain_accuracy: float
-    same_answers: int
-    held_out_images: int
-    unreadable: list[str]
-    proof: dict[str, Any]
-    export_difference: float
-    files: dict[str, str]
+_PEER_IS_GONE = ("Connection closed by peer", "Connection reset by peer", "NCCL")
 
 
 def default_output(command: str) -> Path:
@@ -104,13 +49,15 @@ def default_output(command: str) -> Path:
     return Path("runs") / time.strftime(f"{command}-%Y%m%d-%H%M%S")
 
 
-def train(settings: Settings, console: Console) -> Result:
+def train(settings: Settings, console: Console) -> Result | None:
     """Train, fold, prove, save and export; everything that is written goes into ``settings.output``.
 
+    Several devices train in processes of their own, which are started here unless torchrun did it; the first of all
+    writes and returns the result, the others None.
     Raises `InputError` where the images, the recipe or a setting cannot be used, where the folder holds a run
     already, and where the loss stops being a number; `NotEquivalent` where a form differs.
     """
-    if (settings.output / _RUN).exists():
+    if (place() or Place()).is_first and (settings.output / RUN).exists():
         raise InputError(
             f"'{settings.output}' holds a run already; give another folder, or go on with it: "
             f"refold train --resume {settings.output}"
@@ -118,49 +65,66 @@ def train(settings: Settings, console: Console) -> Result:
     return _run(settings, console)
 
 
-def resume(folder: Path, console: Console) -> Result:
+def resume(folder: Path, console: Console) -> Result | None:
     """Go on with the run of a folder, from its last whole epoch; a finished run is folded and exported again.
 
-    On one CPU process the weights are bit for bit those of a run that was never interrupted.
-    Raises `InputError` where the folder holds no run.
+    On one CPU process the weights are bit for bit those of a run that was never interrupted. Under torchrun each
+    process reads the folder.
+    Raises `InputError` where the folder holds no run, or its state cannot be read.
     """
     try:
-        written = json.loads((folder / _RUN).read_text(encoding="utf-8"))
+        written = json.loads((folder / RUN).read_text(encoding="utf-8"))
         recipe = ResolvedRecipe.from_dict(written.pop("recipe"))
         settings = Settings(**{**written, "recipe": recipe, "output": folder})
     except FileNotFoundError as error:
-        raise InputError(f"'{folder}' holds no run to go on with: there is no {_RUN} in it.") from error
+        raise InputError(f"'{folder}' holds no run to go on with: there is no {RUN} in it.") from error
     except (OSError, ValueError, TypeError, KeyError) as error:
-        raise InputError(f"'{folder / _RUN}' is not understood ({error}); start the run again.") from error
-    for leftover in folder.glob(".*.part"):
-        leftover.unlink()  # half-written when the process was killed
+        raise InputError(f"'{folder / RUN}' is not understood ({error}); start the run again.") from error
+    if (place() or Place()).is_first:
+        for leftover in folder.glob(".*.part"):
+            leftover.unlink()  # half-written when the process was killed
     return _run(settings, console)
 
 
-def _run(settings: Settings, console: Console) -> Result:
-    if settings.keep not in get_args(Keep):
-        raise InputError(f"There is no network '{settings.keep}' to keep; choose best or last.")
+def _run(settings: Settings, console: Console) -> Result | None:
+    settings.check()
+    here = place()
+    if here is None and settings.devices * settings.nodes > 1:
+        result: Result | None = start(
+            _started, (settings, console.quiet), devices=settings.devices, nodes=settings.nodes
+        )
+        return result
+    here = here or Place()
+    settings = dataclasses.replace(settings, devices=here.devices, nodes=here.nodes)
+    if not here.is_first:
+        console = Console(quiet=True)
     recipe = settings.recipe.recipe
     unreadable = Unreadable(console, settings.unreadable)
-    images = _ready(open_data(settings.data, settings.seed), recipe, unreadable, console)
+    images = _ready(open_data(settings.data, settings.seed), recipe, unreadable, console, here)
     with _threads(settings.threads), _quiet():
-        module = _classifier(settings, images)
+        module = _classifier(settings, images, here)
         make_optimizer(module.net, recipe)  # what is unknown is said before anything is written
-        _trainer(settings, [])
-        make_folder(settings.output)
-        write_text(settings.output / _RUN, json.dumps(settings.to_dict(), indent=2))
+        _trainer(settings, module, [])
+        if here.is_first:
+            make_folder(settings.output)
+            write_text(settings.output / RUN, json.dumps(settings.to_dict(), indent=2))
         keeper = _fit(settings, module, unreadable, console)
-        assert keeper.best is not None
-        return _finish(settings, module, keeper, unreadable, console)
+        return finish(settings, module, keeper, unreadable, console) if here.is_first else None
 
 
-def _classifier(settings: Settings, images: LabelledImages) -> Classifier:
+def _started(settings: Settings, quiet: bool) -> Result | None:
+    return _run(settings, Console(quiet=quiet))
+
+
+def _classifier(settings: Settings, images: LabelledImages, here: Place) -> Classifier:
     recipe = settings.recipe.recipe
     classes = len(images.class_names)
     reseed(settings.seed)
     net = build_network(settings.network, classes, recipe, settings.checkpoint)
     preprocessing = preprocessing_for(net, recipe, settings.checkpoint)
-    net = _unfolded(net, settings, preprocessing).to(memory_format=torch.channels_last)
+    net = _unfolded(net, settings, preprocessing)
+    if settings.channels_last:
+        net = net.to(memory_format=torch.channels_last)
     teacher: Teacher | None = None
     if settings.teacher is not None:
         answering = teacher_network(settings.teacher, classes, settings.teacher_checkpoint)
@@ -173,6 +137,10 @@ def _classifier(settings: Settings, images: LabelledImages) -> Classifier:
         seed=settings.seed,
         workers=settings.workers,
         accumulate=settings.accumulate,
+        processes=here.processes,
+        sync_batch_norm=settings.sync_batch_norm,
+        channels_last=settings.channels_last,
+        compile=settings.compile,
         teacher=teacher,
     )
 
@@ -192,122 +160,79 @@ def _fit(settings: Settings, module: Classifier, unreadable: Unreadable, console
             settings.output / TRAINING,
             class_names=module.images.class_names,
             preprocessing=module.preprocessing,
-            provenance=_provenance(settings, module.images, row, unreadable),
+            provenance=provenance(settings, module.images, row, unreadable),
         )
 
-    keeper = Keeper(state, settings.output / _HISTORY, keep, last=settings.keep == "last")
+    keeper = Keeper(state, settings.output / HISTORY, keep, last=settings.keep == "last")
     live = LiveProgress(console, f"Training {settings.network}", keeper)
-    trainer = _trainer(settings, [unreadable, keeper, live])
-    with _interruptible():
-        trainer.fit(module, ckpt_path=str(state) if state.is_file() else None, weights_only=True)
+    trainer = _trainer(settings, module, [unreadable, keeper, live])
+    with _interruptible(settings):
+        trainer.fit(module, ckpt_path=_readable(state), weights_only=True)
     return keeper
 
 
-def _trainer(settings: Settings, callbacks: list[Callback]) -> Trainer:
+def _trainer(settings: Settings, module: Classifier, callbacks: list[Callback]) -> Trainer:
     recipe = settings.recipe.recipe
     try:
         return Trainer(
             accelerator=settings.accelerator,
-            devices=1,
+            devices=settings.devices,
+            num_nodes=settings.nodes,
+            strategy=_strategy(settings),
             precision=settings.precision,  # type: ignore[arg-type]  # a text of the user's; Lightning checks it
             max_epochs=recipe.epochs,
+            limit_train_batches=module.batches,
             accumulate_grad_batches=settings.accumulate,
             gradient_clip_val=recipe.gradient_clip,
             callbacks=callbacks,
             use_distributed_sampler=False,
             num_sanity_val_steps=0,
-            logger=False,
+            logger=TensorBoardLogger(settings.output, TENSORBOARD, version="")
+            if settings.tensorboard
+            else False,
             enable_checkpointing=False,
             enable_progress_bar=False,
             enable_model_summary=False,
         )
+    except ModuleNotFoundError as error:
+        raise InputError("Logs for TensorBoard need its package; pip install tensorboard.") from error
     except (ValueError, RuntimeError, MisconfigurationException) as error:
         raise InputError(
-            f"Lightning cannot train with accelerator '{settings.accelerator}' and precision "
-            f"'{settings.precision}' here: {' '.join(str(error).split())}"
+            f"Lightning cannot train on {settings.devices} devices with accelerator '{settings.accelerator}' and "
+            f"precision '{settings.precision}' here: {' '.join(str(error).split())}"
         ) from error
 
 
-def _finish(
-    settings: Settings, module: Classifier, keeper: Keeper, unreadable: Unreadable, console: Console
-) -> Result:
-    """What is folded is the best network as it was saved."""
-    folder, images = settings.output, module.images
-    names = [TRAINING, PLAIN, _ONNX, _REPORT, _CARD, _HISTORY, _CURVES]
-    net = load(folder / TRAINING, form="training")
-    trained = net if settings.unfold is None else original(net)
-    example = example_input(net, module.preprocessing["input_size"])
-    with console.status("Folding, and proving the fold"):
-        plain: Any = fold(trained, example)
-    answers = {name: _answers(form, module) for name, form in (("training", net), ("plain", plain))}
-    reference, truth = answers["training"]
-    same = int((answers["plain"][0] == reference).sum())
-    save(plain, folder / PLAIN)
-    write_text(folder / _REPORT, plain.fold_report.to_json())
-    with console.status("Exporting to ONNX, and running the file against PyTorch"):
-        exported = export(plain, folder / _ONNX, example)
-    draw_curves(folder / _CURVES, f"{settings.network}, {images.title}", keeper.rows)
-    assert keeper.best is not None
-    result = Result(
-        best=keeper.best,
-        epochs=len(keeper.rows),
-        training_accuracy=(reference == truth).double().mean().item(),
-        plain_accuracy=(answers["plain"][0] == truth).double().mean().item(),
-        same_answers=same,
-        held_out_images=len(truth),
-        unreadable=list(unreadable.messages),
-        proof=plain.fold_report.proof.to_dict(),
-        export_difference=exported.max_difference,
-        files={name: str(folder / name) for name in names},
+def _strategy(settings: Settings) -> str | DDPStrategy:
+    if settings.strategy == "auto" and settings.devices * settings.nodes == 1:
+        return "auto"
+    # Batch norm statistics are averaged once an epoch instead (or synchronised).
+    return DDPStrategy(
+        find_unused_parameters=settings.strategy == "ddp_find_unused_parameters_true", broadcast_buffers=False
     )
-    card = {
-        **_provenance(settings, images, keeper.best, unreadable),
-        "class_names": images.class_names,
-        "preprocessing": module.preprocessing,
-        "result": dataclasses.asdict(result),
-    }
-    write_text(folder / _CARD, json.dumps(card, indent=2))
-    return result
 
 
-def _answers(net: nn.Module, module: Classifier) -> tuple[Tensor, Tensor]:
-    """Predicted and true classes of the held-out images, int64 ``(images,)``."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    net.eval().to(device)
-    predictions, truth = [], []
-    with torch.inference_mode():
-        for batch in held_out_loader(module.images.held_out, module.measure, 128, workers=module.workers):
-            if len(batch.images):
-                predictions.append(net(batch.images.to(device)).argmax(dim=1).cpu())
-                truth.append(batch.targets)
-    net.cpu()
-    return torch.cat(predictions), torch.cat(truth)
-
-
-def _provenance(
-    settings: Settings, images: LabelledImages, row: Row, unreadable: Unreadable
-) -> dict[str, Any]:
-    return {
-        "data": {
-            "title": images.title,
-            "training_images": len(images.training),
-            "held_out_images": len(images.held_out),
-            "unreadable": len(unreadable.messages),
-        },
-        "settings": settings.to_dict(),
-        "epoch": row,
-        "versions": {name: version(name) for name in ("refold", "torch", "timm", "lightning")},
-    }
+def _readable(state: Path) -> str | None:
+    """The state to go on from, if there is one; raises `InputError` where it is damaged."""
+    if not state.is_file():
+        return None
+    try:
+        torch.load(state, map_location="cpu", mmap=True, weights_only=True)
+    except (RuntimeError, OSError, EOFError, ValueError, KeyError, UnpicklingError) as error:
+        raise InputError(
+            f"'{state}' cannot be read ({first_line(error)}); remove it to begin with the first epoch again."
+        ) from error
+    return str(state)
 
 
 def _ready(
-    images: LabelledImages, recipe: Recipe, unreadable: Unreadable, console: Console
+    images: LabelledImages, recipe: Recipe, unreadable: Unreadable, console: Console, here: Place
 ) -> LabelledImages:
-    """Read the images into memory where they fit, large enough for the recipe's smallest crop."""
+    """Read the images into memory, for each process, where they fit: large enough for the recipe's smallest crop."""
     smallest = 1.0 if recipe.crop_padding is not None else recipe.crop_scale[0]
     side = round(recipe.image_size / smallest**0.5)
     total = len(images.training) + len(images.held_out)
-    if total * 4 * side**2 > _LARGEST_MEMORY:
+    if total * 4 * side**2 * here.devices > _LARGEST_MEMORY:
         return images
     with progress(console) as shown:
         task = shown.add_task("Reading images", total=total, note="")
@@ -321,36 +246,65 @@ def _ready(
 
 
 @contextmanager
-def _interruptible() -> Iterator[None]:
-    """Lightning turns Ctrl-C and SIGTERM into an exit of the process; here it stays an interrupt."""
+def _interruptible(settings: Settings) -> Iterator[None]:
+    """Lightning turns Ctrl-C and SIGTERM into an exit of the process; here it stays an interrupt.
+
+    What ends a training from outside becomes an `InputError`, which says how to go on.
+    """
     in_main = threading.current_thread() is threading.main_thread()
     handler = signal.getsignal(signal.SIGINT) if in_main else None
+    kept = (
+        f" {settings.output} keeps the last whole epoch; go on with: refold train --resume {settings.output}"
+    )
     try:
         yield
     except SystemExit as error:
         raise KeyboardInterrupt from error
-    except RefoldError:
-        raise
-    except OSError as error:
-        raise InputError(f"The training cannot go on: {error.strerror or error}.") from error
+    except (RefoldError, OSError, RuntimeError) as error:
+        reason = _reason(error, settings)
+        if reason is None:
+            raise
+        raise InputError(reason + (kept if (settings.output / STATE).is_file() else "")) from error
     finally:
         if in_main:
             signal.signal(signal.SIGINT, handler)
 
 
+def _reason(error: BaseException, settings: Settings) -> str | None:
+    """Why a training cannot go on, where it is known and not a defect of the program."""
+    said = str(error)
+    if isinstance(error, RefoldError):
+        return said
+    if isinstance(error, OSError):
+        return f"The training cannot go on: {error.strerror or error}."
+    if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in said:
+        size = settings.recipe.recipe.batch_size
+        return (
+            f"The memory does not hold this training at batch_size {size}; lower it, or raise --accumulate."
+        )
+    if "DataLoader worker" in said:
+        return f"A process that prepares images was ended ({first_line(error)}); give fewer --workers."
+    if settings.devices * settings.nodes > 1 and any(sign in said for sign in _PEER_IS_GONE):
+        return "Another process of the run ended; it says why."
+    return None
+
+
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Keep Lightning's advice off the terminal; what concerns the run is said here."""
-    logger = logging.getLogger("lightning.pytorch")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    loggers = [logging.getLogger(f"lightning.{part}") for part in ("pytorch", "fabric")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", module="lightning.*")
-            warnings.filterwarnings("ignore", message=".*lr_scheduler.step.*")
+            for said in ("lr_scheduler.step", "all_reduce is deprecated"):
+                warnings.filterwarnings("ignore", message=f".*{said}.*")
             yield
     finally:
-        logger.setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 @contextmanager

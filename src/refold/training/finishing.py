@@ -1,0 +1,120 @@
+"""What comes after training: the best network folded, proved, saved, exported, and asked in each form."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from importlib.metadata import version
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import Tensor, nn
+
+from refold.checkpoints import example_input, load, original, save
+from refold.export import export, get_engine
+from refold.files import write_text
+from refold.folding import fold
+from refold.training.batches import held_out_loader
+from refold.training.callbacks import Keeper, Row, Unreadable
+from refold.training.curves import draw_curves
+from refold.training.data import LabelledImages
+from refold.training.module import Classifier
+from refold.training.settings import (
+    CARD,
+    CURVES,
+    HISTORY,
+    ONNX,
+    PLAIN,
+    REPORT,
+    TRAINING,
+    Result,
+    Settings,
+)
+
+
+def finish(
+    settings: Settings, module: Classifier, keeper: Keeper, unreadable: Unreadable, console: Console
+) -> Result:
+    """Fold the best network as it was saved, write what belongs to the run, and say what it gave."""
+    folder, images = settings.output, module.images
+    net = load(folder / TRAINING, form="training")
+    trained = net if settings.unfold is None else original(net)
+    example = example_input(net, module.preprocessing["input_size"])
+    with console.status("Folding, and proving the fold"):
+        plain: Any = fold(trained, example)
+    save(plain, folder / PLAIN)
+    write_text(folder / REPORT, plain.fold_report.to_json())
+    with console.status("Exporting to ONNX, and running the file against PyTorch"):
+        exported = export(plain, folder / ONNX, example)
+    with console.status("Asking each form about the held-out images"):
+        session = get_engine("onnxruntime").open(folder / ONNX, threads=settings.threads)
+        reference, truth = _network_answers(net, module)
+        plain_answers, _ = _network_answers(plain, module)
+        onnx_answers, _ = _answers(lambda batch: session(batch)[0], module)
+    draw_curves(folder / CURVES, f"{settings.network}, {images.title}", keeper.rows)
+    assert keeper.best is not None
+    names = [TRAINING, PLAIN, ONNX, REPORT, CARD, HISTORY, CURVES]
+    result = Result(
+        best=keeper.best,
+        epochs=len(keeper.rows),
+        training_accuracy=_share(reference == truth),
+        plain_accuracy=_share(plain_answers == truth),
+        onnx_accuracy=_share(onnx_answers == truth),
+        same_answers=int((plain_answers == reference).sum()),
+        onnx_same_answers=int((onnx_answers == reference).sum()),
+        held_out_images=len(truth),
+        unreadable=list(unreadable.messages),
+        proof=plain.fold_report.proof.to_dict(),
+        export_difference=exported.max_difference,
+        files={name: str(folder / name) for name in names},
+    )
+    card = {
+        **provenance(settings, images, keeper.best, unreadable),
+        "class_names": images.class_names,
+        "preprocessing": module.preprocessing,
+        "result": dataclasses.asdict(result),
+    }
+    write_text(folder / CARD, json.dumps(card, indent=2))
+    return result
+
+
+def provenance(
+    settings: Settings, images: LabelledImages, row: Row, unreadable: Unreadable
+) -> dict[str, Any]:
+    """Where the network of an epoch comes from: data, settings with the recipe, and versions."""
+    return {
+        "data": {
+            "title": images.title,
+            "training_images": len(images.training),
+            "held_out_images": len(images.held_out),
+            "unreadable": len(unreadable.messages),
+        },
+        "settings": settings.to_dict(),
+        "epoch": row,
+        "versions": {name: version(name) for name in ("refold", "torch", "timm", "lightning")},
+    }
+
+
+def _network_answers(net: nn.Module, module: Classifier) -> tuple[Tensor, Tensor]:
+    device = module.trainer.strategy.root_device
+    net.eval().to(device)
+    answers = _answers(lambda batch: net(batch.to(device)), module)
+    net.cpu()
+    return answers
+
+
+def _answers(classify: Callable[[Tensor], Tensor], module: Classifier) -> tuple[Tensor, Tensor]:
+    """Predicted and true classes of the held-out images, int64 ``(images,)``."""
+    predictions, truth = [], []
+    with torch.inference_mode():
+        for batch in held_out_loader(module.images.held_out, module.measure, 128, workers=module.workers):
+            if len(batch.images):
+                predictions.append(classify(batch.images).argmax(dim=1).cpu())
+                truth.append(batch.targets)
+    return torch.cat(predictions), torch.cat(truth)
+
+
+def _share(right: Tensor) -> float:
+    return right.double().mean().item()

@@ -1,0 +1,126 @@
+"""Several processes train as one does, and end together with one reason."""
+
+import dataclasses
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from rich.console import Console
+
+from refold.errors import InputError
+from refold.training import run as running
+from refold.training.processes import Place, place, start
+from refold.training.recipe import load_recipe
+from refold.training.run import Settings
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> Callable[..., Settings]:
+    """A run on class folders of noise, one image broken, at a batch that two processes cannot share equally."""
+    generator = np.random.default_rng(0)
+    for name in ("a", "b", "c"):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        for index in range(11):
+            pixels = generator.integers(0, 255, (32, 32, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "data" / name / f"{index}.png")
+
+    def make(output: str, **others: Any) -> Settings:
+        recipe = {"epochs": 2, "batch_size": 9, "image_size": 32, "learning_rate": 1e-3, "ema_decay": 0.5}
+        resolved = load_recipe("finetune", recipe)
+        return Settings(
+            tmp_path / output, str(tmp_path / "data"), "test_efficientnet", resolved,
+            precision="64-true", accelerator="cpu", sync_batch_norm=True, **others,
+        )  # fmt: skip
+
+    return make
+
+
+def fit(settings: Settings, stop: str = "") -> list[int]:
+    """Train and leave out what comes after; with ``stop`` the second process ends in that way."""
+    torch.set_num_threads(1)
+    running.finish = lambda *_: [os.getpid()]  # type: ignore[assignment]
+    if stop and place() == Place(1, 2, 1):
+        end_second(stop)
+    return running._run(settings, Console(quiet=True))  # type: ignore[return-value]
+
+
+def end_second(how: str) -> None:
+    def ended(*_: object) -> None:
+        if how == "killed":
+            os.kill(os.getpid(), signal.SIGKILL)
+        raise InputError("Enough of this.")
+
+    running.Classifier.validation_step = ended  # type: ignore[method-assign, assignment]
+
+
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    state: dict[str, torch.Tensor] = torch.load(folder / "last.ckpt", weights_only=True)["state_dict"]
+    return state
+
+
+def history(folder: Path) -> list[list[float]]:
+    lines = (folder / "history.csv").read_text().splitlines()[1:]
+    return [[float(v) for v in line.split(",")[:-1] if v not in ("trained", "average")] for line in lines]
+
+
+def test_two_processes_are_as_one(settings: Callable[..., Settings], tmp_path: Path) -> None:
+    """The same weights and statistics from the same seed, and each held-out image counted once."""
+    finish = running.finish
+    try:
+        fit(settings("one"))
+    finally:
+        running.finish = finish
+    two = settings("two", devices=2)
+    assert start(fit, (two,), devices=2, nodes=1) != [os.getpid()]
+    first, second = tensors(tmp_path / "one"), tensors(tmp_path / "two")
+    assert first.keys() == second.keys()
+    for key, value in first.items():
+        torch.testing.assert_close(second[key], value, rtol=1e-7, atol=1e-9, msg=key)
+    np.testing.assert_allclose(history(tmp_path / "two"), history(tmp_path / "one"), rtol=1e-6)
+    assert not list((tmp_path / "two").glob(".*"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("stop", "message"),
+    [("raises", "^Enough of this"), ("killed", r"Process 1 of 2 was ended from outside \(SIGKILL\)")],
+)
+def test_one_process_ends_all(settings: Callable[..., Settings], stop: str, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        start(fit, (settings("run", devices=2), stop), devices=2, nodes=1)
+
+
+def test_where_a_process_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert place() is None
+    environment = {"TORCHELASTIC_RUN_ID": "a", "RANK": "5", "WORLD_SIZE": "6", "LOCAL_WORLD_SIZE": "2"}
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert place() == Place(5, 2, 3)
+    assert (Place(5, 2, 3).processes, Place(5, 2, 3).is_first, Place().is_first) == (6, False, True)
+    monkeypatch.setenv("WORLD_SIZE", "7")
+    with pytest.raises(InputError, match="2 of 7 processes here; start equally many"):
+        place()
+
+
+def test_machines_need_a_meeting_point(
+    settings: Callable[..., Settings], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    with pytest.raises(InputError, match="set MASTER_PORT, NODE_RANK on each, or start with torchrun"):
+        start(fit, (settings("run"),), devices=1, nodes=2)
+    monkeypatch.setenv("MASTER_PORT", "29500")
+    monkeypatch.setenv("NODE_RANK", "2")
+    with pytest.raises(InputError, match="NODE_RANK is 2; the 2 machines are numbered from 0"):
+        start(fit, (settings("run"),), devices=1, nodes=2)
+    for given, message in (
+        ({"strategy": "fsdp"}, "no strategy 'fsdp' here; choose auto, ddp"),
+        ({"devices": 0}, "0 devices on 1 machines cannot train"),
+    ):
+        with pytest.raises(InputError, match=message):
+            running.train(dataclasses.replace(settings("run"), **given), Console(quiet=True))  # type: ignore[arg-type]
