@@ -4,8 +4,8 @@
 
 Each network is built with random weights and folded without the proof; its parameters, multiply-accumulates and
 activations are counted for one image. The JSON file has one line a network; networks that it already has are not
-measured again. The figures of the papers are in published_sizes.toml, beside this script. The table goes between two
-marks in the Markdown file, and nothing else of it changes.
+measured again. The figures of the papers are those of `refold.list_papers`. The table goes between two marks in the
+Markdown file, and nothing else of it changes.
 """
 
 from __future__ import annotations
@@ -13,18 +13,15 @@ from __future__ import annotations
 import argparse
 import json
 import time
-import tomllib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 _HERE = Path(__file__).resolve().parent
-PUBLISHED = _HERE / "published_sizes.toml"
 DOCUMENT = _HERE.parent / "docs" / "models.md"
 BEGIN, END = "<!-- networks: begin -->", "<!-- networks: end -->"
 
-_UNITS = {"M": 10**6, "B": 10**9}
 _QUANTITIES = ("parameters", "macs", "activations")
 # What the papers measure at, and enough to fold at.
 _PIXELS, _FOLDED_PIXELS = 224, 64
@@ -32,40 +29,34 @@ _PIXELS, _FOLDED_PIXELS = 224, 64
 
 @dataclass(frozen=True)
 class Figure:
-    """What one table prints for one form of one network; the note says how the network differs, if it does."""
+    """What tables print for one form of one network; the note says how the network differs, if it does."""
 
     network: str
-    source: str
+    sources: tuple[str, ...]
     form: str
     printed: tuple[str, ...]
     note: str | None
 
-    def met_by(self, measured: Mapping[str, int]) -> bool:
-        """Whether the counts, rounded or cut off to the printed digits, are the printed ones."""
-        return all(
-            _prints_as(measured[quantity], text)
-            for quantity, text in zip(_QUANTITIES, self.printed, strict=False)
-        )
 
+def read_figures() -> list[Figure]:
+    """All published sizes of refold's networks as they are built by default, in the order of the papers."""
+    from refold import list_models, list_papers
 
-def _prints_as(value: int, text: str) -> bool:
-    number, unit = text.split()
-    digits = len(number.partition(".")[2])
-    scaled = value / _UNITS[unit]
-    cut_off = int(scaled * 10**digits) / 10**digits
-    return float(number) in (round(scaled, digits), cut_off)
-
-
-def read_figures(path: Path = PUBLISHED) -> list[Figure]:
-    """All published sizes, in the order of the file."""
-    sources = tomllib.loads(path.read_text(encoding="utf-8"))["source"]
-    return [
-        Figure(
-            network, source["name"], source["form"], tuple(printed), source.get("deviations", {}).get(network)
-        )
-        for source in sources
-        for network, printed in source["networks"].items()
-    ]
+    found: dict[tuple[str, str, tuple[str, ...]], Figure] = {}
+    own = set(list_models())
+    for exhibit in list_papers():
+        columns = exhibit.columns_of(*_QUANTITIES)
+        for row in exhibit.rows:
+            is_default = not row.arguments and row.pixels is None and row.form in ("training", "plain")
+            printed = tuple(
+                f"{row.values[place]} {column.unit}" for place, column in columns if row.values[place]
+            )
+            if row.network not in own or not is_default or not printed:
+                continue
+            key = (row.network, row.form, printed)
+            earlier = found[key].sources if key in found else ()
+            found[key] = Figure(row.network, (*earlier, exhibit.source), row.form, printed, row.note)
+    return list(found.values())
 
 
 def measure(name: str) -> dict[str, Any]:
@@ -101,7 +92,7 @@ def table(records: Iterable[Mapping[str, Any]], figures: Sequence[Figure]) -> st
     for record in sorted(records, key=lambda record: record["name"]):
         name = record["name"]
         own = [figure for figure in figures if figure.network == name]
-        notes += [f"- `{name}`, {figure.source}: {figure.note}." for figure in own if figure.note]
+        notes += [f"- `{name}`, {_sources(figure)}: {figure.note}." for figure in own if figure.note]
         counts = [cell for form in ("training", "plain") for cell in _cells(record[form])]
         published = "<br>".join(_published(figure) for figure in own) or "–"
         lines.append(f"| `{name}` | {record['pixels']} | {' | '.join(counts)} | {published} |")
@@ -116,7 +107,11 @@ def _cells(counts: Mapping[str, int]) -> Iterator[str]:
 
 def _published(figure: Figure) -> str:
     mark = "≠ " if figure.note else ""
-    return f"{mark}{', '.join(figure.printed)} ({figure.form}; {figure.source})"
+    return f"{mark}{', '.join(figure.printed)} ({figure.form}; {_sources(figure)})"
+
+
+def _sources(figure: Figure) -> str:
+    return "; ".join(figure.sources)
 
 
 def write_between_marks(document: Path, text: str) -> None:
@@ -148,15 +143,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             with options.json.open("a") as file:
                 file.write(json.dumps(records[name]) + "\n")
             print(f"{name}: {records[name]['seconds']:.1f} s", flush=True)
-    figures = read_figures()
-    for figure in figures:
-        if figure.network in names:
-            met = figure.met_by(records[figure.network][figure.form])
-            if met == bool(figure.note):
-                print(
-                    f"{figure.network}, {figure.source}: {'met, but noted' if met else 'NOT met'}", flush=True
-                )
-    write_between_marks(options.output, table((records[name] for name in names), figures))
+    write_between_marks(options.output, table((records[name] for name in names), read_figures()))
 
 
 if __name__ == "__main__":

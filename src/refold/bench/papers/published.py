@@ -242,8 +242,8 @@ def find_exhibit(name: str) -> Exhibit:
     if paper in keys:
         own = [exhibit.name for exhibit in exhibits() if exhibit.paper.key == paper]
         nearest = difflib.get_close_matches(wanted, own, n=4, cutoff=0.0) if number else own
-        what = f"{paper} has no '{number}' that can be measured here" if number else f"'{name}' is a paper"
-        raise InputError(f"{what[0].upper()}{what[1:]}; the nearest names are {', '.join(nearest)}.")
+        what = f"There is no '{number}' of {paper} that can be measured" if number else f"'{name}' is a paper"
+        raise InputError(f"{what}; name one of its tables and figures, such as {', '.join(nearest)}.")
     near = difflib.get_close_matches(paper, keys, n=2, cutoff=0.5) or keys
     own = [exhibit.name for exhibit in exhibits() if exhibit.paper.key in near]
     nearest = difflib.get_close_matches(f"{near[0]}/{number}", own, n=4, cutoff=0.0)

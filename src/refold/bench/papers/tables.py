@@ -236,15 +236,27 @@ def _time_grid(table: PaperTable) -> Grid:
         headings += [f"{name}, ms: here", *([f"{name}, images/s: here"] if is_rate else [])]
     rows = []
     for row in exhibit.rows:
+        shown: set[int] = set()
         for batch in batches:
             at = {(c.on, c.quantity): place for place, c in columns if c.batch_size == batch}
             printed = [_printed_time(table, row, at.get((on, quantity))) for on, quantity, _ in devices]
-            here, used = _here(table, row, batch, runs, is_rate)
+            used = _used_batch(table, batch)
+            # Where the paper's batch is too large, a smaller one stands for it, once.
+            here = (
+                [""] * (len(runs) * (1 + is_rate))
+                if used in shown
+                else _here(table, row, used, runs, is_rate)
+            )
             if not any(printed) and not any(here):
                 continue
-            size = f"{batch}" if used in (None, batch) else f"{used} (paper: {batch})"
+            shown.add(used)
+            size = f"{used} (paper: {batch})" if any(here) and used != batch else str(batch)
             rows.append([row.model, row.timed if row.network else "", size, *printed, *here])
     return Grid("Times", headings, rows, 2)
+
+
+def _used_batch(table: PaperTable, batch: int) -> int:
+    return max((s.batch_size for s in table.settings if s.batch_size <= batch), default=batch)
 
 
 def _printed_time(table: PaperTable, row: Row, place: int | None) -> str:
@@ -254,25 +266,20 @@ def _printed_time(table: PaperTable, row: Row, place: int | None) -> str:
     return row.values[place] + ("" if ratio is None else f" ({ratio:.2f})")
 
 
-def _here(
-    table: PaperTable, row: Row, batch: int, runs: list[tuple[str, int]], is_rate: bool
-) -> tuple[list[str], int | None]:
+def _here(table: PaperTable, row: Row, batch: int, runs: list[tuple[str, int]], is_rate: bool) -> list[str]:
     cells: list[str] = []
-    used = None
     for engine, threads in runs:
-        sizes = [s.batch_size for s in table.settings if (s.engine, s.threads) == (engine, threads)]
-        setting = Setting(engine, threads, max((size for size in sizes if size <= batch), default=batch))
+        setting = Setting(engine, threads, batch)
         samples = table.samples(row, setting)
         if not samples:
             cells += [""] * (1 + is_rate)
             continue
-        used = setting.batch_size
         ratio = table.ratio(row, setting)
         cells.append(f"{median(samples):.2f}" + ("" if ratio is None else f" ({ratio:.2f})"))
         if is_rate:
-            rate = 1000 * used / median(samples)
+            rate = 1000 * batch / median(samples)
             cells.append(f"{rate:.1f}" + ("" if ratio is None else f" ({1 / ratio:.2f})"))
-    return cells, used
+    return cells
 
 
 def _operator_grid(table: PaperTable) -> Grid:
