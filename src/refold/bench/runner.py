@@ -62,13 +62,14 @@ def benchmark(
     """Measure models x forms x engines x batch sizes x threads, taking turns (A B A B), each in its own process.
 
     `models` are names, modules, or a mapping from the name to show to either. `forms` are of "training", "plain"
-    and "shortcut-folded" (`refold.fold` with `shortcuts="fold"`), or for each model by name such a list; by default
-    a name is measured in the first two and a module as it is. `engine` is one or several of "pytorch" and those of
-    `refold.export`, or "all". `input_size` is (channels, height, width), by default the model's own. After `warm_up`
-    rounds, `rounds` rounds are measured in which every configuration has one turn of about 10 ms. `baseline` is what
-    the rows are compared with (see `Benchmark`), by default the training form if it is measured. `breakdown` adds the
-    time by kind of operator, `roofline` the roofs of the machine and the floor of every model. `machine` is the name
-    under which the results stand, by default the processor's; `note` is kept with its facts.
+    and "shortcut-folded" (`refold.fold` with `shortcuts="fold", objective="operators"`), or such a list for each
+    model by name; by default a name is measured in the first two and a module as it is. `engine` is one or several
+    of "pytorch" and those of `refold.export`, or "all". `input_size` is (channels, height, width), by default the
+    model's own. After `warm_up` rounds, `rounds` rounds are measured in which every configuration has one turn of
+    about 10 ms. `baseline` is what the rows are compared with (see `Benchmark`), by default the training form if it
+    is measured. `breakdown` adds the time by kind of operator, `roofline` the roofs of the machine and the floor of
+    every model. `machine` is the name under which the results stand, by default the processor's; `note` is kept
+    with its facts.
 
     `output` is a .json file that is written as the run goes; with `resume` what it holds already is not measured
     again. A configuration that cannot be prepared, crashes, or is silent for `time_limit` seconds becomes a row
