@@ -17,9 +17,8 @@ import torch
 from torch import Tensor, nn
 
 import refold
-from refold.unfolding.branch import Branch
-from refold.unfolding.parallel import Form, ParallelBranches
-from refold.unfolding.unfold import parallelise
+from refold.blocks.parallel import Form, ParallelBranches
+from refold.blocks.parallel.branch import Branch
 
 FORMS: tuple[Form, ...] = ("looped", "stacked", "moments")
 
@@ -154,7 +153,7 @@ def run_networks(names: list[str], batch: int, side: int, turns: int, contiguous
         net = refold.create_model(model)
         layout = torch.contiguous_format if contiguous else torch.channels_last
         x = torch.randn(batch, 3, side, side).to(memory_format=layout)
-        wide = refold.unfold(net, plan, example_input=x[:1]) if plan else parallelise(net)
+        wide = refold.unfold(net, plan, example_input=x[:1]) if plan else net
         models = {
             "looped": with_form(wide, "looped"),
             "auto": with_form(wide, "auto"),

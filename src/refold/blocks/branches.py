@@ -6,6 +6,8 @@ from typing import Protocol
 from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
 
+from refold.blocks.parallel import ParallelBranches
+
 KernelSize = int | tuple[int, int]
 
 
@@ -55,7 +57,7 @@ class ConvNorm(nn.Module):
         return out
 
 
-class BranchSum(nn.Module):
+class BranchSum(ParallelBranches):
     """Sum of parallel branches of one input: a ``ConvNorm`` for each kernel size, and a batch norm as skip.
 
     ``identity`` adds the input itself, where shapes allow it as for the skip. ``norm=False`` leaves the
@@ -84,7 +86,6 @@ class BranchSum(nn.Module):
         activation: bool = False,
         eps: float = 1e-5,
     ) -> None:
-        super().__init__()
         branches = [
             ConvNorm(
                 in_channels,
@@ -97,20 +98,13 @@ class BranchSum(nn.Module):
             )
             for kernel_size in kernel_sizes
         ]
-        self.branches = nn.ModuleList(branches if norm else [branch.conv for branch in branches])
         can_skip = in_channels == out_channels and stride == 1
         skip_norm = BatchNormAct2d if activation else nn.BatchNorm2d
-        self.skip: nn.Module | None = skip_norm(in_channels, eps=eps) if skip and can_skip else None
-        self.adds_input = identity and can_skip
-
-    def forward(self, x: Tensor) -> Tensor:
-        first, *others = self.branches
-        out: Tensor = first(x)
-        for branch in others:
-            out = out + branch(x)
-        if self.adds_input:
-            out = out + x
-        return out if self.skip is None else out + self.skip(x)
+        super().__init__(
+            branches if norm else [branch.conv for branch in branches],
+            skip_norm(in_channels, eps=eps) if skip and can_skip else None,
+            adds_input=identity and can_skip,
+        )
 
 
 class ConvFactory(Protocol):

@@ -62,8 +62,8 @@ def convolutions_to_ghost(
         )
     # Held until the end: the identity of a replaced module must not be given to a new one.
     whole = copy.deepcopy(model)
-    x = image_for(whole) if example_input is None else example_input
-    calls = observe_convolutions(whole, x)
+    arguments = (image_for(whole) if example_input is None else example_input,)
+    calls, _ = observe_convolutions(whole, arguments)
     layers = {name: module for name, module in whole.named_modules() if isinstance(module, nn.Conv2d)}
     ghosts = [
         module for module in whole.modules() if isinstance(module, _GHOSTS) and module.cheap is not None
@@ -83,7 +83,7 @@ def convolutions_to_ghost(
     vars(whole).pop("architecture", None)  # by its record another network would be built
     converted = replaced(whole, lambda module: replacements.get(id(module)))
     try:
-        run_once(converted, x)
+        run_once(converted, arguments)
     except Exception as error:
         raise InputError(
             f"{type(model).__name__} does not run with ghost modules ({first_line(error)}): "

@@ -33,46 +33,61 @@ _FUNCTIONS: dict[str, type[nn.Module]] = {
 
 @dataclass
 class Call:
-    """How a convolution ran: its place in the order, and the pixels of its output.
+    """How a convolution ran: its place in the order, how often, and the shape of its first output.
 
     ``norm`` is the batch norm that alone reads the output, if one does. ``activation`` computes what reads the output
     or that of the norm first, if that is an activation; it never works in place.
     """
 
     place: int
-    pixels: int
+    times: int
+    shape: torch.Size
     norm: nn.Module | None = None
     activation: nn.Module | None = None
 
+    @property
+    def pixels(self) -> int:
+        """Pixels of the output."""
+        return self.shape[-2:].numel()
 
-def observe_convolutions(model: nn.Module, x: Tensor) -> dict[int, Call]:
-    """How each ``nn.Conv2d`` of the model runs on a batch of images, by its id; those that do not run have no entry.
 
-    The model runs once, in evaluation mode, and is left as it was.
-    Raises ``InputError`` where it does not run on them.
+def observe_convolutions(
+    model: nn.Module, arguments: tuple[Any, ...]
+) -> tuple[dict[int, Call], list[Tensor]]:
+    """How each ``nn.Conv2d`` of the model runs on the positional arguments, by its id, and what the model returns.
+
+    Those that do not run have no entry. The model runs once, in evaluation mode, and is left as it was.
+    Raises ``InputError`` where it does not run.
     """
     watch = _Watch()
     with watch.hooked(model), watch:
         try:
-            run_once(model, x)
+            outputs = run_once(model, arguments)
         except Exception as error:
+            shapes = ", ".join(str(tuple(v.shape)) for v in tree_leaves(arguments) if isinstance(v, Tensor))
             raise InputError(
-                f"{type(model).__name__} does not run on images of shape {tuple(x.shape)} ({first_line(error)}); "
-                "give it images that fit by example_input=..."
+                f"{type(model).__name__} cannot run on the example input (shape {shapes}): {first_line(error)}; "
+                "give an example_input that its forward pass accepts."
             ) from error
-    return {key: watch.call(key) for key in watch.outputs}
+        for output in outputs:
+            watch.note(output, "return")
+    return {key: watch.call(key) for key in watch.outputs}, outputs
 
 
 @torch.no_grad()
-def run_once(model: nn.Module, x: Tensor) -> None:
-    """Run the model in evaluation mode, and leave it in the mode that it was in. Raises whatever its code raises."""
+def run_once(model: nn.Module, arguments: tuple[Any, ...]) -> list[Tensor]:
+    """The floating-point tensors that the model returns in evaluation mode; it is left in the mode that it was in.
+
+    Raises whatever its code raises.
+    """
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
-        model(x)
+        leaves = tree_leaves(model(*copy.deepcopy(arguments)))
     finally:
         for module, training in modes:
             module.training = training
+    return [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
 
 
 class _Watch(TorchFunctionMode):
@@ -93,14 +108,15 @@ class _Watch(TorchFunctionMode):
         if any(isinstance(leaf, Tensor) for leaf in tree_leaves(out)):
             for leaf in tree_leaves((args, kwargs)):
                 if isinstance(leaf, Tensor):
-                    self._note(leaf, str(getattr(func, "__name__", func)))
+                    self.note(leaf, str(getattr(func, "__name__", func)))
         return out
 
     def _watch(self, tensor: Tensor) -> None:
         self.held.append(tensor)
         self.readers.setdefault(id(tensor), [])
 
-    def _note(self, tensor: Tensor, reader: nn.Module | str) -> None:
+    def note(self, tensor: Tensor, reader: nn.Module | str) -> None:
+        """Note what reads a tensor, if it is one of those watched."""
         if id(tensor) in self.readers:
             self.readers[id(tensor)].append(reader)
 
@@ -138,12 +154,12 @@ class _Watch(TorchFunctionMode):
 
     def _before_activation(self, module: nn.Module, args: Any) -> None:
         if args:
-            self._note(args[0], module)
+            self.note(args[0], module)
 
     def call(self, convolution: int) -> Call:
         """What the run showed of the convolution with this id."""
         out = self.outputs[convolution]
-        found = Call(list(self.outputs).index(convolution), out.shape[-2:].numel())
+        found = Call(list(self.outputs).index(convolution), self.times[convolution], out.shape)
         norm = self.norms.get(id(out))
         is_own = (
             norm is not None

@@ -1,11 +1,11 @@
 """Training-time branches for any model, and the way back to its own architecture."""
 
+from refold.blocks.parallel import Form, ParallelBranches
 from refold.unfolding.original import original_state_dict
-from refold.unfolding.parallel import Form, ParallelBranches
 from refold.unfolding.plans import PLANS, Plan
 from refold.unfolding.rebuilding import rebuild
 from refold.unfolding.report import UnfoldedLayer, UnfoldReport
-from refold.unfolding.unfold import parallelise, unfold
+from refold.unfolding.unfold import unfold
 
 __all__ = [
     "PLANS",
@@ -15,7 +15,6 @@ __all__ = [
     "UnfoldReport",
     "UnfoldedLayer",
     "original_state_dict",
-    "parallelise",
     "rebuild",
     "unfold",
 ]

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import prod
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from timm.layers import Conv2dSame, pad_same
 from torch import Tensor, nn
 
-from refold.unfolding.branch import Branch, common_geometry, padding_of
-from refold.unfolding.parallel import Form, ParallelBranches
+from refold.blocks.parallel import Form, ParallelBranches
+from refold.blocks.parallel.branch import Branch, common_geometry, padding_of
 from refold.unfolding.plans import Kind, Shape
 
 
@@ -95,9 +97,11 @@ class _Builder:
     def norm(self, channels: int) -> nn.BatchNorm2d:
         """A batch norm with the settings of the layer's own."""
         like = self._like
-        settings = {"eps": like.eps, "momentum": like.momentum} if isinstance(like, nn.BatchNorm2d) else {}
+        settings: dict[str, Any] = (
+            {"eps": like.eps, "momentum": like.momentum} if isinstance(like, nn.BatchNorm2d) else {}
+        )
         weight = self._conv.weight
-        return nn.BatchNorm2d(channels, **settings, device=weight.device, dtype=weight.dtype)  # type: ignore[arg-type]
+        return nn.BatchNorm2d(channels, **settings, device=weight.device, dtype=weight.dtype)
 
     def _fits(self, size: tuple[int, int]) -> bool:
         smaller = min(size) >= 1 and size != self.size
@@ -144,9 +148,10 @@ class _Builder:
             return None
         # Twice the channels between depthwise convolutions; the average has to have the outputs of the layer.
         inner = conv.out_channels if average else conv.in_channels * (2 if depthwise else 1)
-        settings = {"groups": conv.groups, "bias": False}
-        placed = {"device": conv.weight.device, "dtype": conv.weight.dtype}
-        pointwise = nn.Conv2d(conv.in_channels, inner, 1, **settings, **placed)  # type: ignore[arg-type]
+        device, dtype = conv.weight.device, conv.weight.dtype
+        pointwise = nn.Conv2d(
+            conv.in_channels, inner, 1, groups=conv.groups, bias=False, device=device, dtype=dtype
+        )
         _initialised(pointwise)
         if not average and not depthwise:
             each = conv.in_channels // conv.groups
@@ -165,6 +170,41 @@ def _initialised(conv: nn.Conv2d) -> nn.Conv2d:
     outputs = prod(conv.kernel_size) * conv.out_channels // conv.groups
     nn.init.normal_(conv.weight, 0.0, (2.0 / outputs) ** 0.5)
     return conv
+
+
+class SamePadded(nn.Module):
+    """Parallel branches that see a map padded as TensorFlow's "same" does: by what its size lacks, more at the end.
+
+    Maps `[batch, in_channels, height, width]` to `[batch, out_channels, height / stride, width / stride]`, rounded up.
+    It stands in the place of timm's `Conv2dSame`; kernels that are smaller than the layer's have no place here.
+    """
+
+    def __init__(self, parallel: ParallelBranches) -> None:
+        super().__init__()
+        self.parallel = parallel
+        # Folding makes one convolution of the branches.
+        self.geometry = parallel.geometry
+
+    def forward(self, x: Tensor) -> Tensor:
+        geometry = self.geometry
+        out: Tensor = self.parallel(pad_same(x, geometry.kernel_size, geometry.stride, geometry.dilation))
+        return out
+
+
+def without_padding(conv: Conv2dSame) -> nn.Conv2d:
+    """The convolution that it runs on the map that it padded, with the same parameters."""
+    plain = nn.Conv2d(
+        conv.in_channels,
+        conv.out_channels,
+        conv.kernel_size,
+        conv.stride,
+        dilation=conv.dilation,
+        groups=conv.groups,
+        bias=conv.bias is not None,
+        device="meta",
+    )
+    plain._parameters.update(conv._parameters)
+    return plain.train(conv.training)
 
 
 class Split(nn.Module):

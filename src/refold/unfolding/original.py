@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from refold.blocks.parallel import ParallelBranches
 from refold.errors import InputError
 from refold.folding import fold
-from refold.unfolding.parallel import ParallelBranches
+from refold.unfolding.building import SamePadded
 from refold.unfolding.report import UnfoldReport
 
 
@@ -27,7 +28,7 @@ def original_state_dict(model: nn.Module) -> dict[str, Tensor]:
         raise InputError(
             f"{type(model).__name__} carries no unfold report; pass what refold.unfold returned, or its fold."
         )
-    held = _plain_tensors(model)
+    held = _plain_tensors(model, report)
     state: dict[str, Tensor] = {}
     shifted = {norm: conv for conv, norm in report.norms.items() if f"{norm}.running_mean" not in held}
     for name, shape in report.shapes.items():
@@ -67,15 +68,20 @@ def _lost(name: str) -> str:
     )
 
 
-def _plain_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """The model's state dict, with kernel and bias of one convolution for each sum of branches."""
-    held = dict(model.state_dict())
-    for path, module in model.named_modules():
+def _plain_tensors(model: nn.Module, report: UnfoldReport) -> dict[str, Tensor]:
+    """The model's state dict, with kernel and bias of one convolution for each layer that was unfolded."""
+    held, modules = dict(model.state_dict()), dict(model.named_modules())
+    for path in (layer.path for layer in report.layers):
+        if path not in modules:
+            continue  # folding changed more than the branches
+        module, prefix = modules[path], f"{path}."
+        if isinstance(module, SamePadded):
+            module, prefix = module.parallel, f"{path}.parallel."
         if isinstance(module, ParallelBranches):
-            for name in [name for name in held if name.startswith(f"{path}.")]:
-                del held[name]
-            for name, tensor in _folded(module).state_dict().items():
-                held[f"{path}.{name}"] = tensor
+            module = _folded(module)
+        for name in [name for name in held if name.startswith(prefix)]:
+            del held[name]
+        held |= {f"{path}.{name}": tensor for name, tensor in module.state_dict().items()}
     return held
 
 

@@ -6,12 +6,12 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from timm.layers import BatchNormAct2d
+from timm.layers import BatchNormAct2d, Conv2dSame
 from torch import nn
 
+from refold.blocks.parallel import Form
 from refold.errors import CheckpointError, InputError
-from refold.unfolding.building import build
-from refold.unfolding.parallel import Form, ParallelBranches
+from refold.unfolding.building import SamePadded, build, without_padding
 from refold.unfolding.report import UnfoldedLayer, UnfoldReport
 
 
@@ -46,7 +46,7 @@ def rebuild(model: nn.Module, record: Mapping[str, Any]) -> nn.Module:
 
 def require_no_branches(model: nn.Module) -> None:
     """Raise `InputError` where the model is unfolded already."""
-    if any(isinstance(module, ParallelBranches) for module in model.modules()):
+    if hasattr(model, "unfold_report") and not hasattr(model, "fold_report"):
         raise InputError(f"{type(model).__name__} is unfolded already; fold it before it is unfolded again.")
 
 
@@ -69,10 +69,12 @@ def add_branches(model: nn.Module, layer: UnfoldedLayer, scale: float, form: For
     old = nn.Identity() if layer.norm is None else model.get_submodule(layer.norm)
     norm, rest = _without_activation(old)
     assert isinstance(conv, nn.Conv2d), f"'{layer.path}' is no 2-d convolution"
-    made = build(conv, norm, layer.shapes, layer.repeats, scale=scale, form=form)
+    is_same_padded = isinstance(conv, Conv2dSame)
+    plain = without_padding(conv) if is_same_padded else conv
+    made = build(plain, norm, layer.shapes, layer.repeats, scale=scale, form=form)
     if made is None:
         return None
-    model.set_submodule(layer.path, made)
+    model.set_submodule(layer.path, SamePadded(made) if is_same_padded else made)
     if layer.norm is not None:
         model.set_submodule(layer.norm, rest)
     return dataclasses.replace(layer, branches=len(made.branches), skip=made.skip is not None)

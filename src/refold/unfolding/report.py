@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from refold.unfolding.parallel import Form
+from refold.blocks.parallel import Form
 from refold.unfolding.plans import Kind, Shape
 
 

@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from math import log2
 from typing import Any
 
-import torch
-from timm.layers import BatchNormAct2d
+from timm.layers import Conv2dSame
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from refold.errors import InputError, first_line
-from refold.unfolding.branch import padding_of
+from refold.blocks.parallel.branch import padding_of
+from refold.folding.tracing import has_hooks
+from refold.models.observation import observe_convolutions
 from refold.unfolding.building import kind_of
 from refold.unfolding.plans import Kind
-
-_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm, BatchNormAct2d)
 
 
 @dataclass(frozen=True)
@@ -32,19 +28,6 @@ class Candidate:
     norm: str | None
     kind: Kind
     stage: int
-
-
-@dataclass
-class _Observed:
-    calls: dict[str, int] = field(default_factory=dict)
-    sizes: dict[str, torch.Size] = field(default_factory=dict)
-    writers: dict[int, str] = field(default_factory=dict)
-    norms: dict[str, list[str]] = field(default_factory=dict)
-    norm_calls: dict[str, int] = field(default_factory=dict)
-    other_readers: set[str] = field(default_factory=set)
-    looked_into: set[str] = field(default_factory=set)
-    kept: list[Tensor] = field(default_factory=list)
-    outputs: list[Tensor] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -67,43 +50,38 @@ def observe(model: nn.Module, arguments: tuple[Any, ...]) -> Layers:
 
     Raises `InputError` where the model does not run on `arguments`.
     """
-    observed = _watched_run(model, arguments)
+    with _noting(model) as looked_into:
+        calls, outputs = observe_convolutions(model, arguments)
+    paths = {id(module): path for path, module in model.named_modules()}
     modules = dict(model.named_modules())
     shared = _shared(model)
-    pairs: dict[str, str] = {}
-    for norm, writers in observed.norms.items():
-        conv = writers[0]
-        once = len(writers) == 1 and observed.norm_calls[norm] == observed.calls[conv] == 1
-        alone = sum(conv in others for others in observed.norms.values()) == 1
-        if once and alone and conv not in observed.other_readers and not {conv, norm} & shared:
-            pairs[conv] = norm
     side = max((max(leaf.shape[-2:]) for leaf in tree_leaves(arguments) if _is_map(leaf)), default=1)
-    found = []
-    for path, times in observed.calls.items():
-        conv, own = modules[path], pairs.get(path)
+    found, norms = [], {}
+    for identity, call in calls.items():
+        path = paths[identity]
+        conv, own = modules[path], None if call.norm is None else paths[id(call.norm)]
+        if own is not None and not {path, own} & shared:
+            norms[path] = own
+        if type(conv) not in _NOTING or call.times > 1 or path in shared | looked_into or has_hooks(conv):
+            continue
         assert isinstance(conv, nn.Conv2d)
-        kind, size = kind_of(conv), observed.sizes[path]
-        usable = times == 1 and path not in shared and not _is_watched(conv) and padding_of(conv) is not None
-        if kind is None or not usable or size[-1] * size[-2] == 1 or path in observed.looked_into:
+        kind = kind_of(conv)
+        if kind is None or padding_of(conv) is None or call.pixels == 1:
             continue
-        if conv.bias is None if own is None else not _is_movable(modules[own]):
+        if conv.bias is None if path not in norms else not _is_movable(call.norm):
             continue
-        found.append(Candidate(path, own, kind, round(log2(max(1.0, side / max(size[-2:]))))))
-    return Layers(found, pairs, observed.outputs)
+        stage = round(log2(max(1.0, side / max(call.shape[-2:]))))
+        found.append(Candidate(path, norms.get(path), kind, stage))
+    return Layers(found, norms, outputs)
 
 
 def _is_map(value: Any) -> bool:
     return isinstance(value, Tensor) and value.dim() == 4
 
 
-def _is_movable(norm: nn.Module) -> bool:
+def _is_movable(norm: nn.Module | None) -> bool:
     """Whether it can become the norm of a branch."""
-    return type(norm) in _NORMS and getattr(norm, "running_mean", None) is not None and not _is_watched(norm)
-
-
-def _is_watched(module: nn.Module) -> bool:
-    """Whether calling it runs more than its forward method."""
-    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
+    return getattr(norm, "running_mean", None) is not None
 
 
 def _shared(model: nn.Module) -> set[str]:
@@ -115,104 +93,46 @@ def _shared(model: nn.Module) -> set[str]:
     return {path for paths in owners.values() if len(paths) > 1 for path in paths}
 
 
-def run(model: nn.Module, arguments: tuple[Any, ...]) -> list[Tensor]:
-    """The floating-point tensors that the model returns in evaluation mode, without gradients."""
-    training = {module: module.training for module in model.modules()}
-    try:
-        with torch.no_grad():
-            leaves = tree_leaves(model.eval()(*copy.deepcopy(arguments)))
-    finally:
-        for module, was_training in training.items():
-            module.training = was_training
-    return [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
-
-
-def _watched_run(model: nn.Module, arguments: tuple[Any, ...]) -> _Observed:
-    observed = _Observed()
-    mode = _Watch(observed)
-    with ExitStack() as stack:
-        for path, module in model.named_modules():
-            if type(module) is nn.Conv2d:
-                stack.enter_context(_hooked(module, mode, path, observed, norm=False))
-            elif isinstance(module, _BatchNorm):
-                stack.enter_context(_hooked(module, mode, path, observed, norm=True))
-        try:
-            with mode:
-                observed.outputs = run(model, arguments)
-        except Exception as error:
-            shapes = ", ".join(str(tuple(v.shape)) for v in tree_leaves(arguments) if isinstance(v, Tensor))
-            line = first_line(error)
-            raise InputError(
-                f"{type(model).__name__} cannot run on the example input (shape {shapes}): {line}; pass an "
-                "example_input that its forward pass accepts."
-            ) from error
-    observed.other_readers.update(
-        observed.writers[id(leaf)] for leaf in observed.outputs if id(leaf) in observed.writers
-    )
-    return observed
-
-
 @contextmanager
-def _hooked(module: nn.Module, mode: _Watch, path: str, observed: _Observed, *, norm: bool) -> Iterator[None]:
-    def before(_: nn.Module, inputs: tuple[Any, ...]) -> None:
-        mode.depth += 1
-        if inputs and id(inputs[0]) in observed.writers:
-            writer = observed.writers[id(inputs[0])]
-            if norm:
-                observed.norms.setdefault(path, []).append(writer)
-            else:
-                observed.other_readers.add(writer)
-        if norm:
-            observed.norm_calls[path] = observed.norm_calls.get(path, 0) + 1
-
-    def after(_: nn.Module, __: tuple[Any, ...], out: Tensor) -> None:
-        mode.depth -= 1
-        if not norm:
-            observed.calls[path] = observed.calls.get(path, 0) + 1
-            observed.sizes[path] = out.shape
-            observed.writers[id(out)] = path
-            # Kept alive, so that no later tensor gets the same id.
-            observed.kept.append(out)
-
-    def look() -> None:
-        if mode.depth == 0:
-            observed.looked_into.add(path)
-
-    handles = [module.register_forward_pre_hook(before), module.register_forward_hook(after)]
-    own = type(module)
-    if not norm:
-        vars(module)["_look"] = look
-        module.__class__ = _Noting
+def _noting(model: nn.Module) -> Iterator[set[str]]:
+    """The paths of the convolutions whose parameters are read by code around them meanwhile."""
+    looked_into: set[str] = set()
+    changed = [(path, module) for path, module in model.named_modules() if type(module) in _NOTING]
+    for path, module in changed:
+        vars(module)["_look"] = partial(looked_into.add, path)
+        module.__class__ = _NOTING[type(module)]
     try:
-        yield
+        yield looked_into
     finally:
-        module.__class__ = own
-        vars(module).pop("_look", None)
-        for handle in handles:
-            handle.remove()
+        for _, module in changed:
+            module.__class__ = type(module).__bases__[-1]
+            del vars(module)["_look"]
 
 
-class _Noting(nn.Conv2d):
+class _Noting:
     """A convolution that notes when code around it asks for its parameters."""
 
+    _runs = False
+
+    def forward(self, *inputs: Any, **others: Any) -> Any:
+        self._runs = True
+        try:
+            return super().forward(*inputs, **others)  # type: ignore[misc]  # that of the convolution
+        finally:
+            del self._runs
+
     def __getattr__(self, name: str) -> Any:
-        if name in ("weight", "bias") and "_look" in vars(self):
+        if name in ("weight", "bias") and not self._runs:
             vars(self)["_look"]()
-        return super().__getattr__(name)
+        return super().__getattr__(name)  # type: ignore[misc]  # that of nn.Module
 
 
-class _Watch(TorchFunctionMode):
-    """Notes which outputs of convolutions are read by anything but a batch norm."""
+class _NotingConv2d(_Noting, nn.Conv2d):
+    pass
 
-    def __init__(self, observed: _Observed) -> None:
-        super().__init__()
-        self._observed = observed
-        self.depth = 0
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        if self.depth == 0 and any(isinstance(leaf, Tensor) for leaf in tree_leaves(out)):
-            for leaf in tree_leaves((args, kwargs)):
-                if isinstance(leaf, Tensor) and id(leaf) in self._observed.writers:
-                    self._observed.other_readers.add(self._observed.writers[id(leaf)])
-        return out
+class _NotingConv2dSame(_Noting, Conv2dSame):  # type: ignore[misc]  # timm is not typed
+    pass
+
+
+_NOTING: dict[type, type] = {nn.Conv2d: _NotingConv2d, Conv2dSame: _NotingConv2dSame}

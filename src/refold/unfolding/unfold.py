@@ -13,14 +13,14 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from refold.blocks.branches import BranchSum
+from refold.blocks.parallel import Form
 from refold.errors import InputError, NotEquivalent
 from refold.models.images import example_input as default_input
-from refold.unfolding.parallel import Form, ParallelBranches
+from refold.models.observation import run_once
 from refold.unfolding.plans import Kind, Plan, find_plan
 from refold.unfolding.rebuilding import add_branches, described, require_no_branches
 from refold.unfolding.report import UnfoldedLayer, UnfoldReport
-from refold.unfolding.selection import Candidate, observe, run
+from refold.unfolding.selection import Candidate, observe
 
 Start = Literal["preserving", "random"]
 
@@ -92,26 +92,6 @@ def unfold(
     if start == "preserving":
         _require_same(seen.outputs, wide, arguments)
     return wide
-
-
-def parallelise(model: nn.Module, form: Form = "auto") -> nn.Module:
-    """A copy of a network of refold's own whose sums of branches train in less time and memory than a loop.
-
-    Every `BranchSum` becomes `ParallelBranches` with the same branches: names in the state dict, outputs, gradients
-    and running statistics stay the same. Raises `InputError` where there is none.
-    """
-    fast = copy.deepcopy(model)
-    sums = {path: module for path, module in fast.named_modules() if isinstance(module, BranchSum)}
-    if not sums:
-        raise InputError(f"{type(model).__name__} has no BranchSum; use refold.unfold to give it branches.")
-    for path, module in sums.items():
-        skip: Any = module.skip
-        made = ParallelBranches(list(module.branches), skip, adds_input=module.adds_input, form=form)
-        made.training = module.training
-        if not path:
-            return made
-        fast.set_submodule(path, made)
-    return fast
 
 
 def _history(model: nn.Module) -> dict[str, Any] | None:
@@ -207,7 +187,7 @@ def _require_same(outputs: Sequence[Tensor], wide: nn.Module, arguments: tuple[A
     """Run it in evaluation mode and compare: the code of a model may do with its layers what nobody foresees."""
     name = type(wide).__name__
     try:
-        results = run(wide, arguments)
+        results = run_once(wide, arguments)
     except Exception as error:
         raise InputError(
             f"{name} does not run with branches: {error}; leave out the layer with exclude."

@@ -84,10 +84,16 @@ def is_linear(branch: nn.Module) -> bool:
     norm = getattr(branch, "bn", None)
     return (
         type(getattr(branch, "conv", None)) is nn.Conv2d
-        and type(norm) in (nn.BatchNorm2d, nn.SyncBatchNorm, nn.Identity)
+        and (type(norm) is nn.Identity or is_batch_norm(norm))
         and type(getattr(branch, "act", None)) in (type(None), nn.Identity)
         and {name for name, _ in branch.named_children()} <= {"conv", "bn", "act"}
     )
+
+
+def is_batch_norm(norm: nn.Module | None) -> bool:
+    """Whether it is a batch norm and nothing more."""
+    bare = _is_synchronised(norm) and not hasattr(norm, "act")
+    return type(norm) is nn.BatchNorm2d or bare
 
 
 def common_geometry(convolutions: Sequence[nn.Conv2d]) -> Geometry:
@@ -214,11 +220,11 @@ def step(norm: _BatchNorm) -> float:
 def _synchronised(
     norms: Sequence[nn.Module], means: Tensor, variances: Tensor, count: int
 ) -> tuple[Tensor, Tensor, int]:
-    """The statistics over the batches of all processes where the norms are `nn.SyncBatchNorm`."""
-    first = next((n for n in norms if isinstance(n, nn.SyncBatchNorm) and uses_batch(n)), None)
+    """The statistics over the batches of all processes where the norms are synchronised."""
+    first = next((n for n in norms if _is_synchronised(n) and uses_batch(n)), None)
     if first is None or not (dist.is_available() and dist.is_initialized()):
         return means, variances, count
-    group: Any = first.process_group or dist.group.WORLD
+    group: Any = getattr(first, "process_group", None) or dist.group.WORLD
     if dist.get_world_size(group) == 1:
         return means, variances, count
     from torch.distributed.nn.functional import all_reduce
@@ -229,3 +235,8 @@ def _synchronised(
     overall = all_reduce(means * (count / total), group=group)
     spread = (variances + (means - overall).square()) * (count / total)
     return overall, all_reduce(spread, group=group), total
+
+
+def _is_synchronised(norm: nn.Module | None) -> bool:
+    """PyTorch's knows accelerators only, and one for the CPU must not be of its class, which DDP refuses there."""
+    return isinstance(norm, nn.SyncBatchNorm) or bool(getattr(norm, "over_processes", False))

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from refold.unfolding.statistics import sum_over_batch
+from refold.blocks.parallel.statistics import sum_over_batch
 
 _CHUNK_BYTES = 2_000_000
 

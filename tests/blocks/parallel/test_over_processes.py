@@ -7,8 +7,8 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
 
-from refold.unfolding.branch import Branch
-from refold.unfolding.parallel import ParallelBranches
+from refold.blocks.parallel import ParallelBranches
+from refold.blocks.parallel.branch import Branch
 
 
 def _layers() -> list[ParallelBranches]:

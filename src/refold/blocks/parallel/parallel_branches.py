@@ -10,10 +10,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from refold.blocks.parallel.branch import (
+    common_geometry,
+    is_batch_norm,
+    is_linear,
+    padding_of,
+    require_several,
+    uses_batch,
+)
+from refold.blocks.parallel.choosing import Part, choose
+from refold.blocks.parallel.forms import from_moments, stacked
 from refold.errors import InputError
-from refold.unfolding.branch import common_geometry, is_linear, padding_of, require_several, uses_batch
-from refold.unfolding.choosing import Part, choose
-from refold.unfolding.forms import from_moments, stacked
 
 Form = Literal["auto", "looped", "stacked", "moments"]
 
@@ -30,11 +37,12 @@ class ParallelBranches(nn.Module):
     - `moments`: the batch statistics of 1x1 branches (depthwise with stride 1: up to 3x3) and of the skip follow from
       mean and covariance of the input, so that one convolution with the summed kernel remains, and only the input is
       kept for the backward pass. Other branches run looped.
-    - `auto`: what was measured fastest for the shape (`refold.unfolding.choosing`).
+    - `auto`: what was measured fastest for the shape (`refold.blocks.parallel.choosing`).
 
     `branches` have the attributes `conv` and `bn` (the latter `nn.Identity` for none); any other module is run as it
     is and added. `adds_input` adds the input itself. Parameters keep the names of the plain loop: `branches.0.conv`,
-    `branches.0.bn`, `skip`. Hooks on a branch, and inputs without elements, make it run looped.
+    `branches.0.bn`, `skip`. Hooks on a branch, a skip that is more than a batch norm, and inputs without elements make
+    it run looped.
 
     Raises `InputError` where the branches do not fit each other.
     """
@@ -42,7 +50,7 @@ class ParallelBranches(nn.Module):
     def __init__(
         self,
         branches: Sequence[nn.Module],
-        skip: nn.BatchNorm2d | None = None,
+        skip: nn.Module | None = None,
         *,
         adds_input: bool = False,
         form: Form = "auto",
@@ -50,18 +58,21 @@ class ParallelBranches(nn.Module):
         super().__init__()
         if form not in get_args(Form):
             raise InputError(f"There is no form '{form}'; choose one of {', '.join(get_args(Form))}.")
-        linear = [i for i, branch in enumerate(branches) if is_linear(branch)]
-        if not linear:
-            raise InputError(
-                "Parallel branches need at least one branch that is a convolution with its batch norm."
-            )
         self.branches = nn.ModuleList(branches)
         self.skip = skip
         self.adds_input = adds_input
         self.form: Form = form
+        linear = [i for i, branch in enumerate(branches) if is_linear(branch)]
+        self._others = [i for i in range(len(branches)) if i not in linear]
+        self._pointwise: list[int] = []
+        self._spatial: list[int] = []
+        if linear:
+            self._sort(linear)
+
+    def _sort(self, linear: list[int]) -> None:
         convolutions = {i: self._branch(i).conv for i in linear}
         self.geometry = common_geometry(list(convolutions.values()))
-        if (skip is not None or adds_input) and not self.geometry.keeps_shape:
+        if (self.skip is not None or self.adds_input) and not self.geometry.keeps_shape:
             raise InputError(
                 "The input cannot be added: channels or size of the map differ from what is written."
             )
@@ -69,7 +80,6 @@ class ParallelBranches(nn.Module):
         # A padded 1x1 kernel sees zeros around the map, which the statistics of the map alone do not.
         self._pointwise = single if all(padding_of(convolutions[i]) == (0, 0) for i in single) else []
         self._spatial = [i for i in linear if i not in self._pointwise]
-        self._others = [i for i in range(len(branches)) if i not in linear]
 
     def extra_repr(self) -> str:
         return f"form={self.form}, adds_input={self.adds_input}"
@@ -97,7 +107,13 @@ class ParallelBranches(nn.Module):
 
     def _is_plain(self, x: Tensor) -> bool:
         """Whether nothing but the result of the branches can be seen from outside."""
-        if not isinstance(x, Tensor) or x.dim() != 4 or x.numel() == 0:
+        linear = [*self._pointwise, *self._spatial]
+        if not linear or not isinstance(x, Tensor) or x.dim() != 4 or x.numel() == 0:
+            return False
+        # Whoever works on a network may have put other modules in their places.
+        if not all(is_linear(self.branches[i]) for i in linear):
+            return False
+        if self.skip is not None and not is_batch_norm(self.skip):
             return False
         # The input itself is added in its own precision, which a convolution under autocast does not have.
         wider = x.dtype == torch.float32 and torch.is_autocast_enabled(x.device.type)
@@ -105,7 +121,7 @@ class ParallelBranches(nn.Module):
             return False
         return not any(
             m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks
-            for i in (*self._pointwise, *self._spatial)
+            for i in linear
             for m in self.branches[i].modules()
         ) and not (self.skip is not None and (self.skip._forward_hooks or self.skip._forward_pre_hooks))
 

@@ -11,15 +11,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from refold.unfolding.branch import Geometry, scale_and_shift, step, uses_batch, widened
-from refold.unfolding.recomputing import written_statistics
-from refold.unfolding.statistics import neighbourhood_moments, pointwise_moments
+from refold.blocks.parallel.branch import Geometry, scale_and_shift, step, uses_batch, widened
+from refold.blocks.parallel.recomputing import written_statistics
+from refold.blocks.parallel.statistics import neighbourhood_moments, pointwise_moments
 
 
 def from_moments(
     x: Tensor,
     branches: Sequence[Any],
-    skip: nn.BatchNorm2d | None,
+    skip: nn.Module | None,
     adds_input: bool,
     geometry: Geometry,
     *,
@@ -97,7 +97,7 @@ def _summed(
     x: Tensor,
     kept: Tensor,
     branches: Sequence[Any],
-    skip: nn.BatchNorm2d | None,
+    skip: nn.Module | None,
     adds_input: bool,
     geometry: Geometry,
 ) -> tuple[Tensor, Tensor]:

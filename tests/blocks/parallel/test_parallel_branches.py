@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import refold
+from refold.blocks.parallel import ParallelBranches
+from refold.blocks.parallel.branch import Branch
 from refold.errors import InputError
-from refold.unfolding.branch import Branch
-from refold.unfolding.parallel import ParallelBranches
 
 FAST = ("stacked", "moments")
 
@@ -372,5 +372,3 @@ def test_what_does_not_fit_is_refused() -> None:
         ParallelBranches([branch(4, 4, 3, padding=1, padding_mode="reflect")])
     with pytest.raises(InputError, match="input cannot be added"):
         ParallelBranches([branch(4, 6, 1)], nn.BatchNorm2d(4))
-    with pytest.raises(InputError, match="at least one branch"):
-        ParallelBranches([nn.Identity()])

@@ -34,7 +34,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from refold.unfolding.branch import Geometry
+from refold.blocks.parallel.branch import Geometry
 
 Part = Literal["neighbourhood", "pointwise", "spatial"]
 
