@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import io
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from timm.data import create_transform
@@ -27,12 +28,22 @@ _TRAINING_FOLDER = "train"
 _HELD_OUT_FOLDERS = ("val", "valid", "validation", "test")
 _CIFAR_FOLDERS = {dataset.base_folder: dataset for dataset in (CIFAR10, CIFAR100)}
 
-Source = Image.Image | Path
+# timm's names for what `refold.training.readers` opens.
+READER_PREFIXES = ("hfds", "hfids", "wds")
+
+
+class Packed(Protocol):
+    """An encoded image inside something larger; as text it says where."""
+
+    def read_bytes(self) -> bytes: ...
+
+
+Source = Image.Image | Path | Packed
 
 
 @dataclass(frozen=True)
 class Images:
-    """Images, each in memory or a file, with the index of its class."""
+    """Images, each in memory, a file or inside something larger, with the index of its class."""
 
     sources: Sequence[Source]
     targets: Sequence[int]
@@ -75,7 +86,7 @@ def bundled_digits(seed: int = 0) -> LabelledImages:
     pictures = (digits.images * (255 / 16)).round().astype(np.uint8)
     sources: list[Source] = [Image.fromarray(picture).convert("RGB") for picture in pictures]
     names = [str(name) for name in digits.target_names]
-    return _split(
+    return hold_out_share(
         "handwritten digits (scikit-learn)", names, sources, digits.target.tolist(), seed, mirror=False
     )
 
@@ -96,7 +107,7 @@ def class_folders(folder: PathLike, seed: int = 0) -> LabelledImages:
     held_out_root = next((root / name for name in _HELD_OUT_FOLDERS if (root / name).is_dir()), None)
     if held_out_root is None or not (root / _TRAINING_FOLDER).is_dir():
         names, images = _scan(root)
-        return _split(str(root), names, images.sources, images.targets, seed, mirror=True)
+        return hold_out_share(str(root), names, images.sources, images.targets, seed, mirror=True)
     names, training = _scan(root / _TRAINING_FOLDER)
     held_out_names, held_out = _scan(held_out_root)
     if names != held_out_names:
@@ -111,10 +122,15 @@ def class_folders(folder: PathLike, seed: int = 0) -> LabelledImages:
 def open_data(data: str, seed: int = 0) -> LabelledImages:
     """The images that ``data`` names: "digits", a folder of CIFAR as distributed, or class folders.
 
+    With one of timm's prefixes, ``hfds/``, ``hfids/`` or ``wds/``, they are those of `readers.open_reader`.
     Raises `InputError` where they cannot be used.
     """
     if data == "digits":
         return bundled_digits(seed)
+    if data.partition("/")[0] in READER_PREFIXES and "/" in data:
+        from refold.training.readers import open_reader  # needs what not everybody has
+
+        return open_reader(data, seed)
     root = Path(data)
     for folder, dataset in _CIFAR_FOLDERS.items():
         if root.name == folder or (root / folder).is_dir():
@@ -141,8 +157,12 @@ def read_image(source: Source) -> Image.Image:
     if isinstance(source, Image.Image):
         return source
     try:
-        with Image.open(source) as image:
+        with Image.open(source if isinstance(source, Path) else io.BytesIO(source.read_bytes())) as image:
             return image.convert("RGB")
+    except UnidentifiedImageError as error:
+        raise InputError(
+            f"The image '{source}' cannot be read (no kind of image that is known); repair or remove it."
+        ) from error
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise InputError(f"The image '{source}' cannot be read ({error}); repair or remove it.") from error
 
@@ -242,7 +262,7 @@ def _scan(root: Path) -> tuple[list[str], Images]:
     return [folder.name for folder in folders], Images(sources, targets)
 
 
-def _split(
+def hold_out_share(
     title: str,
     class_names: list[str],
     sources: Sequence[Source],
@@ -251,6 +271,10 @@ def _split(
     *,
     mirror: bool,
 ) -> LabelledImages:
+    """Hold out a fifth of each class, chosen by the seed.
+
+    Raises `InputError` where a class has but one image.
+    """
     rarest, count = Counter(targets).most_common()[-1]
     if count < 2:
         raise InputError(
