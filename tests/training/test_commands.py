@@ -1,13 +1,14 @@
 """The commands ``refold train`` and ``refold distill``."""
 
+import dataclasses
 import re
-import sys
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
 from refold import cli
+from refold.cli.runs import TrainingOptions
 from refold.errors import InputError
 from refold.training import run as running
 from refold.training.run import Settings
@@ -45,12 +46,23 @@ def test_options_reach_the_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
         ("distill", ["--teacher", "resnet18", "--teacher-checkpoint", "t.safetensors"]),
     ):
         arguments = ["--data", "digits", "-o", str(folder), "--set", "epochs=3", "--seed", "7", *own]
+        arguments += [
+            "--devices",
+            "2",
+            "--nodes",
+            "3",
+            "--sync-batch-norm",
+            "--no-channels-last",
+            "--compile",
+        ]
         result = CliRunner().invoke(cli.app, [command, *arguments])
         assert result.exit_code == 130
-        assert f"go on with: refold train --resume {folder}" in " ".join(result.stderr.split())
+        assert result.stderr == "refold: stopped; nothing was written\n"
     train, distill = seen
     assert (train.output, train.data, train.seed, train.teacher) == (folder, "digits", 7, None)
     assert train.recipe.recipe.epochs == 3
+    assert (train.devices, train.nodes, train.sync_batch_norm, train.channels_last) == (2, 3, True, False)
+    assert (train.compile, train.tensorboard, train.strategy, train.keep) == (True, False, "auto", "best")
     assert (distill.teacher, distill.teacher_checkpoint) == ("resnet18", "t.safetensors")
 
 
@@ -63,9 +75,36 @@ def test_mistakes_are_one_clear_sentence(monkeypatch: pytest.MonkeyPatch, tmp_pa
     ):
         with pytest.raises(InputError, match=message):
             CliRunner().invoke(cli.app, arguments, catch_exceptions=False)
-    monkeypatch.setitem(sys.modules, "lightning.pytorch", None)
-    monkeypatch.setitem(sys.modules, "lightning", None)
-    for name in [name for name in sys.modules if name.startswith("refold.training.")]:
-        monkeypatch.delitem(sys.modules, name)
-    with pytest.raises(InputError, match=r"Training needs lightning.*pip install 'refold\[train\]'"):
-        CliRunner().invoke(cli.app, ["train"], catch_exceptions=False)
+
+
+def test_an_interrupt_says_how_to_go_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def stopped(settings: Settings, console: object) -> None:
+        settings.output.mkdir()
+        (settings.output / "run.json").touch()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(running, "train", stopped)
+    folder = tmp_path / "run"
+    result = CliRunner().invoke(cli.app, ["train", "--data", "digits", "-o", str(folder)])
+    assert (result.exit_code, result.stderr) == (
+        130,
+        f"refold: stopped; go on with: refold train --resume {folder}\n",
+    )
+
+
+def test_options_have_the_defaults_of_settings() -> None:
+    options = {entry.name: entry.default for entry in dataclasses.fields(TrainingOptions)}
+    settings = {entry.name: entry.default for entry in dataclasses.fields(Settings)}
+    shared = options.keys() & settings.keys() - {"data", "network", "recipe", "output"}
+    assert len(shared) == 17
+    assert {name: options[name] for name in shared} == {name: settings[name] for name in shared}
+
+
+def test_a_dry_run_with_data_says_what_a_run_takes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    settings = ["--set", "batch_size=16", "--set", "image_size=32", "--network", "resnet10t"]
+    printed = invoke("train", "--dry-run", "--data", "digits", *settings)
+    assert re.search(r"memory of each process .* MB", printed)
+    assert re.search(r"89 steps an epoch, 1,424 images .* s ", printed)
+    assert re.search(r"time of the training .* (min|h|days)", printed)
+    assert not list(tmp_path.iterdir())

@@ -19,6 +19,7 @@ import refold
 from refold.checkpoints import read_card
 from refold.errors import InputError, RecipeError
 from refold.training import run as running
+from refold.training import starting
 from refold.training.callbacks import Keeper
 from refold.training.module import Classifier
 from refold.training.recipe import load_recipe
@@ -202,7 +203,7 @@ def test_unreadable_images_are_named_counted_and_left_out(
     settings: Callable[..., Settings], colours: Path, monkeypatch: pytest.MonkeyPatch, in_memory: bool
 ) -> None:
     if not in_memory:
-        monkeypatch.setattr(running, "_LARGEST_MEMORY", 0)
+        monkeypatch.setattr(starting, "_LARGEST_MEMORY", 0)
     broken = [colours / "red" / "3.png", colours / "green" / "4.png"]
     for path in broken:
         path.write_bytes(path.read_bytes()[:90])

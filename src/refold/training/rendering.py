@@ -9,6 +9,7 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
+from refold.training.estimating import Estimate
 from refold.training.recipe import ResolvedRecipe
 from refold.training.settings import Result
 
@@ -33,6 +34,29 @@ def render_recipe(resolved: ResolvedRecipe) -> Table:
     return table
 
 
+def render_estimate(expected: Estimate) -> Table:
+    """The memory and the time that a run is expected to take, in their parts."""
+    table = Table(title="What the run takes", title_justify="left")
+    table.add_column("", no_wrap=True)
+    table.add_column("memory", justify="right")
+    parts = ("program", "images", "weights", "gradients", "optimizer", "average", "teacher", "activations")
+    for name in parts:
+        if getattr(expected, name):
+            table.add_row(name, _megabytes(getattr(expected, name)))
+    table.add_row("[bold]memory of each process", f"[bold]{_megabytes(expected.memory)}")
+    table.add_section()
+    table.add_row(
+        f"{expected.steps:,} steps an epoch, {expected.batches * expected.batch_images:,} images",
+        f"{expected.epoch_seconds:,.1f} s",
+    )
+    table.add_row("[bold]time of the training", f"[bold]{_duration(expected.seconds)}")
+    table.caption = (
+        f"From steps of {expected.measured_images} images on this machine; a process takes "
+        f"{expected.batch_images}. Folding and exporting, and talk between processes, come on top."
+    )
+    return table
+
+
 def render_result(result: Result, folder: Path) -> Table:
     """What the run gave, and where its files are."""
     table = Table.grid(padding=(0, 2))
@@ -40,15 +64,30 @@ def render_result(result: Result, folder: Path) -> Table:
     table.add_row("best epoch", f"{best['epoch']} of {result.epochs} ({best['weights']} weights)")
     table.add_row(
         "held-out accuracy",
-        f"training form {result.training_accuracy:.2%}, plain {result.plain_accuracy:.2%}",
+        f"training form {result.training_accuracy:.2%}, plain {result.plain_accuracy:.2%}, "
+        f"ONNX {result.onnx_accuracy:.2%}",
     )
-    table.add_row("same answers", f"{result.same_answers:,} of {result.held_out_images:,}")
+    table.add_row(
+        "same answers",
+        f"plain {result.same_answers:,}, ONNX {result.onnx_same_answers:,} of {result.held_out_images:,}",
+    )
     table.add_row("proof", f"distance in float64 {result.proof['distance_float64']:.1e}")
     table.add_row("ONNX", f"|Δ| ≤ {result.export_difference:.1e} against PyTorch")
     if result.unreadable:
         table.add_row("left out", f"{len(result.unreadable)} images that cannot be read")
     table.add_row("files", f"{escape(str(folder))}: {', '.join(result.files)}")
     return table
+
+
+def _megabytes(size: int) -> str:
+    return f"{size / 1e6:,.1f} MB"
+
+
+def _duration(seconds: float) -> str:
+    hours = seconds / 3600
+    if hours >= 48:
+        return f"{hours / 24:,.1f} days"
+    return f"{hours:.1f} h" if hours >= 2 else f"{seconds / 60:.1f} min"
 
 
 def _shown(value: Any) -> str:

@@ -20,6 +20,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import DDPStrategy
+from PIL.Image import Image
 from rich.console import Console
 from torch import nn
 
@@ -27,20 +28,21 @@ from refold.checkpoints import example_input, save
 from refold.errors import InputError, RefoldError, first_line
 from refold.files import make_folder, write_text
 from refold.training.batches import reseed
-from refold.training.callbacks import Keeper, LiveProgress, Row, Unreadable, progress
-from refold.training.data import LabelledImages, open_data, read_into_memory
+from refold.training.callbacks import Keeper, LiveProgress, Row, Unreadable
+from refold.training.data import Images, LabelledImages, open_data
 from refold.training.distillation import Teacher, open_teacher
+from refold.training.estimating import Estimate, estimate, memory_of_process
 from refold.training.finishing import finish, provenance
 from refold.training.module import Classifier, make_optimizer
 from refold.training.processes import Place, place, start
-from refold.training.recipe import Recipe, ResolvedRecipe
+from refold.training.recipe import ResolvedRecipe
 from refold.training.settings import HISTORY, RUN, STATE, TENSORBOARD, TRAINING, Result, Settings
-from refold.training.starting import build_network, preprocessing_for, teacher_network
+from refold.training.starting import build_network, fit_in_memory, preprocessing_for, ready, teacher_network
 from refold.unfolding import unfold
 
-__all__ = ["Result", "Settings", "default_output", "resume", "train"]
+__all__ = ["Result", "Settings", "default_output", "expect", "resume", "train"]
 
-_LARGEST_MEMORY = 2 * 1024**3
+_SAMPLE = 256
 _PEER_IS_GONE = ("Connection closed by peer", "Connection reset by peer", "NCCL")
 
 
@@ -86,6 +88,54 @@ def resume(folder: Path, console: Console) -> Result | None:
     return _run(settings, console)
 
 
+def expect(settings: Settings, console: Console) -> Estimate:
+    """The time and memory that each process of a run will take, from a few real steps; nothing is written.
+
+    Raises what `train` raises before it begins.
+    """
+    settings.check()
+    here = Place(0, settings.devices, settings.nodes)
+    everything = open_data(settings.data, settings.seed)
+    in_memory = fit_in_memory(everything, settings.recipe.recipe, here.devices)
+    sample = dataclasses.replace(
+        everything,
+        training=_some(everything.training, _SAMPLE),
+        held_out=_some(everything.held_out, _SAMPLE // 4),
+    )
+    program = memory_of_process()
+    began = time.perf_counter()
+    if in_memory:
+        sample = ready(sample, settings.recipe.recipe, Unreadable(console, _SAMPLE), console, here.devices)
+    reading = time.perf_counter() - began
+    parts = [len(images.training) + len(images.held_out) for images in (everything, sample)]
+    factor = parts[0] / parts[1] if in_memory else 0.0
+    with _threads(settings.threads), _quiet(), console.status("Measuring a few steps"):
+        module = _classifier(settings, everything, here)
+        alone = dataclasses.replace(settings, devices=1, nodes=1, strategy="auto", tensorboard=False)
+        trainer = _trainer(alone, module, [])
+        return estimate(
+            module,
+            sample,
+            trainer.strategy.root_device,
+            trainer.precision_plugin.forward_context,
+            reading=reading * factor,
+            images=round(_pixel_bytes(sample) * factor),
+            program=program,
+        )
+
+
+def _some(images: Images, count: int) -> Images:
+    """That many of the images, spread evenly."""
+    chosen = range(0, len(images), max(1, len(images) // count))
+    return Images([images.sources[i] for i in chosen], [images.targets[i] for i in chosen])
+
+
+def _pixel_bytes(images: LabelledImages) -> int:
+    sources = (*images.training.sources, *images.held_out.sources)
+    # Pillow keeps four bytes a pixel.
+    return sum(4 * source.width * source.height for source in sources if isinstance(source, Image))
+
+
 def _run(settings: Settings, console: Console) -> Result | None:
     settings.check()
     here = place()
@@ -100,7 +150,7 @@ def _run(settings: Settings, console: Console) -> Result | None:
         console = Console(quiet=True)
     recipe = settings.recipe.recipe
     unreadable = Unreadable(console, settings.unreadable)
-    images = _ready(open_data(settings.data, settings.seed), recipe, unreadable, console, here)
+    images = ready(open_data(settings.data, settings.seed), recipe, unreadable, console, here.devices)
     with _threads(settings.threads), _quiet():
         module = _classifier(settings, images, here)
         make_optimizer(module.net, recipe)  # what is unknown is said before anything is written
@@ -223,26 +273,6 @@ def _readable(state: Path) -> str | None:
             f"'{state}' cannot be read ({first_line(error)}); remove it to begin with the first epoch again."
         ) from error
     return str(state)
-
-
-def _ready(
-    images: LabelledImages, recipe: Recipe, unreadable: Unreadable, console: Console, here: Place
-) -> LabelledImages:
-    """Read the images into memory, for each process, where they fit: large enough for the recipe's smallest crop."""
-    smallest = 1.0 if recipe.crop_padding is not None else recipe.crop_scale[0]
-    side = round(recipe.image_size / smallest**0.5)
-    total = len(images.training) + len(images.held_out)
-    if total * 4 * side**2 * here.devices > _LARGEST_MEMORY:
-        return images
-    with progress(console) as shown:
-        task = shown.add_task("Reading images", total=total, note="")
-        parts = [
-            read_into_memory(part, side, lambda: shown.advance(task), unreadable.add)
-            for part in (images.training, images.held_out)
-        ]
-    if not all(parts):
-        raise InputError(f"No image of '{images.title}' can be read; repair or replace them.")
-    return dataclasses.replace(images, training=parts[0], held_out=parts[1])
 
 
 @contextmanager

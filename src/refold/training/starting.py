@@ -1,10 +1,12 @@
-"""The networks that a run starts from: the one to train, and its teacher."""
+"""What a run starts from: the network to train, its teacher, and the images in memory."""
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import torch
+from rich.console import Console
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import nn
 
@@ -12,8 +14,11 @@ from refold.checkpoints import load, read_card
 from refold.errors import CheckpointError, InputError
 from refold.files import PathLike
 from refold.models import create_model, load_checkpoint
+from refold.training.callbacks import Unreadable, progress
+from refold.training.data import LabelledImages, read_into_memory
 from refold.training.recipe import Recipe
 
+_LARGEST_MEMORY = 2 * 1024**3
 _CHECKPOINT_SUFFIXES = {".safetensors", ".pth", ".pt", ".ckpt", ".bin", ".tar"}
 
 
@@ -82,6 +87,38 @@ def teacher_network(name: str, classes: int, checkpoint: PathLike | None = None)
     net = create_model(name, num_classes=classes)
     load_checkpoint(net, checkpoint)
     return net.eval()
+
+
+def ready(
+    images: LabelledImages, recipe: Recipe, unreadable: Unreadable, console: Console, devices: int
+) -> LabelledImages:
+    """Read the images into memory, for each process, where they fit: large enough for the recipe's smallest crop.
+
+    Raises `InputError` where none can be read.
+    """
+    if not fit_in_memory(images, recipe, devices):
+        return images
+    total, side = len(images.training) + len(images.held_out), _largest_side(recipe)
+    with progress(console) as shown:
+        task = shown.add_task("Reading images", total=total, note="")
+        parts = [
+            read_into_memory(part, side, lambda: shown.advance(task), unreadable.add)
+            for part in (images.training, images.held_out)
+        ]
+    if not all(parts):
+        raise InputError(f"No image of '{images.title}' can be read; repair or replace them.")
+    return dataclasses.replace(images, training=parts[0], held_out=parts[1])
+
+
+def fit_in_memory(images: LabelledImages, recipe: Recipe, devices: int) -> bool:
+    """Whether as many processes as there are ``devices`` can each keep all images in memory."""
+    total = len(images.training) + len(images.held_out)
+    return total * 4 * _largest_side(recipe) ** 2 * devices <= _LARGEST_MEMORY
+
+
+def _largest_side(recipe: Recipe) -> int:
+    smallest = 1.0 if recipe.crop_padding is not None else recipe.crop_scale[0]
+    return int(round(recipe.image_size / smallest**0.5))
 
 
 def _is_all_but_the_classifier(missing: set[str], net: nn.Module) -> bool:
