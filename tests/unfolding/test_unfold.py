@@ -1,6 +1,7 @@
 """Any model gets branches, computes what it did, and returns to its own architecture."""
 
 import copy
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 import torchvision
 from timm.layers import BatchNormAct2d, Conv2dSame
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import refold
 from refold.errors import InputError
@@ -161,6 +163,8 @@ def test_selection() -> None:
         ({"kinds": ["dense"]}, "it has 1 dense, 2 pointwise, 2 depthwise, 1 grouped"),
         ({"branches": 0}, "too few"),
         ({"branches": {"stem": 2}}, "concerns no layer; there are: expand"),
+        ({"branches": 2.5}, "branches is 2.5 for '*'"),
+        ({"plan": {"dense": ["1x1"]}}, "a file or a Plan"),
         ({"start": "zero"}, "preserving, random"),
         ({"form": "fast"}, "auto, looped"),
         ({"plan": "repghost", "layers": "expand"}, "none of Small that was asked for"),
@@ -177,19 +181,111 @@ def test_mistakes_are_explained(options: dict[str, Any], words: str) -> None:
     assert words in str(caught.value)
 
 
-def test_models_that_cannot_be_unfolded() -> None:
-    x = images()
-    with pytest.raises(InputError, match="nothing to unfold"):
-        unfold(nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 2)).double(), example_input=x)
-    wide = unfold(small(), example_input=x)
-    with pytest.raises(InputError, match="unfolded already"):
-        unfold(wide, example_input=x)
+class Functional(nn.Module):
+    """A convolution without a module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(4, 3, 3, 3))
+        self.norm = nn.BatchNorm2d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(nn.functional.conv2d(x, self.weight, padding=1))
+
+
+def conv_norm(width: int = 4) -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(3, width, 3, padding=1, bias=False), nn.BatchNorm2d(width))
+
+
+def old_weight_norm() -> nn.Module:
+    with pytest.warns(FutureWarning):
+        return nn.utils.weight_norm(nn.Conv2d(3, 4, 3))
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (
+            lambda: nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, 2)),
+            "nothing to unfold: it has no convolution,",
+        ),
+        (lambda: nn.Sequential(nn.ConvTranspose2d(3, 4, 2), nn.BatchNorm2d(4)), "it has 1 ConvTranspose2d,"),
+        (lambda: nn.Conv2d(3, 4, 3), "an nn.Conv2d inside a model"),
+        (lambda: nn.Sequential(nn.Conv2d(3, 4, 3, bias=False), nn.GroupNorm(2, 4)), "it has 1 Conv2d,"),
+        (
+            lambda: nn.Sequential(
+                nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4, track_running_stats=False)
+            ),
+            "it has 1 Conv2d,",
+        ),
+        (lambda: nn.Sequential(nn.utils.spectral_norm(nn.Conv2d(3, 4, 3))), "it has 1 Conv2d,"),
+        (Functional, "it has no convolution,"),
+        (old_weight_norm, "Conv2d cannot be copied: Only Tensors created explicitly"),
+        (lambda: torch.compile(conv_norm()), "OptimizedModule is compiled"),
+        (lambda: torch.jit.trace(conv_norm().eval(), torch.randn(2, 3, 8, 8)), "is compiled"),
+        (lambda: "resnet18", "A network is unfolded, not 'resnet18'"),
+        (lambda: unfold(conv_norm(), "repvgg", example_input=torch.randn(2, 3, 8, 8)), "unfolded already"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning")
+def test_models_that_cannot_be_unfolded(make: Callable[[], Any], words: str) -> None:
+    with pytest.raises(InputError) as caught:
+        unfold(make(), "mobileone", example_input=torch.randn(2, 3, 8, 8))
+    assert words in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("rules", "repeats", "words"),
+    [
+        ({"dense": ("3x3",)}, 1, "a branch '3x3' that there is not"),
+        ({"round": ("1x1",)}, 1, "a kind of layer 'round' that there is not"),
+        ({"dense": "1x1"}, 1, "in a list"),
+        ({}, 2, "in a list"),
+        ({"dense": ("1x1",)}, 0, "0 repeats"),
+    ],
+)
+def test_plans_that_are_none(rules: Any, repeats: int, words: str) -> None:
+    with pytest.raises(InputError, match=words):
+        Plan("mine", rules, repeats)
+
+
+def test_a_model_that_was_not_unfolded_has_no_way_back() -> None:
     with pytest.raises(InputError, match="no unfold report"):
         original_state_dict(small())
-    with pytest.raises(InputError, match="that there is not"):
-        Plan("mine", {"dense": ("3x3",)})  # type: ignore[dict-item]
-    with pytest.raises(InputError, match="repeats"):
-        Plan("mine", {"dense": ("1x1",)}, repeats=0)
+
+
+def test_models_of_every_sort_are_unfolded() -> None:
+    lazy = nn.Sequential(nn.LazyConv2d(4, 3, padding=1), nn.BatchNorm2d(4))
+    with torch.device("meta"):
+        without_values = conv_norm()
+    x = torch.randn(2, 3, 8, 8)
+    half, in_inference = conv_norm().half().eval(), conv_norm()
+    assert [layer.path for layer in unfold(lazy, "repvgg", example_input=x).unfold_report.layers] == ["0"]
+    assert unfold(without_values, "repvgg", kinds="dense", stages=0)[0].branches[1].conv.weight.is_meta
+    wide = unfold(half, "mobileone", example_input=x.half())
+    assert wide[0].branches[1].conv.weight.dtype == torch.float16
+    assert torch.equal(half(x.half()), wide(x.half()))
+    assert {tensor.dtype for tensor in original_state_dict(wide).values()} == {torch.float16, torch.int64}
+    with torch.inference_mode():
+        wide = unfold(in_inference, "mobileone", example_input=x)
+    wide.train()(x).sum().backward()
+    wide = unfold(nn.DataParallel(conv_norm()), "repvgg", example_input=x)
+    assert [layer.path for layer in wide.unfold_report.layers] == ["module.0"]
+
+
+def test_an_unfolded_model_is_an_ordinary_module() -> None:
+    x = torch.randn(2, 3, 8, 8)
+    wide = unfold(conv_norm(), "mobileone", example_input=x).train()
+    again, compiled, saving = (copy.deepcopy(wide) for _ in range(3))
+    expected = wide(x)
+    expected.square().mean().backward()
+    assert torch.equal(pickle.loads(pickle.dumps(again))(x), expected)
+    assert torch.allclose(torch.compile(compiled, backend="aot_eager")(x), expected, atol=1e-6)
+    checkpoint(saving, x, use_reentrant=False).square().mean().backward()
+    for ours, theirs in zip(wide.parameters(), saving.parameters(), strict=True):
+        assert torch.allclose(ours.grad, theirs.grad, atol=1e-6)
+    with pytest.raises(ValueError, match="Expected more than 1 value per channel"):
+        wide(torch.randn(1, 3, 1, 1))
 
 
 class Odd(nn.Module):

@@ -64,7 +64,8 @@ def observe_convolutions(
         try:
             outputs = run_once(model, arguments)
         except Exception as error:
-            shapes = ", ".join(str(tuple(v.shape)) for v in tree_leaves(arguments) if isinstance(v, Tensor))
+            sizes = (str(tuple(v.shape)) for v in tree_leaves(arguments) if isinstance(v, Tensor))
+            shapes = ", ".join(sizes) or "none"
             raise InputError(
                 f"{type(model).__name__} cannot run on the example input (shape {shapes}): {first_line(error)}; "
                 "give an example_input that its forward pass accepts."
@@ -83,7 +84,8 @@ def run_once(model: nn.Module, arguments: tuple[Any, ...]) -> list[Tensor]:
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
-        leaves = tree_leaves(model(*copy.deepcopy(arguments)))
+        with torch.compiler.set_stance("force_eager"):  # compiled parts show nothing of what they run
+            leaves = tree_leaves(model(*copy.deepcopy(arguments)))
     finally:
         for module, training in modes:
             module.training = training

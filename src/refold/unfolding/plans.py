@@ -47,7 +47,7 @@ would be smaller than 1 or cannot be centred.
 class Plan:
     """The branches beside each kind of layer. `repeats` kernels have the layer's own size, the layer's own among them.
 
-    Raises `InputError` for kinds and shapes that there are not, and for repeats below one.
+    Raises `InputError` for no rules, for kinds and shapes that there are not, and for repeats below one.
     """
 
     name: str
@@ -56,6 +56,11 @@ class Plan:
     source: str = ""
 
     def __post_init__(self) -> None:
+        if not self.rules or any(isinstance(shapes, str) for shapes in self.rules.values()):
+            raise InputError(
+                f"The plan '{self.name}' has the rules {dict(self.rules)!r}; name the branches of a kind of layer in a "
+                "list, such as {'depthwise': ['1x1', 'identity']}."
+            )
         for what, given, known in (
             ("kind of layer", self.rules, get_args(Kind)),
             ("branch", [shape for shapes in self.rules.values() for shape in shapes], get_args(Shape)),
@@ -125,6 +130,8 @@ def find_plan(plan: str | Path | Plan) -> Plan:
     """
     if isinstance(plan, Plan):
         return plan
+    if not isinstance(plan, (str, Path)):
+        raise InputError(f"The plan is {plan!r}; give a name ({', '.join(PLANS)}), a file or a Plan.")
     if plan in PLANS:
         return PLANS[str(plan)]
     if Path(plan).suffix in (".yaml", ".yml", ".json"):

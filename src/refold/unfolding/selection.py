@@ -44,9 +44,9 @@ def observe(model: nn.Module, arguments: tuple[Any, ...]) -> Layers:
     """Run the model on `arguments` in evaluation mode and find its layers.
 
     A norm belongs to a convolution if it alone reads what that writes, and both run once. Left out are convolutions
-    that run more than once, are shared, have hooks or a computed weight, pad unevenly or not with zeros, or write maps
-    of a single pixel; whose parameters are read by code around them; and that have neither a bias nor a norm that could
-    take up the shift of a branch.
+    that are the model itself, run more than once, are shared, have hooks or a computed weight, pad unevenly or not
+    with zeros, or write maps of a single pixel; whose parameters are read by code around them; and that have neither
+    a bias nor a norm that could take up the shift of a branch.
 
     Raises `InputError` where the model does not run on `arguments`.
     """
@@ -62,7 +62,13 @@ def observe(model: nn.Module, arguments: tuple[Any, ...]) -> Layers:
         conv, own = modules[path], None if call.norm is None else paths[id(call.norm)]
         if own is not None and not {path, own} & shared:
             norms[path] = own
-        if type(conv) not in _NOTING or call.times > 1 or path in shared | looked_into or has_hooks(conv):
+        if (
+            not path
+            or type(conv) not in _NOTING
+            or call.times > 1
+            or path in shared | looked_into
+            or has_hooks(conv)
+        ):
             continue
         assert isinstance(conv, nn.Conv2d)
         kind = kind_of(conv)

@@ -12,9 +12,10 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
 from refold.blocks.parallel import Form
-from refold.errors import InputError, NotEquivalent
+from refold.errors import InputError, NotEquivalent, first_line
 from refold.models.images import example_input as default_input
 from refold.models.observation import run_once
 from refold.unfolding.plans import Kind, Plan, find_plan
@@ -25,14 +26,15 @@ from refold.unfolding.selection import Candidate, observe
 Start = Literal["preserving", "random"]
 
 
+@torch.inference_mode(False)  # what is made in inference mode can never be trained
 def unfold(
     model: nn.Module,
     plan: str | Path | Plan = "ghostnetv3",
     *,
-    kinds: Collection[Kind] | None = None,
+    kinds: Kind | Collection[Kind] | None = None,
     layers: str | Sequence[str] = "*",
     exclude: str | Sequence[str] = (),
-    stages: Collection[int] | None = None,
+    stages: int | Collection[int] | None = None,
     branches: int | Mapping[str, int] | None = None,
     start: Start = "preserving",
     form: Form = "auto",
@@ -56,22 +58,25 @@ def unfold(
     layers are known. The argument is untouched; the result has its class, device, dtype and mode, and an
     `UnfoldReport` as `unfold_report`.
 
-    Raises `InputError` for a plan, kind, pattern, stage or number that does not exist, and where nothing can be
-    unfolded; `NotEquivalent` where the result does not compute what the model did.
+    Raises `InputError` for a plan, kind, pattern, stage or number that does not exist, where nothing can be unfolded,
+    and where the model is compiled, unfolded already or cannot be copied; `NotEquivalent` where the result does not
+    compute what the model did.
     """
     chosen = find_plan(plan)
     if start not in get_args(Start):
         raise InputError(f"There is no start '{start}'; choose one of {', '.join(get_args(Start))}.")
     if form not in get_args(Form):
         raise InputError(f"There is no form '{form}'; choose one of {', '.join(get_args(Form))}.")
-    require_no_branches(model)
+    wide = _copy(model)
     given = default_input(model) if example_input is None else example_input
     arguments = given if isinstance(given, tuple) else (given,)
-    wide = copy.deepcopy(model)
     seen = observe(wide, arguments)
-    found = seen.candidates
+    if not seen.candidates:
+        raise InputError(_nothing_to_unfold(model))
+    report = described(UnfoldReport(chosen.name, [], seen.norms, form), wide)
+    name = type(model).__name__
     selected = _select(
-        found, chosen, kinds, _patterns(layers), _patterns(exclude), stages, type(model).__name__
+        seen.candidates, chosen, _several(kinds), _several(layers), _several(exclude), _several(stages), name
     )
     repeats = _repeats(selected, branches, chosen)
     asked = [
@@ -87,11 +92,28 @@ def unfold(
             f"No branch of the plan '{chosen.name}' fits any of the {len(selected)} layers chosen ({names}); choose "
             "other layers, another plan or more branches."
         )
-    report = UnfoldReport(chosen.name, unfolded, seen.norms, form, _history(wide))
-    wide.unfold_report = described(report, model)  # type: ignore[assignment]  # nn.Module types its attributes as tensors and modules
+    report = dataclasses.replace(report, layers=unfolded, before=_history(wide))
+    wide.unfold_report = report  # type: ignore[assignment]  # nn.Module types its attributes as tensors and modules
     if start == "preserving":
         _require_same(seen.outputs, wide, arguments)
     return wide
+
+
+def _copy(model: nn.Module) -> nn.Module:
+    if not isinstance(model, nn.Module):
+        raise InputError(
+            f"A network is unfolded, not {model!r}; build it first, such as by refold.create_model."
+        )
+    name = type(model).__name__
+    if isinstance(model, torch.jit.ScriptModule) or hasattr(model, "_orig_mod"):
+        raise InputError(f"{name} is compiled, so that its layers stay as they are; unfold it before.")
+    require_no_branches(model)
+    try:
+        return copy.deepcopy(model)
+    except Exception as error:
+        raise InputError(
+            f"{name} cannot be copied: {first_line(error)}; remove from the model what cannot be copied."
+        ) from error
 
 
 def _history(model: nn.Module) -> dict[str, Any] | None:
@@ -105,8 +127,18 @@ def _history(model: nn.Module) -> dict[str, Any] | None:
     return {"fold": folded.options, "unfold": None if unfolded is None else unfolded.to_dict()}
 
 
-def _patterns(given: str | Sequence[str]) -> list[str]:
-    return [given] if isinstance(given, str) else list(given)
+def _several(given: Any) -> Any:
+    """A single text or number as a list of one; None stays None."""
+    return [given] if isinstance(given, (str, int)) else given
+
+
+def _nothing_to_unfold(model: nn.Module) -> str:
+    counted = Counter(type(module).__name__ for module in model.modules() if isinstance(module, _ConvNd))
+    there = ", ".join(f"{number} {name}" for name, number in counted.items()) or "no convolution"
+    return (
+        f"{type(model).__name__} has nothing to unfold: it has {there}, and what takes branches is an nn.Conv2d inside "
+        "a model that runs once, pads with zeros, writes more than one pixel, and has a bias or a batch norm behind it."
+    )
 
 
 def _select(
@@ -119,11 +151,6 @@ def _select(
     model: str,
 ) -> list[Candidate]:
     """The candidates that were asked for. Raises InputError where a condition matches nothing, saying what there is."""
-    if not found:
-        raise InputError(
-            f"{model} has nothing to unfold: no 2-d convolution runs once, pads with zeros, writes more than one "
-            "pixel, and has a bias or a batch norm behind it."
-        )
     for kind in kinds or ():
         if kind not in get_args(Kind):
             raise InputError(f"There is no kind of layer '{kind}'; choose from {', '.join(get_args(Kind))}.")
@@ -162,10 +189,12 @@ def _select(
 def _repeats(
     selected: Sequence[Candidate], branches: int | Mapping[str, int] | None, plan: Plan
 ) -> dict[str, int]:
-    rules = {"*": plan.repeats} if branches is None else branches
-    if isinstance(rules, int):
+    rules = plan.repeats if branches is None else branches
+    if not isinstance(rules, Mapping):
         rules = {"*": rules}
     for pattern, number in rules.items():
+        if not isinstance(number, int):
+            raise InputError(f"branches is {number!r} for '{pattern}'; give a whole number.")
         if number < 1:
             raise InputError(
                 f"{number} branches for '{pattern}' are too few; the layer itself is one, so 1 or more."
@@ -186,6 +215,8 @@ def _repeats(
 def _require_same(outputs: Sequence[Tensor], wide: nn.Module, arguments: tuple[Any, ...]) -> None:
     """Run it in evaluation mode and compare: the code of a model may do with its layers what nobody foresees."""
     name = type(wide).__name__
+    if any(output.is_meta for output in outputs):
+        return  # no values, so that nothing can differ
     try:
         results = run_once(wide, arguments)
     except Exception as error:
