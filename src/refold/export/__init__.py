@@ -31,7 +31,7 @@ class Format:
     """What is known of an engine without importing it.
 
     ``module`` has the functions of `Engine`; ``needs`` are the modules it imports, ``install`` what to give to
-    pip for them.
+    pip for them, ``otherwise`` what to do where that is not possible.
     """
 
     title: str
@@ -40,6 +40,7 @@ class Format:
     needs: tuple[str, ...]
     install: str
     is_folder: bool = False
+    otherwise: str = ""
 
 
 # The name on the left is what the user types.
@@ -66,6 +67,14 @@ FORMATS = {
         ("coremltools",),
         "'refold[coreml]'",
         is_folder=True,
+    ),
+    "tensorrt": Format(
+        "TensorRT",
+        "refold.export.tensorrt",
+        ".engine",
+        ("tensorrt",),
+        "'refold[tensorrt]'",
+        otherwise="it needs an NVIDIA card; without one, export for onnxruntime and build with trtexec there",
     ),
 }
 
@@ -113,6 +122,9 @@ class Engine(Protocol):
 
     def contents(self, path: Path) -> Contents:
         """Count what a written file holds."""
+
+    def read_metadata(self, path: Path) -> dict[str, str]:
+        """What `write` put into a file or beside it; empty for a file of another origin."""
 
     def open(self, path: Path, *, threads: int | None = None) -> Session:
         """Load a written file for running: the session maps tensors to the list of output tensors.
@@ -190,7 +202,7 @@ def get_engine(name: str) -> Engine:
     if missing:
         raise InputError(
             f"{form.title} cannot be used: {' and '.join(missing)} is not installed; "
-            f"install it with: pip install {form.install}"
+            f"install it with: pip install {form.install}{f' ({form.otherwise})' if form.otherwise else ''}"
         )
     module: Any = import_module(form.module)
     engine: Engine = module

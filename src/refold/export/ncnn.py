@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from refold.errors import InputError
 from refold.export import Contents
 from refold.export.converting import as_onnx, run_converter
+from refold.export.placing import read_beside, write_beside
 
 if TYPE_CHECKING:
     from refold.export import Session
@@ -37,7 +38,7 @@ def write(
     half: bool,
     metadata: Mapping[str, str],
 ) -> Sequence[str]:
-    """Write ``path`` and the weights beside it.
+    """Write ``path``, and beside it the weights and the metadata, for which the format has no room.
 
     Raises `InputError` where an input is not float32 with a batch axis or the model cannot be converted.
     """
@@ -69,10 +70,8 @@ def write(
     unknown = [kind for kind in _layers(path) if "." in kind or "::" in kind]
     if unknown:
         raise InputError(f"ncnn has no layer for {', '.join(sorted(set(unknown)))}; choose another engine.")
-    return [
-        "An ncnn file takes one image a call; a batch is run image by image.",
-        "ncnn files have no room for class names and preprocessing.",
-    ]
+    write_beside(path, metadata)
+    return ["An ncnn file takes one image a call; a batch is run image by image."]
 
 
 def _converter() -> Path:
@@ -96,6 +95,11 @@ def contents(path: Path) -> Contents:
     """Count the layers of a file."""
     kinds = Counter(kind for kind in _layers(path) if kind not in _NO_OPERATORS)
     return Contents(parameters=None, macs=None, operators=dict(kinds.most_common()))
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """What `write` put beside a file; empty for a file of another origin."""
+    return read_beside(path)
 
 
 def open(path: Path, *, threads: int | None = None) -> Session:

@@ -104,6 +104,11 @@ def _macs(node: Any, shapes: dict[str, tuple[int, ...]]) -> int:
     return written * (weight[-1] if transposed or len(weight) == 1 else weight[-2])
 
 
+def read_metadata(path: Path) -> dict[str, str]:
+    """What `write` put into a file, and what others did."""
+    return {entry.key: entry.value for entry in onnx.load(str(path)).metadata_props}
+
+
 def open(path: Path, *, threads: int | None = None) -> Session:
     """Load an ONNX file in ONNX Runtime, with ``threads`` threads if given.
 

@@ -83,6 +83,14 @@ def _macs(operator: Any) -> int:
     return int(written * prod(weight[2 if kind == "GroupConvolution" else 1 :]))
 
 
+def read_metadata(path: Path) -> dict[str, str]:
+    """What `write` put into a file; empty for a file of another origin."""
+    model = openvino.Core().read_model(path)
+    if not model.has_rt_info([_SECTION]):
+        return {}
+    return {key: str(entry) for key, entry in model.get_rt_info([_SECTION]).value.items()}
+
+
 def open(path: Path, *, threads: int | None = None) -> Session:
     """Load a file in OpenVINO, with ``threads`` threads if given; raises `InputError` where it cannot."""
     settings: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY"}

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -69,3 +70,18 @@ def _move(written: Path, target: Path, aside: Path) -> None:
 def files_of(path: Path) -> list[Path]:
     """All files of an export that was written to a folder of its own."""
     return sorted(file for file in path.parent.rglob("*") if file.is_file())
+
+
+def write_beside(path: Path, metadata: Mapping[str, str]) -> None:
+    """Write the metadata of a file whose format has no room for it, into a file named after it."""
+    _beside(path).write_text(json.dumps(dict(metadata), indent=1, ensure_ascii=False), encoding="utf-8")
+
+
+def read_beside(path: Path) -> dict[str, str]:
+    """What `write_beside` wrote; empty where there is nothing."""
+    beside = _beside(path)
+    return dict(json.loads(beside.read_text(encoding="utf-8"))) if beside.is_file() else {}
+
+
+def _beside(path: Path) -> Path:
+    return path.with_name(f"{path.name}.json")
