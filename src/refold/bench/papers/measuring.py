@@ -183,12 +183,13 @@ def _sizes(exhibit: Exhibit, report: Progress) -> dict[str, dict[str, Cost]]:
         for form in dict.fromkeys(forms):
             key = (row.subject, row.pixels, form)
             if key not in known:
-                known[key] = _size(row, form)
+                known[key] = count_size(row, form)
             sizes[row.model][form] = known[key]
     return sizes
 
 
-def _size(row: Row, form: str) -> Cost:
+def count_size(row: Row, form: str) -> Cost:
+    """The cost of one image of a row's network in a form."""
     size = None if row.pixels is None else (3, row.pixels, row.pixels)
     if form == TRAINING:
         network = build(row, device="meta")

@@ -321,11 +321,23 @@ def remarks(table: PaperTable) -> list[str]:
     if subtracted:
         lines.append(f"differences, round by round: {'; '.join(subtracted)}")
     lines += [f"{row.model}: {row.note}" for row in exhibit.rows if row.note]
+    if foreign := [row.model for row in exhibit.rows if not row.note and _is_other(table, row)]:
+        lines.append(f"as timm or torchvision has them and by our counting: {', '.join(foreign)}")
     if table.settings:
         lines.append(_spread(table))
         lines += [describe(name, machine) for name, machine in table.benchmark.machines.items()]
     lines += [f"not measured: {name}: {reason}" for name, reason in failures(table.benchmark)]
     return [line for line in lines if line]
+
+
+def _is_other(table: PaperTable, row: Row) -> bool:
+    """Whether some printed size of a row is not ours, rounded or cut off."""
+    size = table.sizes.get(row.model, {}).get(row.form)
+    columns = table.exhibit.columns_of(*SIZES)
+    printed = [(column, row.values[place]) for place, column in columns if row.values[place]]
+    return size is not None and any(
+        not column.is_printed_as(getattr(size, column.quantity), text) for column, text in printed
+    )
 
 
 def _spread(table: PaperTable) -> str:
