@@ -162,9 +162,21 @@ def distill_command(
     teacher_checkpoint: Annotated[
         Path | None, typer.Option("--teacher-checkpoint", help="Weights for the teacher's model name.")
     ] = None,
+    teacher_cache: Annotated[
+        Path | None,
+        typer.Option(
+            "--teacher-cache", help="Keep the teacher's answers here; for images without augmentation."
+        ),
+    ] = None,
 ) -> None:
     """Train a network to answer as a teacher does, beside the classes; else the same as train."""
-    _train("distill", options, teacher=teacher, teacher_checkpoint=teacher_checkpoint)
+    _train(
+        "distill",
+        options,
+        teacher=teacher,
+        teacher_checkpoint=teacher_checkpoint,
+        teacher_cache=teacher_cache,
+    )
 
 
 def _train(command: str, options: TrainingOptions, resume: Path | None = None, **teacher: Any) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from itertools import chain
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from refold.blocks.parallel.synchronised import synchronise_norms
 from refold.errors import InputError, RecipeError
 from refold.training.batches import Batch, held_out_loader, recipe_transforms, reseed, training_loader
 from refold.training.data import LabelledImages
-from refold.training.distillation import Teacher, distillation_loss
+from refold.training.distillation import FeatureLosses, Teacher, distillation_loss, divergence
 from refold.training.recipe import Recipe
 
 TRAINED, AVERAGE = "trained", "average"
@@ -35,7 +36,8 @@ class Classifier(LightningModule):
     ``preprocessing`` is what the network's images look like, in timm's terms. ``accumulate`` batches make one
     step, and together with all ``processes`` ``recipe.batch_size`` images, or all there are if they are fewer.
     ``sync_batch_norm`` takes batch statistics over the processes; ``compile`` runs the training form through
-    `torch.compile`.
+    `torch.compile`. With a ``teacher`` the held-out images tell also how far the answers are from the teacher's;
+    ``answers``, where they are set, are its logits ``(training images, classes)``, and it is not asked in training.
     """
 
     def __init__(
@@ -96,6 +98,19 @@ class Classifier(LightningModule):
             {name: MulticlassAccuracy(classes, average="micro") for name in names}
         )
         self.losses: Any = nn.ModuleDict({name: MeanLoss() for name in names})
+        self.answers: Tensor | None = None
+        self.feature_losses: FeatureLosses | None = None
+        self.divergences: Any = nn.ModuleDict()
+        self._held_out_answers: dict[int, Tensor] = {}
+        if teacher is not None:
+            self.divergences.update({name: MeanLoss() for name in names})
+            if recipe.feature_weight or recipe.relation_weight:
+                self.feature_losses = FeatureLosses(
+                    net,
+                    teacher.network,
+                    feature_weight=recipe.feature_weight,
+                    relation_weight=recipe.relation_weight,
+                )
         self._averaged_steps = 0
 
     def network(self, name: str) -> nn.Module:
@@ -113,6 +128,8 @@ class Classifier(LightningModule):
     def on_fit_start(self) -> None:
         if self.teacher is not None:
             self.teacher.to(self.device)
+            if self.feature_losses is not None:
+                self.feature_losses.attach(self.net, self.teacher.network)
         if self.compiles:
             self.net.compile()  # in place, so that names, files and the average know nothing of it
 
@@ -163,8 +180,13 @@ class Classifier(LightningModule):
         logits = self.net(images)
         loss = F.cross_entropy(logits, targets, label_smoothing=smoothing)
         if self.teacher is not None:
-            answers = self.teacher(images)
+            if self.answers is None:
+                answers = self.teacher(images)
+            else:
+                answers = self.answers[batch.indices.cpu()].to(logits.device)
             loss = distillation_loss(loss, logits, answers, self.recipe.alpha, self.recipe.temperature)
+            if self.feature_losses is not None:
+                loss = loss + self.feature_losses()
         if self.device.type == "cpu":  # elsewhere looking at each loss would make the device wait
             self.check(float(loss.detach()))
         self.training_loss.update(loss.detach(), len(images))
@@ -190,6 +212,11 @@ class Classifier(LightningModule):
             logits = self.network(name)(batch.images).float()
             self.accuracies[name].update(logits, batch.targets)
             self.losses[name].update(F.cross_entropy(logits, batch.targets), len(batch.targets))
+            if self.teacher is not None:
+                if batch_idx not in self._held_out_answers:  # these images are the same in every epoch
+                    self._held_out_answers[batch_idx] = self.teacher(batch.images).float().cpu()
+                answers = self._held_out_answers[batch_idx].to(logits.device)
+                self.divergences[name].update(divergence(logits, answers), len(answers))
 
     def epoch_results(self) -> dict[str, float]:
         """What the epoch gave: losses and accuracies (shares) by name; raises `InputError` for a bad loss."""
@@ -198,7 +225,10 @@ class Classifier(LightningModule):
         for name in self.accuracies:
             results[f"held_out_loss_{name}"] = float(self.losses[name].compute())
             results[f"held_out_accuracy_{name}"] = float(self.accuracies[name].compute())
-        for metric in (self.training_loss, *self.accuracies.values(), *self.losses.values()):
+            if self.teacher is not None:
+                results[f"held_out_divergence_{name}"] = float(self.divergences[name].compute())
+        metrics = (self.accuracies, self.losses, self.divergences)
+        for metric in (self.training_loss, *chain(*(each.values() for each in metrics))):
             metric.reset()
         self.check(results[f"held_out_loss_{TRAINED}"])
         return results
@@ -215,6 +245,9 @@ class Classifier(LightningModule):
     def configure_optimizers(self) -> Any:
         recipe = self.recipe
         optimizer = make_optimizer(self.net, recipe)
+        learnt_along = [] if self.feature_losses is None else list(self.feature_losses.parameters())
+        if learnt_along:
+            optimizer.add_param_group({"params": learnt_along})
         scheduler, _ = create_scheduler_v2(
             optimizer,
             "constant" if recipe.schedule == "none" else recipe.schedule,

@@ -27,6 +27,7 @@ from torch import nn
 from refold.checkpoints import example_input, save
 from refold.errors import InputError, RefoldError, first_line
 from refold.files import make_folder, write_text
+from refold.training.answers import TeacherCache
 from refold.training.batches import reseed
 from refold.training.callbacks import Keeper, LiveProgress, Row, Unreadable
 from refold.training.data import Images, LabelledImages, open_data
@@ -154,7 +155,7 @@ def _run(settings: Settings, console: Console) -> Result | None:
     with _threads(settings.threads), _quiet():
         module = _classifier(settings, images, here)
         make_optimizer(module.net, recipe)  # what is unknown is said before anything is written
-        _trainer(settings, module, [])
+        _trainer(settings, module, list(_teacher_cache(settings, module, console)))
         if here.is_first:
             make_folder(settings.output)
             write_text(settings.output / RUN, json.dumps(settings.to_dict(), indent=2))
@@ -214,11 +215,22 @@ def _fit(settings: Settings, module: Classifier, unreadable: Unreadable, console
         )
 
     keeper = Keeper(state, settings.output / HISTORY, keep, last=settings.keep == "last")
+    answers = _teacher_cache(settings, module, console)
     live = LiveProgress(console, f"Training {settings.network}", keeper)
-    trainer = _trainer(settings, module, [unreadable, keeper, live])
+    trainer = _trainer(settings, module, [*answers, unreadable, keeper, live])
     with _interruptible(settings):
         trainer.fit(module, ckpt_path=_readable(state), weights_only=True)
     return keeper
+
+
+def _teacher_cache(settings: Settings, module: Classifier, console: Console) -> list[TeacherCache]:
+    if settings.teacher_cache is None:
+        return []
+    if module.teacher is None:
+        raise InputError(
+            "There is no teacher whose answers could be kept; name one, or give no teacher_cache."
+        )
+    return [TeacherCache(Path(settings.teacher_cache), module.recipe, module.images.mirror, console)]
 
 
 def _trainer(settings: Settings, module: Classifier, callbacks: list[Callback]) -> Trainer:

@@ -23,7 +23,8 @@ class Settings:
     """What a run may be told, beside its recipe.
 
     ``data`` is what `refold.training.data.open_data` understands. ``checkpoint`` holds weights to start from,
-    ``unfold`` names a plan of `refold.unfold`, ``teacher`` a network or a checkpoint to learn from.
+    ``unfold`` names a plan of `refold.unfold`, ``teacher`` a network or a checkpoint to learn from; ``teacher_cache``
+    is a folder that keeps its answers (`answers.TeacherCache`).
     ``accelerator`` and ``precision`` are those of Lightning's Trainer, ``strategy`` its name for how ``devices`` on
     each of ``nodes`` machines train together; under torchrun those two are what it started. ``sync_batch_norm``
     takes batch statistics over all of them. ``compile`` runs the network through `torch.compile`. ``unreadable``
@@ -39,6 +40,7 @@ class Settings:
     unfold: str | None = None
     teacher: str | None = None
     teacher_checkpoint: str | None = None
+    teacher_cache: str | None = None
     seed: int = 0
     workers: int = 0
     threads: int = 1
