@@ -247,13 +247,13 @@ def test_ctrl_c_says_what_is_left_and_exits_with_130(
 ) -> None:
     def interrupted(settings: Any, _: object) -> None:
         settings.output.mkdir()
-        (settings.output / "training.safetensors").touch()
+        (settings.output / "run.json").touch()
         raise KeyboardInterrupt
 
     monkeypatch.setattr("refold.quickstart.run", interrupted)
     code, _, err = call("quickstart", "-o", "run")
     assert code == 130
-    assert err == "refold: stopped; run holds training.safetensors.\n"
+    assert err == "refold: stopped; go on with: refold train --resume run\n"
 
 
 def test_help_and_version_need_no_torch() -> None:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import csv
 import dataclasses
 import json
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,37 +14,27 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
-from torch import Tensor, nn
 
 from refold.bench import measure_latency, torch_threads
 from refold.bench.chart import training_and_comparison_chart
-from refold.checkpoints import example_input, load, save
-from refold.errors import InputError
-from refold.export import Contents, export, get_engine
-from refold.files import make_folder, write_text
-from refold.folding import Cost, count, fold
-from refold.models import create_model
-from refold.training.data import (
-    LabelledImages,
-    TransformedImages,
-    bundled_digits,
-    class_folders,
-    read_into_memory,
-    transforms,
-)
-from refold.training.loop import Epoch, Recipe, batches_per_epoch, predict, train
+from refold.checkpoints import example_input, load, read_card
+from refold.export import Contents, get_engine
+from refold.files import write_text
+from refold.folding import Cost, count
+from refold.training import run as training
+from refold.training.data import open_data
+from refold.training.recipe import load_recipe
+from refold.training.settings import HISTORY, ONNX, PLAIN, REPORT, TRAINING
 
 NETWORK = "repghostnet_050"
 ENGINE = "onnxruntime"
 
-TRAINING_FORM, PLAIN, IN_ENGINE = "training form", "plain", "plain in ONNX Runtime"
+TRAINING_FORM, PLAIN_FORM, IN_ENGINE = "training form", "plain", "plain in ONNX Runtime"
 
 # By default as many epochs as show the network about this many images.
 _IMAGES_SHOWN = 30_000
 _FEWEST_EPOCHS, _MOST_EPOCHS = 3, 50
-_LARGEST_MEMORY = 2 * 1024**3
 
 
 @dataclass(frozen=True)
@@ -90,16 +80,11 @@ class Result:
     held_out_images: int
     seed: int
     seconds: float
-    history: list[Epoch]
+    history: list[dict[str, float]]
     columns: dict[str, Column]
     proof: dict[str, Any]
     export_difference: float
     files: dict[str, str]
-
-
-def default_output() -> Path:
-    """A new folder under ``runs``, named by the time."""
-    return Path("runs") / time.strftime("quickstart-%Y%m%d-%H%M%S")
 
 
 def run(settings: Settings, console: Console) -> Result:
@@ -107,146 +92,84 @@ def run(settings: Settings, console: Console) -> Result:
 
     Raises `InputError` where the images or a setting cannot be used, `NotEquivalent` where a form differs.
     """
-    with torch_threads(settings.threads):
-        return _run(settings, console)
-
-
-def _run(settings: Settings, console: Console) -> Result:
-    start = time.perf_counter()
-    if settings.image_size < 8:
-        raise InputError(f"The image size is {settings.image_size}; give at least 8 pixels.")
-    if settings.epochs is not None and settings.epochs < 1:
-        raise InputError(f"The number of epochs is {settings.epochs}; give at least 1.")
-    images = (
-        bundled_digits(settings.seed)
-        if settings.data is None
-        else class_folders(settings.data, settings.seed)
-    )
-    images = _in_memory(images, settings.image_size, console)
-    with _run_folder(settings.output) as folder:
-        files = {
-            "training form": folder / "training.safetensors",
-            "plain form": folder / "plain.safetensors",
-            "ONNX": folder / "plain.onnx",
-            "fold report": folder / "fold.json",
-            "results": folder / "results.json",
-            "chart": folder / "chart.png",
-        }
-        _, transform, _ = transforms(settings.image_size, images.mirror)
-        held_out = TransformedImages(images.held_out, transform)
-        history = _train(images, settings, files["training form"], console)
-
-        # What is folded is what was saved; class names and provenance go along into the plain file.
-        net = load(files["training form"], form="training")
-        example = example_input(net)
-        with console.status("Folding, and proving the fold"):
-            plain: Any = fold(net, example)
-        console.print(plain.fold_report)
-        save(plain, files["plain form"])
-        write_text(files["fold report"], plain.fold_report.to_json())
-        with console.status("Exporting to ONNX, and running the file against PyTorch"):
-            exported = export(plain, files["ONNX"], example, engine=ENGINE)
-        with console.status("Comparing the three, image by image and in turn"):
-            columns = _compare(net, plain, files["ONNX"], held_out, example)
-
-        result = Result(
-            data=images.title,
-            network=NETWORK,
-            class_names=images.class_names,
-            training_images=len(images.training),
-            held_out_images=len(images.held_out),
-            seed=settings.seed,
-            seconds=time.perf_counter() - start,
-            history=history,
-            columns=columns,
-            proof=plain.fold_report.proof.to_dict(),
-            export_difference=exported.max_difference,
-            files={name: str(path) for name, path in files.items()},
-        )
-        write_text(files["results"], json.dumps(dataclasses.asdict(result), indent=2))
-        _draw(result, files["chart"])
-    return result
-
-
-def _in_memory(images: LabelledImages, image_size: int, console: Console) -> LabelledImages:
-    total = len(images.training) + len(images.held_out)
-    if total * 4 * image_size**2 > _LARGEST_MEMORY:
-        raise InputError(
-            f"'{images.title}' holds {total:,} images, more than the quickstart keeps in memory at "
-            f"{image_size} pixels; give a smaller folder or a smaller image size."
-        )
-    with _progress(console) as progress:
-        task = progress.add_task("Reading images", total=total, note="")
-        parts = [
-            read_into_memory(part, image_size, lambda: progress.advance(task))
-            for part in (images.training, images.held_out)
-        ]
-    return dataclasses.replace(images, training=parts[0], held_out=parts[1])
-
-
-def _train(images: LabelledImages, settings: Settings, path: Path, console: Console) -> list[Epoch]:
-    """Train; the checkpoint is renewed after every epoch, so an interrupted run leaves the last good one."""
-    augment, measure, preprocessing = transforms(settings.image_size, images.mirror)
+    begin = time.perf_counter()
+    data = "digits" if settings.data is None else str(settings.data)
+    # Once more when training begins: to know how many there are takes no time.
+    images = open_data(data, settings.seed)
     seen = round(_IMAGES_SHOWN / len(images.training))
-    epochs = settings.epochs or min(_MOST_EPOCHS, max(_FEWEST_EPOCHS, seen))
-    recipe = Recipe(epochs)
-    torch.manual_seed(settings.seed)
-    net = create_model(NETWORK, num_classes=len(images.class_names), drop_rate=0.0)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    with _progress(console) as progress:
-        batches = epochs * batches_per_epoch(len(images.training), recipe.batch_size)
-        task = progress.add_task(f"Training {NETWORK}", total=batches, note="")
-
-        def keep(epoch: Epoch) -> None:
-            note = f"epoch {epoch.number} of {epochs}, held out {epoch.accuracy:.1%}"
-            progress.update(task, note=note)
-            save(
-                net,
-                path,
-                class_names=images.class_names,
-                preprocessing=preprocessing,
-                provenance={
-                    "data": images.title,
-                    "seed": settings.seed,
-                    "recipe": dataclasses.asdict(recipe),
-                    "epoch": dataclasses.asdict(epoch),
-                },
-            )
-
-        return train(
-            net.to(device),
-            TransformedImages(images.training, augment),
-            TransformedImages(images.held_out, measure),
-            recipe,
-            seed=settings.seed,
-            on_batch=lambda: progress.advance(task),
-            on_epoch=keep,
-        )
+    epochs = min(_MOST_EPOCHS, max(_FEWEST_EPOCHS, seen)) if settings.epochs is None else settings.epochs
+    recipe = load_recipe("finetune", {"epochs": epochs, "image_size": settings.image_size})
+    told = training.Settings(
+        settings.output, data, NETWORK, recipe, seed=settings.seed, threads=settings.threads, keep="last"
+    )
+    trained = training.train(told, console)
+    assert trained is not None  # this process is the only one
+    with torch_threads(settings.threads):
+        return _compare(settings, trained, images.title, begin, console)
 
 
 def _compare(
-    net: nn.Module, plain: nn.Module, onnx_file: Path, held_out: TransformedImages, example: Tensor
-) -> dict[str, Column]:
+    settings: Settings, trained: training.Result, title: str, begin: float, console: Console
+) -> Result:
+    folder = settings.output
+    files = {
+        "training form": folder / TRAINING,
+        "plain form": folder / PLAIN,
+        "ONNX": folder / ONNX,
+        "fold report": folder / REPORT,
+        "results": folder / "results.json",
+        "chart": folder / "chart.png",
+    }
+    net, plain = load(folder / TRAINING, form="training"), load(folder / PLAIN, form="plain")
+    card = read_card(folder / TRAINING)
+    assert card is not None
+    with console.status("Comparing the three, in turn"):
+        columns = _columns(net, plain, folder / ONNX, trained)
+    result = Result(
+        data=title,
+        network=NETWORK,
+        class_names=card.class_names or [],
+        training_images=card.provenance["data"]["training_images"],
+        held_out_images=trained.held_out_images,
+        seed=settings.seed,
+        seconds=time.perf_counter() - begin,
+        history=_history(folder / HISTORY),
+        columns=columns,
+        proof=trained.proof,
+        export_difference=trained.export_difference,
+        files={name: str(path) for name, path in files.items()},
+    )
+    write_text(files["results"], json.dumps(dataclasses.asdict(result), indent=2))
+    _draw(result, files["chart"])
+    return result
+
+
+def _columns(net: Any, plain: Any, onnx_file: Path, trained: training.Result) -> dict[str, Column]:
+    example = example_input(net)
     engine = get_engine(ENGINE)
     session = engine.open(onnx_file, threads=1)
-
-    def run_file(batch: Tensor) -> Tensor:
-        return session(batch)[0]
-
-    forms: dict[str, Callable[[Tensor], Tensor]] = {TRAINING_FORM: net, PLAIN: plain, IN_ENGINE: run_file}
-    calls = {name: partial(form, example) for name, form in forms.items()}
-    answers = {name: predict(form, held_out) for name, form in forms.items()}
-    reference, truth = answers[TRAINING_FORM]
-    latencies = measure_latency(calls, rounds=50, threads=1)
+    forms: dict[str, Callable[[torch.Tensor], Any]] = {
+        TRAINING_FORM: net.eval(),
+        PLAIN_FORM: plain.eval(),
+        IN_ENGINE: session,
+    }
+    latencies = measure_latency(
+        {name: partial(form, example) for name, form in forms.items()}, rounds=50, threads=1
+    )
     costs: dict[str, Cost | Contents] = {
         TRAINING_FORM: count(net, example),
-        PLAIN: count(plain, example),
+        PLAIN_FORM: count(plain, example),
         IN_ENGINE: engine.contents(onnx_file),
+    }
+    answers = {
+        TRAINING_FORM: (trained.training_accuracy, trained.held_out_images),
+        PLAIN_FORM: (trained.plain_accuracy, trained.same_answers),
+        IN_ENGINE: (trained.onnx_accuracy, trained.onnx_same_answers),
     }
     return {
         name: Column(
-            accuracy=(answers[name][0] == truth).double().mean().item(),
-            same_answers=int((answers[name][0] == reference).sum()),
+            accuracy=answers[name][0],
+            same_answers=answers[name][1],
             parameters=cost.parameters or 0,
             macs=cost.macs or 0,
             operators=cost.operators,
@@ -254,6 +177,14 @@ def _compare(
         )
         for name, cost in costs.items()
     }
+
+
+def _history(path: Path) -> list[dict[str, float]]:
+    with path.open(encoding="utf-8") as lines:
+        return [
+            {"loss": float(row["loss"]), "accuracy": float(row["held_out_accuracy"])}
+            for row in csv.DictReader(lines)
+        ]
 
 
 def render(result: Result) -> Table:
@@ -295,35 +226,12 @@ def _draw(result: Result, path: Path) -> None:
     training_and_comparison_chart(
         path,
         title=f"{result.network}, {result.data}",
-        losses=[epoch.loss for epoch in result.history],
-        accuracies=[epoch.accuracy for epoch in result.history],
+        losses=[epoch["loss"] for epoch in result.history],
+        accuracies=[epoch["accuracy"] for epoch in result.history],
         comparison={
             "parameters (M)": {name: column.parameters / 1e6 for name, column in columns},
             "MACs (M)": {name: column.macs / 1e6 for name, column in columns},
             "operators": {name: column.operator_count for name, column in columns},
             "latency (ms)": {name: column.latency for name, column in columns},
         },
-    )
-
-
-@contextmanager
-def _run_folder(path: Path) -> Iterator[Path]:
-    """Make the run's folder; if the run ends before anything was written there, a new folder goes again."""
-    existed = path.exists()
-    folder = make_folder(path)
-    try:
-        yield folder
-    finally:
-        if not existed and not any(folder.iterdir()):
-            folder.rmdir()
-
-
-def _progress(console: Console) -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TaskProgressColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
-        console=console,
     )

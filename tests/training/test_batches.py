@@ -106,3 +106,15 @@ def test_the_padded_crop_is_that_of_he_et_al() -> None:
         shapes.add((int(rows.max() - rows.min()) + 1, int(columns.max() - columns.min()) + 1))
     assert {side for shape in shapes for side in shape} <= {12, 13, 14, 15, 16}
     assert len(shapes) > 10
+
+
+@pytest.mark.parametrize("mirror", [True, False])
+def test_only_images_that_may_be_are_mirrored(mirror: bool) -> None:
+    augment, _ = recipe_transforms(load_recipe("finetune", {"color_jitter": 0}).recipe, PREPROCESSING, mirror)
+    step = np.zeros((16, 16, 3), np.uint8)
+    step[:, 8:] = 255
+    reseed(0)
+    images = [augment(Image.fromarray(step)) for _ in range(30)]
+    assert {bool(x[:, :, -1].mean() > x[:, :, 0].mean()) for x in images} == (
+        {True, False} if mirror else {True}
+    )

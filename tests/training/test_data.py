@@ -6,20 +6,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 from torchvision.datasets import CIFAR10, CIFAR100
 
 from refold.errors import InputError
 from refold.training.data import (
     Images,
-    TransformedImages,
     bundled_digits,
     class_folders,
     open_data,
     read_image,
     read_into_memory,
-    transforms,
 )
 
 
@@ -124,28 +121,6 @@ def test_images_are_shrunk_once_and_keep_their_shape(make: Callable[..., Path]) 
     assert {source.size for source in held.sources if isinstance(source, Image.Image)} == {(20, 10)}
     large = read_into_memory(images.training, 64)
     assert {source.size for source in large.sources if isinstance(source, Image.Image)} == {(40, 20)}
-
-
-def test_transforms_measure_without_chance_and_mirror_only_if_allowed() -> None:
-    picture = Image.fromarray(np.arange(12 * 20 * 3, dtype=np.uint8).reshape(12, 20, 3))
-    _, measure, preprocessing = transforms(16, mirror=True)
-    images = TransformedImages(Images([picture], [1]), measure)
-    (x, target), (again, _) = images[0], images[0]
-    assert x.shape == tuple(preprocessing["input_size"]) == (3, 16, 16)
-    assert torch.equal(x, again)
-    assert target == 1
-    assert -1 <= x.min() < x.max() <= 1
-
-    step = np.zeros((32, 32, 3), np.uint8)
-    step[:, 16:] = 255
-    for mirror in (True, False):
-        augment, _, _ = transforms(32, mirror)
-        torch.manual_seed(0)
-        rising = {
-            bool(x[:, :, -1].mean() > x[:, :, 0].mean())
-            for x in (augment(Image.fromarray(step)) for _ in range(40))
-        }
-        assert rising == ({True, False} if mirror else {True})
 
 
 @pytest.mark.parametrize(("kind", "classes"), [(CIFAR10, 10), (CIFAR100, 100)])

@@ -8,15 +8,12 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
-from timm.data import create_transform
-from torch import Tensor
-from torch.utils.data import Dataset
 from torchvision.datasets import CIFAR10, CIFAR100
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
@@ -64,20 +61,6 @@ class LabelledImages:
     training: Images
     held_out: Images
     mirror: bool
-
-
-class TransformedImages(Dataset[tuple[Tensor, int]]):
-    """Images as ``(3, height, width)`` float32 tensors, made by a timm transform when asked for."""
-
-    def __init__(self, images: Images, transform: Callable[[Image.Image], Tensor]) -> None:
-        self.images = images
-        self.transform = transform
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        return self.transform(read_image(self.images.sources[index])), self.images.targets[index]
 
 
 def bundled_digits(seed: int = 0) -> LabelledImages:
@@ -203,34 +186,6 @@ def read_into_memory(
             pool.shutdown(cancel_futures=True)
             raise
     return Images(pictures, targets)
-
-
-def transforms(
-    image_size: int, mirror: bool
-) -> tuple[Callable[[Image.Image], Tensor], Callable[[Image.Image], Tensor], dict[str, Any]]:
-    """timm's transforms for training and for measuring, and the preprocessing as a checkpoint records it."""
-    preprocessing: dict[str, Any] = {
-        "input_size": [3, image_size, image_size],
-        "interpolation": "bicubic",
-        "mean": [0.5, 0.5, 0.5],
-        "std": [0.5, 0.5, 0.5],
-        "crop_pct": 1.0,
-    }
-    measuring = create_transform(is_training=False, **_as_tuples(preprocessing))
-    settings = _as_tuples({key: value for key, value in preprocessing.items() if key != "crop_pct"})
-    training = create_transform(
-        is_training=True,
-        scale=(0.7, 1.0),
-        ratio=(0.85, 1.18),
-        hflip=0.5 if mirror else 0.0,
-        color_jitter=0.2,
-        **settings,
-    )
-    return training, measuring, preprocessing
-
-
-def _as_tuples(values: dict[str, Any]) -> dict[str, Any]:
-    return {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
 
 
 def _shrunk(image: Image.Image, image_size: int) -> Image.Image:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import torch
@@ -118,7 +119,7 @@ def fit_in_memory(images: LabelledImages, recipe: Recipe, devices: int) -> bool:
 
 def _largest_side(recipe: Recipe) -> int:
     smallest = 1.0 if recipe.crop_padding is not None else recipe.crop_scale[0]
-    return int(round(recipe.image_size / smallest**0.5))
+    return round(recipe.image_size / math.sqrt(smallest))
 
 
 def _is_all_but_the_classifier(missing: set[str], net: nn.Module) -> bool:
