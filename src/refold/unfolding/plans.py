@@ -147,7 +147,7 @@ def _read(path: Path) -> Plan:
     known = [field.name for field in dataclasses.fields(Plan)]
     try:
         text = path.read_text(encoding="utf-8")
-        document = json.loads(text) if path.suffix == ".json" else _parsed_yaml(text, path)
+        document = json.loads(text) if path.suffix == ".json" else _parsed_yaml(text)
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or " ".join(str(error).split())
         raise InputError(f"The plan '{path}' cannot be read ({reason}); correct it.") from error
@@ -165,13 +165,9 @@ def _read(path: Path) -> Plan:
     return Plan(str(document.get("name", path.stem)), rules, repeats, str(document.get("source", "")))
 
 
-def _parsed_yaml(text: str, path: Path) -> Any:
-    try:
-        import yaml
-    except ModuleNotFoundError as error:
-        raise InputError(
-            f"To read '{path}', pyyaml is needed: pip install 'refold[train]'; or write the plan as JSON."
-        ) from error
+def _parsed_yaml(text: str) -> Any:
+    import yaml
+
     try:
         return yaml.safe_load(text)
     except yaml.YAMLError as error:
