@@ -130,24 +130,37 @@ def single(model: nn.Module) -> nn.Module:
 
 
 def run_layers(batch: int, turns: int, contiguous: bool, only: str) -> None:
-    """Print one line a layer."""
+    """Print one row a layer: seconds and bytes of each form as ratios to the loop; one branch is the floor."""
     print(
-        f"{'layer':34} {'loop ms':>8} {'stacked':>12} {'moments':>12} {'single':>12} {'auto':>12}   (time, bytes)"
+        "| layer | loop, ms | stacked | moments | chosen | one branch | bytes: moments | bytes: one branch |"
     )
+    print("|---|---|---|---|---|---|---|---|")
     for name, (layer, shape) in layers().items():
         if only not in name:
             continue
         x = torch.randn(batch, *shape)
         x = (x if contiguous else x.to(memory_format=torch.channels_last)).requires_grad_()
-        models: dict[str, nn.Module] = {form: with_form(layer, form) for form in (*FORMS, "auto")}
+        models: dict[str, nn.Module] = {form: with_form(layer, form) for form in FORMS}
         models["single"] = copy.deepcopy(layer.branches[0])
         result = compare(models, x, turns)
-        cells = [f"{result[f][1]:6.2f} {result[f][2]:5.2f}" for f in ("stacked", "moments", "single", "auto")]
-        print(f"{name:34} {result['looped'][0] * 1e3:8.1f} " + " ".join(cells), flush=True)
+        chosen = (
+            "moments"
+            if saved_bytes(with_form(layer, "auto"), x) < saved_bytes(models["looped"], x)
+            else "loop"
+        )
+        print(
+            f"| {name} | {result['looped'][0] * 1e3:.1f} | {result['stacked'][1]:.2f} | {result['moments'][1]:.2f} "
+            f"| {chosen} | {result['single'][1]:.2f} | {result['moments'][2]:.2f} | {result['single'][2]:.2f} |",
+            flush=True,
+        )
 
 
 def run_networks(names: list[str], batch: int, side: int, turns: int, contiguous: bool) -> None:
-    """Print one line a network: time and bytes of the automatic choice against the loop and a single branch."""
+    """Print one row a network: time and bytes of the automatic choice against the loop and a single branch."""
+    print(
+        "| network | threads | loop, s | against the loop | against one branch each | saved bytes | of one branch each |"
+    )
+    print("|---|---|---|---|---|---|---|")
     for name in names:
         model, _, plan = name.partition("+")
         net = refold.create_model(model)
@@ -161,11 +174,10 @@ def run_networks(names: list[str], batch: int, side: int, turns: int, contiguous
         }
         models = {key: m.to(memory_format=layout) for key, m in models.items()}
         result = compare(models, x, turns)
-        seconds, time_ratio, bytes_ratio = result["auto"]
-        against_single = time_ratio / result["single"][1]
+        seconds, auto, one = result["looped"][0], result["auto"], result["single"]
         print(
-            f"{name:28} looped {result['looped'][0]:6.2f} s   auto {seconds:6.2f} s   {time_ratio:.2f} of looped   "
-            f"{against_single:.2f} of a single branch   bytes {bytes_ratio:.2f} of looped",
+            f"| `{model}`{f' with {plan!r}' if plan else ''} | {torch.get_num_threads()} | {seconds:.2f} "
+            f"| {auto[1]:.2f} | {auto[1] / one[1]:.2f} | {auto[2]:.2f} | {one[2]:.2f} |",
             flush=True,
         )
 
