@@ -6,9 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-import timm
 import torch
-import torchvision
+from there_and_back import close, images, train
 from timm.layers import BatchNormAct2d, Conv2dSame
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -45,12 +44,6 @@ class Small(nn.Module):
         return self.head(self.unnormed(x).relu()).mean((2, 3))
 
 
-def images(seed: int = 0, size: int = 32, batch: int = 4) -> Tensor:
-    return torch.randn(
-        batch, 3, size, size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
-    )
-
-
 def small() -> nn.Module:
     torch.manual_seed(0)
     model = Small().double()
@@ -58,21 +51,6 @@ def small() -> nn.Module:
         for _ in range(3):
             model(images())
     return model.eval()
-
-
-def close(expected: Tensor, found: Tensor) -> bool:
-    with torch.no_grad():
-        return float((found - expected).abs().max()) <= 1e-9 * float(expected.abs().max())
-
-
-def train(model: nn.Module, x: Tensor, steps: int = 2) -> None:
-    model.train()
-    optimizer = torch.optim.SGD(model.parameters(), 0.05)
-    for _ in range(steps):
-        optimizer.zero_grad()
-        model(x).square().mean().backward()
-        optimizer.step()
-    model.eval()
 
 
 @pytest.mark.parametrize("start", ["preserving", "random"])
@@ -353,58 +331,6 @@ def test_layers_that_pad_by_the_size_of_the_map(size: int) -> None:
         fresh = same_padded().eval()
         fresh.load_state_dict(original_state_dict(source), strict=True)
         assert all(close(wide(map_), found(map_)) for map_ in (x, other) for found in (plain, fresh))
-
-
-def shufflenet() -> nn.Module:
-    return torchvision.models.shufflenet_v2_x0_5(weights=None)
-
-
-def of_timm(name: str) -> Callable[[], nn.Module]:
-    return lambda: timm.create_model(name)
-
-
-@pytest.mark.parametrize(
-    ("make", "plan", "options"),
-    [
-        pytest.param(of_timm("mobilenetv2_035"), "ghostnetv3", {"stages": [2]}, id="mobilenetv2"),
-        pytest.param(of_timm("resnet18"), "repvgg", {"layers": "layer1.*"}, id="resnet18"),
-        pytest.param(shufflenet, "ghostnetv3", {"kinds": ["depthwise"]}, id="shufflenetv2"),
-        pytest.param(of_timm("convnext_atto"), "acb", {"stages": [2]}, id="convnext"),
-    ],
-)
-def test_networks_there_and_back(make: Callable[[], nn.Module], plan: str, options: dict[str, Any]) -> None:
-    torch.manual_seed(0)
-    model, x = make().double().eval(), images(size=64, batch=2)
-    wide = unfold(model, plan, example_input=x[:1], **options)
-    with torch.no_grad():
-        assert close(model(x), wide(x))
-    train(wide, x)
-    fresh = make().double().eval()
-    fresh.load_state_dict(original_state_dict(wide), strict=True)
-    with torch.no_grad():
-        assert close(wide(x), fresh(x))
-
-
-def test_fold_of_a_network_loads_back() -> None:
-    torch.manual_seed(0)
-    model, x = timm.create_model("mobilenetv2_035").double(), images(size=64, batch=2)
-    wide = unfold(model, "ghostnetv3", example_input=x[:1], layers="blocks.[0-1].*")
-    train(wide, x)
-    plain = refold.fold(wide, x[:1], prove=False)
-    assert type(plain) is type(model)
-    fresh = timm.create_model("mobilenetv2_035").double().eval()
-    fresh.load_state_dict(original_state_dict(plain), strict=True)
-    with torch.no_grad():
-        assert close(wide(x), fresh(x))
-
-
-def test_what_folding_lost_is_named() -> None:
-    torch.manual_seed(0)
-    model, x = timm.create_model("convnext_atto", depths=(1, 1, 1, 1)).double(), images(size=32, batch=2)
-    wide = unfold(model, "acb", example_input=x[:1], layers="stages.0.*")
-    plain = refold.fold(wide, x[:1], prove=False)
-    with pytest.raises(InputError, match=r"'stages.0.blocks.0.*Pass the model that refold.unfold returned"):
-        original_state_dict(plain)
 
 
 def test_own_networks_train_the_same_with_parallel_branches() -> None:
