@@ -158,7 +158,7 @@ def run_layers(batch: int, turns: int, contiguous: bool, only: str) -> None:
 def run_networks(names: list[str], batch: int, side: int, turns: int, contiguous: bool) -> None:
     """Print one row a network: time and bytes of the automatic choice against the loop and a single branch."""
     print(
-        "| network | threads | loop, s | against the loop | against one branch each | saved bytes | of one branch each |"
+        "| network | threads | loop, s | of the loop | of one branch each | saved bytes | bytes of one branch each |"
     )
     print("|---|---|---|---|---|---|---|")
     for name in names:
