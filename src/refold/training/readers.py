@@ -14,7 +14,9 @@ from timm.data.readers import create_reader
 from refold.errors import InputError, first_line
 from refold.training.data import Images, LabelledImages, hold_out_share
 
-_EXTRAS = {"hfds": ("datasets", "hf"), "hfids": ("datasets", "hf"), "wds": ("webdataset", "wds")}
+_EXTRAS = {"datasets": "hf", "webdataset": "wds"}
+_ENDINGS = ("jpg", "jpeg", "png", "webp")
+_INFORMATION = ("_info.json", "info.json")
 _HELD_OUT_SPLITS = ("validation", "val", "valid", "test")
 _LARGEST_STREAM = 2 * 1024**3
 
@@ -79,18 +81,12 @@ def open_reader(data: str, seed: int) -> LabelledImages:
     Raises `InputError` where the package is missing (it names the extra), or the images cannot be used.
     """
     kind, _, name = data.partition("/")
-    package, extra = _EXTRAS[kind]
     try:
-        import_module(package)  # timm's readers say in other ways that it is missing
-        parts, class_names = (_shards if kind == "wds" else _hub)(kind, name)
+        parts, class_names = _shards(Path(name)) if kind == "wds" else _hub(kind, name)
     except InputError:
         raise
-    except ImportError as error:
-        raise InputError(
-            f"'{data}' needs the package {package}; install it: pip install 'refold[{extra}]'."
-        ) from error
     except Exception as error:  # whatever the foreign reader raises
-        raise InputError(f"'{data}' cannot be read as {package} reads it: {first_line(error)}") from error
+        raise InputError(f"'{data}' cannot be read: {first_line(error)}.") from error
     training, held_out = parts
     if held_out is None:
         return hold_out_share(data, class_names, training.sources, training.targets, seed, mirror=True)
@@ -100,8 +96,17 @@ def open_reader(data: str, seed: int) -> LabelledImages:
 Parts = tuple[Images, Images | None]
 
 
-def _shards(kind: str, name: str) -> tuple[Parts, list[str]]:
-    root = Path(name)
+def _need(package: str) -> None:
+    """Raise `InputError` where a package is missing; timm's readers say so in ways of their own."""
+    try:
+        import_module(package)
+    except ImportError as error:
+        raise InputError(
+            f"These images need the package {package}; install it: pip install 'refold[{_EXTRAS[package]}]'."
+        ) from error
+
+
+def _shards(root: Path) -> tuple[Parts, list[str]]:
     if not root.is_dir():
         raise InputError(f"There is no folder '{root}'; give one that holds WebDataset shards (tar files).")
     found = {split: _split_shards(root, split) for split in ("train", *_HELD_OUT_SPLITS)}
@@ -117,7 +122,8 @@ def _shards(kind: str, name: str) -> tuple[Parts, list[str]]:
 
 def _split_shards(root: Path, split: str) -> list[str]:
     """The shards of a split, as timm's reader takes them from the folder's ``_info.json``, or by their names."""
-    if any((root / name).is_file() for name in ("_info.json", "info.json")):
+    if any((root / name).is_file() for name in _INFORMATION):
+        _need("webdataset")
         try:
             reader = create_reader("wds/", root=str(root), split=split)
         except RuntimeError as error:
@@ -130,11 +136,9 @@ def _split_shards(root: Path, split: str) -> list[str]:
 
 def _members(root: Path, shards: Iterable[str]) -> Images:
     """Where the images of shards are, in their order; the headers are read, not the images."""
-    reader = create_reader("wds/", root=str(root), split="::".join(shards))
-    endings = [*reader.input_key.split(";"), "jpeg"]
     sources: list[Member] = []
     targets: list[int] = []
-    for shard in reader.split_info.filenames:
+    for shard in shards:
         path = root / shard
         samples: dict[str, dict[str, tarfile.TarInfo]] = {}
         with tarfile.open(path, "r:") as archive:
@@ -144,12 +148,12 @@ def _members(root: Path, shards: Iterable[str]) -> Images:
                 if member.isfile():
                     samples.setdefault(f"{folder}/{key}", {})[ending.lower()] = member
             for key, files in samples.items():
-                image = next((files[ending] for ending in endings if ending in files), None)
+                image = next((files[ending] for ending in _ENDINGS if ending in files), None)
                 label = files.get("cls")
                 if image is None or label is None:
                     raise InputError(
                         f"'{path}:{key.strip('/')}' holds {sorted(files)}; each image needs its class's number "
-                        f"beside it: one of {', '.join(endings)}, and cls."
+                        f"beside it: one of {', '.join(_ENDINGS)}, and cls."
                     )
                 stream: Any = archive.extractfile(label)
                 sources.append(Member(path, image.name, image.offset_data, image.size))
@@ -158,6 +162,7 @@ def _members(root: Path, shards: Iterable[str]) -> Images:
 
 
 def _hub(kind: str, name: str) -> tuple[Parts, list[str]]:
+    _need("datasets")
     import datasets
 
     splits = datasets.get_dataset_split_names(name)
