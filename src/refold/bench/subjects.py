@@ -156,7 +156,9 @@ class Files:
             folder = Path(self._folder.name) / str(len(self._made))
             folder.mkdir()
             try:
-                self._made[key] = _write(subject.model(form, images.shape[1:]), folder, engine, images)
+                self._made[key] = write_for_engine(
+                    subject.model(form, images.shape[1:]), folder, engine, images
+                )
             except CandidateFailed as error:
                 self._made[key] = error
         made = self._made[key]
@@ -165,7 +167,8 @@ class Files:
         return made
 
 
-def _write(model: nn.Module, folder: Path, engine: str, images: Tensor) -> Path:
+def write_for_engine(model: nn.Module, folder: Path, engine: str, images: Tensor) -> Path:
+    """The file, in `folder`, of an eval-mode model for an engine; raises `CandidateFailed` where it cannot be made."""
     try:
         if engine == PYTORCH:
             path = folder / "net.pt"

@@ -86,11 +86,21 @@ def fold_command(
         ),
     ] = False,
     objective: Annotated[
-        Literal["macs", "operators"],
+        Literal["macs", "operators", "latency"],
         typer.Option(
-            help="macs: never more multiply-accumulates; operators: those of depthwise kernels may grow."
+            help="macs: never more multiply-accumulates; operators: those of depthwise kernels may grow; "
+            "latency: keep of all exact rewrites what a measurement on --engine says pays."
         ),
     ] = "macs",
+    engine: Annotated[
+        str | None,
+        typer.Option(
+            "--engine", help="For --objective latency: pytorch or an engine of export. [default: onnxruntime]"
+        ),
+    ] = None,
+    threads: Annotated[
+        int, typer.Option("--threads", min=1, help="For --objective latency: threads of the engine.")
+    ] = 1,
     shortcuts: Annotated[
         Literal["keep", "fold"],
         typer.Option(help="fold: take shortcuts into the convolutions around, at more cost."),
@@ -100,9 +110,9 @@ def fold_command(
     num_classes: NumClasses = None,
 ) -> None:
     """Fold a network into its plain form, prove it, and write the plain checkpoint."""
+    from refold.bench.objective import fold
     from refold.checkpoints import example_input, save
     from refold.files import check_writable, write_text
-    from refold.folding import fold
 
     for path in (output, report):
         if path is not None:
@@ -114,7 +124,16 @@ def fold_command(
     if original:
         _save_original(model, example, output)
         return
-    plain: Any = fold(model, example, objective=objective, shortcuts=shortcuts)
+    with console.status("folding") as status:
+        plain: Any = fold(
+            model,
+            example,
+            objective=objective,
+            shortcuts=shortcuts,
+            engine=engine,
+            threads=threads,
+            on_progress=lambda text: status.update(f"measuring {escape(text)}"),
+        )
     console.print(plain.fold_report)
     save(plain, output)
     console.print(f"Plain checkpoint: {escape(str(output))}", soft_wrap=True)

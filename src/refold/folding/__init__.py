@@ -3,6 +3,6 @@
 from refold.folding.cost import Cost, count
 from refold.folding.fold import fold, verify
 from refold.folding.proof import Proof
-from refold.folding.report import FoldedRegion, FoldReport
+from refold.folding.report import Decision, FoldedRegion, FoldReport
 
-__all__ = ["Cost", "FoldReport", "FoldedRegion", "Proof", "count", "fold", "verify"]
+__all__ = ["Cost", "Decision", "FoldReport", "FoldedRegion", "Proof", "count", "fold", "verify"]

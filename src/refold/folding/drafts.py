@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
-from torch import fx
+from torch import fx, nn
 
 from refold.folding.distribution import Bundle
 from refold.folding.operators import Linear, Map, Same, inputs_of
@@ -29,13 +30,31 @@ class DraftRewire:
 
 
 @dataclass(frozen=True)
+class Rebuild:
+    """Inside one module call, `write` changes the operators `nodes` of its graph, and these may go."""
+
+    scope: Scope
+    nodes: frozenset[fx.Node]
+    write: Callable[[fx.Graph, nn.Module, Callable[[fx.Node], fx.Node]], None]
+    """Takes the graph, the module and a function that finds the operators of the unit in the graph."""
+
+
+@dataclass(frozen=True)
 class Draft:
     slots: dict[str, int | None]
     """Paths of layers to replace, by which of the bundle's new layers; None is replaced by nothing."""
-    rewires: tuple[DraftRewire, ...]
+    rewires: tuple[DraftRewire, ...] = ()
+    rebuilds: tuple[Rebuild, ...] = ()
+
+    @property
+    def nodes(self) -> set[fx.Node]:
+        """Every operator that is wired anew."""
+        groups = [wired.nodes for wired in self.rewires] + [rebuilt.nodes for rebuilt in self.rebuilds]
+        return set().union(*groups)
 
     def signature(self, unit: Unit) -> frozenset[object]:
-        return frozenset([*self.slots.items(), *(rewire.signature(unit) for rewire in self.rewires)])
+        rewires = (rewire.signature(unit) for rewire in self.rewires)
+        return frozenset([*self.slots.items(), *rewires, *self.rebuilds])
 
 
 def relative_key(node: fx.Node, scope: Scope) -> Key:

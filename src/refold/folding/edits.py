@@ -10,7 +10,7 @@ from enum import Enum
 from torch import fx, nn
 
 from refold.errors import NotFoldable
-from refold.folding.drafts import Draft
+from refold.folding.drafts import Draft, DraftRewire, Rebuild
 from refold.folding.layers import NewLayer
 from refold.folding.planning import Planner
 from refold.folding.report import FoldedRegion
@@ -54,7 +54,7 @@ class Edits:
     """All edits of one unit. Paths are inside the unit."""
 
     slots: dict[str, nn.Module] = field(default_factory=dict)
-    rewires: list[Rewire] = field(default_factory=list)
+    rewires: list[Rewire | Rebuild] = field(default_factory=list)
     applied: list[Candidate] = field(default_factory=list)
     extent: Extent = Extent.EVERYTHING
     made: list[NewLayer] = field(default_factory=list)
@@ -78,7 +78,8 @@ def edits_of(
         first, new = members[0]
         try:
             _require_alone(unit, first.draft, len(members), totals, shared)
-            if extent is Extent.NOTHING or (extent is Extent.IN_PLACE and first.draft.rewires):
+            rewired = first.draft.rewires or first.draft.rebuilds
+            if extent is Extent.NOTHING or (extent is Extent.IN_PLACE and rewired):
                 raise NotFoldable("the code around it does not run with the folded module in its place")
         except NotFoldable as refusal:
             for member, _ in members:
@@ -93,6 +94,7 @@ def edits_of(
                 Rewire(r.scope, r.source, r.root, r.nodes, None if r.layer is None else new[r.layer].module)
                 for r in member.draft.rewires
             ]
+            edits.rewires += member.draft.rebuilds
     return edits
 
 
@@ -107,9 +109,10 @@ def _require_alone(
 ) -> None:
     """Refuse an edit that would be seen from a call, or from code, which is no part of these regions."""
     places = [(path, totals[0][path]) for path in draft.slots]
-    places += [(r.scope[-1][0], totals[1][r.scope[-1][0]]) for r in draft.rewires if r.scope]
+    inside: tuple[DraftRewire | Rebuild, ...] = (*draft.rewires, *draft.rebuilds)
+    places += [(r.scope[-1][0], totals[1][r.scope[-1][0]]) for r in inside if r.scope]
     read = {str(node.target).rpartition(".")[0] for node in unit.graph.nodes if node.op == "get_attr"}
-    for rewire in draft.rewires:
+    for rewire in inside:
         forward_name(unit.module.get_submodule(rewire.scope[-1][0] if rewire.scope else ""))
     for path, calls in places:
         if calls != members:

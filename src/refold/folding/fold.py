@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, Literal, get_args
@@ -29,11 +29,16 @@ from refold.folding.proof import (
 )
 from refold.folding.regions import region_candidates
 from refold.folding.report import FoldReport
+from refold.folding.rewrites import SHORTCUT, Chosen, Judge, by_name, finders
 from refold.folding.shortcuts import shortcut_candidates
 from refold.folding.tracing import Arguments, copy_tensors, plain_mode
 
 Objective = Literal["macs", "operators"]
 Shortcuts = Literal["keep", "fold"]
+
+_NO_SHORTCUT = (
+    "no shortcut was folded: none leads around a chain of convolutions through the same activations"
+)
 
 
 def fold(
@@ -43,19 +48,24 @@ def fold(
     prove: bool = True,
     objective: Objective = "macs",
     shortcuts: Shortcuts = "keep",
+    rewrites: Judge | Sequence[str] = (),
 ) -> nn.Module:
     """A plain network that computes what `model` computes in evaluation mode, every linear part one layer.
 
     `example_input` is what the model is called with: a tensor, `[batch, channels, *size]` as a rule, or the tuple of
     positional arguments. The model is left untouched; the result keeps its class, dtype, device and methods, is in
     evaluation mode, and carries a `FoldReport` as `fold_report`. With `prove` (the default) every region is proved in
-    float64, borders included, at two sizes, and then the whole netattempt.
+    float64, borders included, at two sizes, and then the whole network.
 
     No fold may raise the multiply-accumulates, unless the `objective` is "operators": then those of depthwise
     convolutions, which memory holds up rather than arithmetic, do not count, and depthwise kernels of several sizes,
     each for a part of the channels, become one (RepNeXt, eq. 2).
     `shortcuts="fold"` also takes each shortcut around a chain of convolutions into them, wherever it passes through
     the chain's activations, at the price of more channels (RepNeXt, eq. 5 to 8).
+
+    `rewrites` chooses among exact rewrites that pay on some engines only (`refold.folding.rewrites`): a function that
+    is shown every alternative, or the names of those to take. `refold.fold(objective="latency")` passes a function
+    that measures them.
 
     Raises `InputError` where the model does not run on the example or an option is unknown, `NotEquivalent` where the
     proof fails.
@@ -71,7 +81,18 @@ def fold(
             folded, second = _fold(plain, arguments, shortcut_candidates, prove, may_cost=True)
             report = _joined(report, second, model, folded, arguments)
             plain = folded
+            if not second.regions:
+                report.notes.append(_NO_SHORTCUT)
+        chosen = Chosen(rewrites if callable(rewrites) else by_name(rewrites))
+        for kind, finder in finders(chosen).items() if rewrites else ():
+            if (kind == SHORTCUT and shortcuts == "fold") or not _plans_anything(plain, arguments, finder):
+                continue
+            folded, second = _fold(plain, arguments, finder, prove, may_cost=True)
+            report = _joined(report, second, model, folded, arguments)
+            plain = folded
     report.options = {"objective": objective, "shortcuts": shortcuts}
+    if chosen.names:
+        report.options["rewrites"] = chosen.names
     plain.fold_report = report  # type: ignore[assignment]  # nn.Module types its attributes as tensors and modules
     return plain
 
@@ -125,6 +146,13 @@ def _fold(
     return attempt.model, FoldReport(name, attempt.folded, attempt.left, before, after, proof, notes)
 
 
+def _plans_anything(model: nn.Module, arguments: Arguments, find: Finder) -> bool:
+    """Whether there is something to fold, so that no proof is needed where there is nothing."""
+    attempt = Attempt(shared_copy(model).eval(), arguments, find, False, Extent.EVERYTHING)
+    attempt.plan()
+    return any(edits.applied for _, edits in attempt.outcomes)
+
+
 def _joined(
     first: FoldReport, second: FoldReport, model: nn.Module, folded: nn.Module, arguments: Arguments
 ) -> FoldReport:
@@ -141,11 +169,7 @@ def _joined(
             folded_distance=own,
         )
         require_close(proof)
-    notes = [*first.notes, *second.notes]
-    if not second.regions:
-        notes.append(
-            "no shortcut was folded: none leads around a chain of convolutions through the same activations"
-        )
+    notes = list(dict.fromkeys([*first.notes, *second.notes]))
     return replace(
         first, regions=first.regions + second.regions, after=second.after, proof=proof, notes=notes
     )

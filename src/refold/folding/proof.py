@@ -105,6 +105,20 @@ def prove_chain(
     return worst
 
 
+def prove_layer(convolution: Convolution, made: nn.Module, shapes: Sequence[tuple[int, ...]]) -> float:
+    """How far a float64 layer is from `convolution` on random inputs of these shapes.
+
+    Raises NotFoldable where it is more than rounding.
+    """
+    generator = torch.Generator().manual_seed(0)
+    worst = 0.0
+    for shape in shapes:
+        x = torch.randn(shape, dtype=torch.float64, generator=generator)
+        worst = max(worst, distance(convolution(x), made(x)))
+    require_proved(worst)
+    return worst
+
+
 def require_proved(worst: float) -> None:
     """Raise NotFoldable where a distance in float64 is more than rounding."""
     if not worst <= LARGEST_DISTANCE:

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
@@ -37,6 +37,22 @@ def is_batch_norm(node: fx.Node, constants: Constants) -> bool:
     if node.op == "call_module":
         return isinstance(constants.unit.attribute(str(node.target)), _BatchNorm)
     return node.op == "call_function" and node.target in (F.batch_norm, torch.batch_norm)
+
+
+def batch_norm_settings(
+    node: fx.Node, constants: Constants
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, float]:
+    """Mean, variance, weight, bias (as the model stores them) and epsilon of a batch norm with running statistics."""
+    if node.op == "call_module":
+        module = constants.unit.attribute(str(node.target))
+        found = (module.running_mean, module.running_var, module.weight, module.bias)
+        return *(None if value is None else value.detach() for value in found), module.eps
+    call = Call(node, constants)
+    order = (1, 2, 3, 4) if node.target is F.batch_norm else (3, 4, 1, 2)
+    names = ("running_mean", "running_var", "weight", "bias")
+    given = (call.argument(place, name) for place, name in zip(order, names, strict=True))
+    values = [constants.evaluate(value).detach() if isinstance(value, fx.Node) else None for value in given]
+    return *values, float(call.argument(7, "eps", 1e-5))  # type: ignore[return-value]
 
 
 def scalable_module(node: fx.Node, constants: Constants) -> nn.Module | None:

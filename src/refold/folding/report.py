@@ -23,6 +23,21 @@ class FoldedRegion:
     layer: str
 
 
+@dataclass(frozen=True)
+class Decision:
+    """A rewrite that was measured: milliseconds a call of the part as it was and rewritten, `ratio` of these, taken
+    round by round; None where it could not be measured, and `note` says why."""
+
+    path: str
+    kind: str
+    change: str
+    kept: bool
+    before: float | None = None
+    after: float | None = None
+    ratio: float | None = None
+    note: str = ""
+
+
 @dataclass
 class FoldReport:
     """The account of one fold. `left` names every batch norm that remains, and every part not looked into, and why."""
@@ -34,14 +49,19 @@ class FoldReport:
     after: Cost
     proof: Proof | None
     notes: list[str] = field(default_factory=list)
-    options: dict[str, str] = field(default_factory=dict)
-    """How `fold` was called, besides its defaults."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """How `fold` has to be called, besides its defaults, to fold a network of this architecture in the same way."""
+    measured: dict[str, Any] = field(default_factory=dict)
+    """The engine and its threads on which `decisions` were measured, and the ratio of the whole network."""
+    decisions: list[Decision] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         """The same facts as plain JSON-able values."""
         return {
             "model": self.model,
             "options": self.options,
+            "measured": self.measured,
+            "decisions": [asdict(decision) for decision in self.decisions],
             "notes": self.notes,
             "regions": [asdict(region) for region in self.regions],
             "left": [{"name": name, "reason": reason} for name, reason in self.left],
@@ -59,6 +79,8 @@ class FoldReport:
         from rich.text import Text
 
         parts: list[Any] = [_cost_table(self)]
+        if self.decisions:
+            parts.append(_decision_table(self))
         if self.left:
             parts.append(_left_table(self.left))
         parts += [Text(line) for line in (_proof_line(self.proof), *self.notes)]
@@ -85,6 +107,25 @@ def _cost_table(report: FoldReport) -> Any:
     rows += [(f"  {kind}", before.operators.get(kind, 0), after.operators.get(kind, 0)) for kind in changed]
     for name, old, new in rows:
         table.add_row(name, f"{old:,}", f"{new:,}")
+    return table
+
+
+def _decision_table(report: FoldReport) -> Any:
+    from rich.table import Table
+    from rich.text import Text
+
+    def number(value: float | None, digits: int = 3) -> str:
+        return "" if value is None else f"{value:.{digits}f}"
+
+    engine, threads = report.measured.get("engine"), report.measured.get("threads")
+    title = f"measured on {engine}, {threads} thread{'' if threads == 1 else 's'}"
+    table = Table(title=title, title_justify="left")
+    for name in ("where", "change", "ms before", "ms after", "ratio", ""):
+        table.add_column(name, justify="right" if name.startswith(("ms", "ratio")) else "left")
+    for each in report.decisions:
+        figures = (number(each.before), number(each.after), number(each.ratio, 2))
+        outcome = "kept" if each.kept else each.note or "no gain"
+        table.add_row(Text(each.path), Text(f"{each.kind}: {each.change}"), *figures, Text(outcome))
     return table
 
 

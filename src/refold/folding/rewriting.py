@@ -10,7 +10,7 @@ from typing import Any
 from torch import fx, nn
 from torch.nn.modules.conv import _ConvNd
 
-from refold.folding.drafts import common_scope, relative_key
+from refold.folding.drafts import Rebuild, common_scope, relative_key
 from refold.folding.edits import Edits, Extent, Rewire
 from refold.folding.observing import rebind
 from refold.folding.plain_class import become_plain, require_fixed
@@ -33,7 +33,7 @@ class _Job:
     scope: Scope
     inside: set[str]
     """Paths of the modules below it whose operators are seen one by one."""
-    rewires: list[Rewire]
+    rewires: list[Rewire | Rebuild]
 
     @property
     def path(self) -> str:
@@ -63,7 +63,7 @@ def _replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
                 parent._modules[name] = new
 
 
-def _jobs(rewires: list[Rewire]) -> list[_Job]:
+def _jobs(rewires: list[Rewire | Rebuild]) -> list[_Job]:
     """Group rewires by the module that is to be rewritten; modules that overlap are rewritten as one."""
     jobs: list[_Job] = []
     for rewire in rewires:
@@ -109,7 +109,10 @@ def _rewrite(
     # Assertions go too: they were met on the example, and what they look at may go.
     removable = checks(graph) | {here(node) for rewire in within for node in rewire.nodes}
     for rewire in within:
-        _rewire(graph, module, rewire, here)
+        if isinstance(rewire, Rebuild):
+            rewire.write(graph, module, here)
+        else:
+            _rewire(graph, module, rewire, here)
     _clean(graph, module, removable)
     whole = module is model
     simple = None

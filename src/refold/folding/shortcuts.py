@@ -12,6 +12,7 @@ from torch import fx
 
 from refold.algebra import Convolution, fold_shortcut
 from refold.errors import NotFoldable
+from refold.folding.channels import ELEMENTWISE
 from refold.folding.drafts import Draft, DraftRewire, common_scope
 from refold.folding.edits import Candidate
 from refold.folding.layers import NewLayer, layer, new_layer
@@ -21,12 +22,6 @@ from refold.folding.proof import prove_chain
 from refold.folding.report import FoldedRegion
 from refold.folding.tracing import has_hooks
 
-_ELEMENTWISE = {
-    *("relu", "relu6", "leakyrelu", "elu", "celu", "selu", "silu", "mish", "gelu", "hardtanh", "hardswish"),
-    *("hardsigmoid", "sigmoid", "tanh", "softplus", "logsigmoid", "softsign", "tanhshrink", "hardshrink"),
-    *("softshrink", "threshold"),
-}
-"""Activations that treat every value alike: the names of their modules and functions, lower case, no underscores."""
 _IDEMPOTENT = {"relu", "relu6", "hardtanh"}
 """Those that change nothing where they are applied again."""
 
@@ -149,7 +144,7 @@ def _activation(planner: Planner, node: fx.Node) -> Activation | None:
     else:
         return None
     name = name.lower().replace("_", "")
-    if not ours or name not in _ELEMENTWISE:
+    if not ours or name not in ELEMENTWISE:
         return None
     plain = {str(k): v for k, v in settings.items() if k not in ("training", "inplace") and str(k)[0] != "_"}
     return name, repr(sorted(plain.items()))

@@ -1,0 +1,299 @@
+"""`refold.fold`: for the objective "latency", exact rewrites are measured on an engine, and those that pay are kept."""
+
+from __future__ import annotations
+
+import copy
+import math
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from statistics import median, quantiles
+from types import TracebackType
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor, fx, nn
+
+from refold.bench.candidates import Candidate, CandidateFailed, WorkerProcess, interleave
+from refold.bench.subjects import engine_names, write_for_engine
+from refold.bench.worker import PYTORCH
+from refold.errors import InputError
+from refold.folding import Decision
+from refold.folding import fold as fold_without_measuring
+from refold.folding.rewrites import Alternative
+
+Progress = Callable[[str], None]
+
+_MARGIN = 0.02
+"""What a rewrite must gain, beyond twice the standard error of the ratio, to be kept."""
+_ROUNDS, _WARM_UP = 24, 3
+_UNDONE = "all was undone"
+_CHANNELS_LAST = (PYTORCH, "aotinductor")
+"""The engines that take the memory layout of the network's weights."""
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Milliseconds a call of several networks, in turns: one sample of each a round."""
+
+    samples: tuple[tuple[float, ...], ...]
+
+    def median(self, index: int) -> float:
+        """The median of one of them."""
+        return median(self.samples[index])
+
+    def ratio(self, index: int) -> float:
+        """The median over the rounds of what one of them takes, the first being 1."""
+        return median(self._ratios(index))
+
+    def pays(self, index: int) -> bool:
+        """Whether it is faster than the first by more than noise and margin."""
+        ratios = self._ratios(index)
+        if len(ratios) < 2:
+            return ratios[0] <= 1 - _MARGIN
+        first, _, third = quantiles(ratios, n=4)
+        # Of the median of as many normal numbers, whose middle half is this wide.
+        standard_error = 1.25 * (third - first) / 1.35 / math.sqrt(len(ratios))
+        return median(ratios) + 2 * standard_error <= 1 - _MARGIN
+
+    def _ratios(self, index: int) -> list[float]:
+        return [own / first for own, first in zip(self.samples[index], self.samples[0], strict=True)]
+
+
+class Stopwatch(Protocol):
+    """Times networks side by side."""
+
+    def __call__(self, networks: Sequence[nn.Module], example: Tensor) -> Timing:
+        """Raises `CandidateFailed` where one of them cannot be written for the engine or run."""
+
+
+class EngineStopwatch:
+    """Times networks in one engine, each in a process of its own, which the next to be timed takes over."""
+
+    def __init__(
+        self, engine: str, *, threads: int = 1, rounds: int = _ROUNDS, time_limit: float = 120.0
+    ) -> None:
+        self.engine, self.threads = engine, threads
+        self._rounds, self._time_limit = rounds, time_limit
+        self._workers: list[WorkerProcess] = []
+
+    def __enter__(self) -> EngineStopwatch:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for worker in self._workers:
+            worker.close()
+
+    def __call__(self, networks: Sequence[nn.Module], example: Tensor) -> Timing:
+        """Export the networks for inputs of the example's shape and let them take turns."""
+        with tempfile.TemporaryDirectory(prefix="refold-latency-") as folder:
+            files = []
+            for index, network in enumerate(networks):
+                place = Path(folder) / str(index)
+                place.mkdir()
+                files.append(write_for_engine(network, place, self.engine, example))
+            while len(self._workers) < len(networks):
+                self._workers.append(WorkerProcess(self.threads, self._time_limit))
+            workers: dict[int, Candidate] = dict(enumerate(self._workers[: len(networks)]))
+            try:
+                return self._timed(workers, files, example)
+            except CandidateFailed:
+                for worker in self._workers:  # some may have ended
+                    worker.close()
+                self._workers.clear()
+                raise
+
+    def _timed(self, workers: dict[int, Candidate], files: list[Path], example: Tensor) -> Timing:
+        shape, dtype = list(example.shape), str(example.dtype).removeprefix("torch.")
+        for worker, path in zip(self._workers, files, strict=False):
+            given = {"path": str(path), "threads": self.threads, "shape": shape, "dtype": dtype}
+            worker.ask("open", engine=self.engine, **given)
+        samples: dict[int, list[float]] = {index: [] for index in workers}
+        failures: dict[int, str] = {}
+        interleave(workers, rounds=self._rounds, warm_up=_WARM_UP, samples=samples, failures=failures)
+        if failures:
+            raise CandidateFailed(next(iter(failures.values())))
+        return Timing(tuple(tuple(samples[index]) for index in workers))
+
+
+@dataclass
+class LatencyJudge:
+    """Chooses by the clock, and keeps the account."""
+
+    time: Stopwatch
+    report: Progress = lambda text: None
+    decisions: list[Decision] = field(default_factory=list)
+    _known: dict[str, Timing | str] = field(default_factory=dict)
+    """What was measured, or why it was not, by what the parts compute."""
+
+    def __call__(self, alternatives: Sequence[Alternative]) -> Alternative | None:
+        """The fastest of several ways to compute the same part where it pays, None where none does."""
+        first = alternatives[0]
+        self.report(f"{first.kind} in {first.path or 'the whole network'}: {first.change}")
+        found: Alternative | None = None
+        best = math.inf
+        timings = []
+        for alternative in alternatives:
+            timing = self._timing(alternative)
+            timings.append(timing)
+            if isinstance(timing, Timing) and timing.pays(1) and timing.ratio(1) < best:
+                found, best = alternative, timing.ratio(1)
+        for alternative, timing in zip(alternatives, timings, strict=True):
+            own = (alternative.path, alternative.kind, alternative.change)
+            if isinstance(timing, Timing):
+                figures = (timing.median(0), timing.median(1), timing.ratio(1))
+                self.decisions.append(Decision(*own, alternative is found, *figures))
+            else:
+                self.decisions.append(Decision(*own, kept=False, note=timing))
+        return found
+
+    def _timing(self, alternative: Alternative) -> Timing | str:
+        networks = [alternative.before(), alternative.after()]
+        key = f"{alternative.shape} {alternative.dtype} {[_fingerprint(network) for network in networks]}"
+        if key not in self._known:
+            try:
+                self._known[key] = self.time(networks, _random(alternative.shape, alternative.dtype))
+            except CandidateFailed as error:
+                self._known[key] = str(error)
+        return self._known[key]
+
+
+def fold(
+    model: nn.Module,
+    example_input: Any,
+    *,
+    prove: bool = True,
+    objective: Literal["macs", "operators", "latency"] = "macs",
+    shortcuts: Literal["keep", "fold"] = "keep",
+    rewrites: Sequence[str] = (),
+    engine: str | None = None,
+    threads: int = 1,
+    time_limit: float = 120.0,
+    on_progress: Progress | None = None,
+) -> nn.Module:
+    """A plain network that computes what `model` computes in evaluation mode, every linear part one layer.
+
+    `example_input` is what the model is called with: a tensor, `[batch, channels, *size]` as a rule, or the tuple of
+    positional arguments. The model is left untouched; the result keeps its class, dtype, device and methods, is in
+    evaluation mode, and carries a `FoldReport` as `fold_report`. With `prove` (the default) every region is proved in
+    float64, borders included, at two sizes, and then the whole network.
+
+    No fold may raise the multiply-accumulates, unless the `objective` is "operators": then those of depthwise
+    convolutions, which memory holds up rather than arithmetic, do not count, and depthwise kernels of several sizes,
+    each for a part of the channels, become one (RepNeXt, eq. 2).
+    `shortcuts="fold"` also takes each shortcut around a chain of convolutions into them, wherever it passes through
+    the chain's activations, at the price of more channels (RepNeXt, eq. 5 to 8).
+
+    With the `objective` "latency" the plain network is rewritten further, exactly and proved, wherever that is faster
+    on `engine` (by default ONNX Runtime; "pytorch" and those of `refold.export`) with `threads` threads: shortcuts are
+    folded, concatenations sink into the convolutions behind them, 1x1 convolutions of one pixel and linear layers
+    take each other's place. Each is measured by itself, on the size of `example_input`, a single batch of images,
+    and kept where it gains more than 2% and noise; at the end the whole network is measured, and if it is not faster
+    all is undone. `fold_report.decisions` has the figures. Measuring takes minutes; `on_progress` is told what is
+    measured, and what does not answer within `time_limit` seconds is left as it was.
+    `rewrites` are the names, in `fold_report.options`, of what was kept in such a fold: to do the same unmeasured.
+
+    Raises `InputError` where the model does not run on the example, an option is unknown, or the engine is not
+    installed, `NotEquivalent` where the proof fails.
+    """
+    if objective != "latency":
+        if engine is not None:
+            raise InputError(
+                f"engine is {engine!r}; it is for objective='latency' alone, which measures on it."
+            )
+        options: dict[str, Any] = {"objective": objective, "shortcuts": shortcuts, "rewrites": rewrites}
+        return fold_without_measuring(model, example_input, prove=prove, **options)
+    if rewrites:
+        raise InputError(
+            "rewrites were given and objective='latency' would choose others; leave out one of them."
+        )
+    (name, *others) = engine_names(engine or "onnxruntime")
+    if others:
+        raise InputError("The latency can be that of one engine only; name one.")
+    with EngineStopwatch(name, threads=threads, time_limit=time_limit) as stopwatch:
+        return fold_by_latency(
+            model,
+            example_input,
+            stopwatch,
+            name,
+            prove=prove,
+            shortcuts=shortcuts,
+            threads=threads,
+            report=on_progress or (lambda text: None),
+        )
+
+
+def fold_by_latency(
+    model: nn.Module,
+    example_input: Any,
+    time: Stopwatch,
+    engine: str,
+    *,
+    prove: bool = True,
+    shortcuts: Literal["keep", "fold"] = "keep",
+    threads: int = 1,
+    report: Progress = lambda text: None,
+) -> nn.Module:
+    """What `fold` does for the objective "latency", with any way to time networks."""
+    image = _one_image(example_input)
+    judge = LatencyJudge(time, report)
+    found = fold_without_measuring(model, image, prove=prove, shortcuts=shortcuts, rewrites=judge)
+    account: Any = found.fold_report
+    if account.options.get("rewrites"):
+        report("the whole network")
+        plain = fold_without_measuring(model, image, prove=False, shortcuts=shortcuts)
+        whole = _whole(time, [plain, found], image, "all that was kept")
+        judge.decisions.append(whole)
+        if not whole.kept:
+            found = fold_without_measuring(model, image, prove=prove, shortcuts=shortcuts)
+            account = found.fold_report
+            account.notes.append(f"{_UNDONE}: the whole network was not faster")
+            judge.decisions = [replace(d, kept=False, note=_UNDONE) if d.kept else d for d in judge.decisions]
+    if engine in _CHANNELS_LAST:
+        report("channels last")
+        last = copy.deepcopy(found).to(memory_format=torch.channels_last)
+        whole = _whole(time, [found, last], image, "channels last in memory")
+        judge.decisions.append(whole)
+        found = last if whole.kept else found
+        account = found.fold_report
+    account.decisions, account.measured = judge.decisions, {"engine": engine, "threads": threads}
+    return found
+
+
+def _whole(time: Stopwatch, networks: Sequence[nn.Module], image: Tensor, change: str) -> Decision:
+    try:
+        timing = time(networks, image)
+    except CandidateFailed as error:
+        return Decision("", "whole network", change, kept=False, note=str(error))
+    figures = (timing.median(0), timing.median(1), timing.ratio(1))
+    return Decision("", "whole network", change, timing.ratio(1) < 1.0, *figures)
+
+
+def _one_image(example_input: Any) -> Tensor:
+    values = example_input if isinstance(example_input, tuple) else (example_input,)
+    if len(values) != 1 or not isinstance(values[0], Tensor):
+        raise InputError(
+            f"The latency can be measured where the model takes one tensor; the example has {len(values)} arguments. "
+            "Fold with objective='macs'."
+        )
+    return values[0]
+
+
+def _random(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+
+
+def _fingerprint(network: nn.Module) -> str:
+    """The operators of a traced network and the shapes of their weights: equal for parts that take equally long."""
+    if not isinstance(network, fx.GraphModule):
+        return f"{id(network)}"
+    order = {node: index for index, node in enumerate(network.graph.nodes)}
+    lines = []
+    for node in network.graph.nodes:
+        what = repr(network.get_submodule(str(node.target))) if node.op == "call_module" else str(node.target)
+        given = fx.node.map_arg((node.args, node.kwargs), lambda value: f"%{order[value]}")
+        lines.append(f"{node.op} {what if node.op != 'get_attr' else ''} {given}")
+    return "\n".join(lines)
