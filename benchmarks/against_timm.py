@@ -38,7 +38,7 @@ def pair(name: str) -> dict[str, nn.Module]:
     theirs = timm.create_model(name).eval()
     ours = refold.create_model(name).eval()
     refold.load_checkpoint(ours, theirs.state_dict())
-    theirs, ours = reparameterize_model(theirs), refold.fold(ours, IMAGE)
+    theirs, ours = reparameterize_model(theirs), refold.fold(ours, IMAGE, prove=False)
     with torch.inference_mode():
         expected, found = theirs(IMAGE), ours(IMAGE)
     if (expected - found).abs().max() > 1e-4 * (expected.max() - expected.min()):

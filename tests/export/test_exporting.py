@@ -125,18 +125,26 @@ class OtherEngine:
         return lambda x: [self.model(x) + self.error]
 
 
+def use(engine: OtherEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let an engine that only this process knows write and run what is exported."""
+    monkeypatch.setattr(checked, "get_engine", lambda name: engine)
+    monkeypatch.setattr(
+        checked, "run_apart", lambda _, path, calls: [engine.open(path)(*arguments) for arguments in calls]
+    )
+
+
 @pytest.mark.parametrize("error", [1e-2, float("nan"), float("inf")])
 def test_an_engine_that_differs_leaves_no_file(
     error: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     layer = nn.Conv2d(3, 3, 1)
     (tmp_path / "old.onnx").write_text("the last good one")
-    monkeypatch.setattr(checked, "get_engine", lambda name: OtherEngine(error))
+    use(OtherEngine(error), monkeypatch)
     with pytest.raises(NotEquivalent, match=r"discarded: ONNX Runtime differs from PyTorch"):
         refold.export(layer, tmp_path / "old.onnx", IMAGE)
     assert (tmp_path / "old.onnx").read_text() == "the last good one"
     assert len(list(tmp_path.iterdir())) == 1
-    monkeypatch.setattr(checked, "get_engine", lambda name: OtherEngine(0.0))
+    use(OtherEngine(0.0), monkeypatch)
     report = refold.export(layer, tmp_path / "old.onnx", IMAGE)
     assert report.max_difference == 0
     assert report.notes == ["a note"]

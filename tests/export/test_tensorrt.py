@@ -24,6 +24,7 @@ from torch import nn
 
 import refold
 from refold.errors import InputError
+from refold.export import checked
 
 IMAGE = torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(1))
 
@@ -171,6 +172,10 @@ def card(monkeypatch: pytest.MonkeyPatch) -> list[Config]:
     monkeypatch.setattr(torch.cuda, "Stream", lambda: stream)
     monkeypatch.setattr(torch.cuda, "stream", lambda _: contextlib.nullcontext())
     engine = import_module("refold.export.tensorrt")
+    # The process in which exported files are run knows no stand-in.
+    monkeypatch.setattr(
+        checked, "run_apart", lambda _, path, calls: [engine.open(path)(*arguments) for arguments in calls]
+    )
     monkeypatch.setattr(engine, "_DEVICE", "cpu")
     monkeypatch.setattr(engine, "_has_card", lambda: True)
     Builder.configs = []

@@ -2,20 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import math
-import os
-import queue
-import signal
-import subprocess
-import sys
-import tempfile
-import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import IO, Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from refold.errors import RefoldError
+from refold.export.apart import Apart, ProcessFailed
 
 # A turn of a fast model is several calls, so that it lasts about this long.
 _TURN_MILLISECONDS = 10.0
@@ -41,58 +34,20 @@ class Candidate(Protocol):
         """Free what it holds; harmless when called again."""
 
 
-class WorkerProcess:
-    """A running `refold.bench.worker`, asked line by line, each question with a time limit in seconds."""
+class WorkerProcess(Apart):
+    """A running `refold.bench.worker` with a number of threads."""
 
     def __init__(self, threads: int, time_limit: float) -> None:
-        self._time_limit = time_limit
+        names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+        super().__init__("refold.bench.worker", time_limit, dict.fromkeys(names, str(threads)))
         self._calls = 1
-        self._errors = tempfile.TemporaryFile()  # noqa: SIM115  # open as long as the process
-        environment = {
-            **os.environ,
-            **dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), str(threads)),
-            # A model's class is found wherever this process found it.
-            "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path),
-        }
-        # A session of its own: Ctrl-C reaches the parent alone, which ends its workers in order.
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "refold.bench.worker"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._errors,
-            env=environment,
-            text=True,
-            encoding="utf-8",
-            start_new_session=True,
-        )
-        self._answers: queue.Queue[str | None] = queue.Queue()
-        assert self._process.stdout is not None
-        threading.Thread(target=self._read, args=(self._process.stdout,), daemon=True).start()
-
-    def _read(self, pipe: IO[str]) -> None:
-        for line in pipe:
-            self._answers.put(line)
-        self._answers.put(None)
 
     def ask(self, do: str, **arguments: Any) -> Any:
         """The answer to one request; raises `CandidateFailed` for an error, a crash or silence."""
-        assert self._process.stdin is not None
         try:
-            self._process.stdin.write(json.dumps({"do": do, **arguments}) + "\n")
-            self._process.stdin.flush()
-        except (BrokenPipeError, ValueError):
-            raise CandidateFailed(self._how_it_ended()) from None
-        try:
-            line = self._answers.get(timeout=self._time_limit)
-        except queue.Empty:
-            self.close()
-            raise CandidateFailed(f"no answer within {self._time_limit:g} s; its process was ended") from None
-        if line is None:
-            raise CandidateFailed(self._how_it_ended())
-        answer = json.loads(line)
-        if "error" in answer:
-            raise CandidateFailed(answer["error"])
-        return answer["value"]
+            return super().ask(do, **arguments)
+        except ProcessFailed as error:
+            raise CandidateFailed(str(error)) from None
 
     def warm_up(self) -> None:
         """Run once, and choose how many calls make up a turn."""
@@ -102,28 +57,6 @@ class WorkerProcess:
     def sample(self) -> float:
         """Milliseconds a call, over the calls of one turn."""
         return float(self.ask("time", calls=self._calls))
-
-    def close(self) -> None:
-        """End the process."""
-        if self._process.poll() is None:
-            self._process.kill()
-        self._process.wait()
-        for pipe in (self._process.stdin, self._process.stdout):
-            if pipe is not None:
-                try:
-                    pipe.close()
-                except BrokenPipeError:
-                    continue
-        self._errors.close()
-
-    def _how_it_ended(self) -> str:
-        code = self._process.wait()
-        if code >= 0:
-            self._errors.seek(0)
-            lines = self._errors.read().decode(errors="replace").strip().splitlines()
-            return f"its process ended with exit code {code}" + (f": {lines[-1][:300]}" if lines else "")
-        hint = "; the memory may not suffice" if -code == signal.SIGKILL else ""
-        return f"its process ended with {signal.Signals(-code).name}{hint}"
 
 
 def open_worker(

@@ -7,9 +7,6 @@ memory then costs one row of a benchmark, and the memory that a model needs is t
 from __future__ import annotations
 
 import gc
-import json
-import os
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict
@@ -18,6 +15,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from refold.export.apart import serve
 
 PYTORCH = "pytorch"
 
@@ -113,23 +112,6 @@ def _status(name: str) -> int | None:
     return int(sizes[0]) * 1024 if sizes else None
 
 
-def main() -> None:
-    """Answer requests until the input ends."""
-    # Engines print as they like; the answers keep the pipe for themselves.
-    answers = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
-    gc.disable()  # never in the middle of a call
-    worker = Worker()
-    for line in sys.stdin:
-        request = json.loads(line)
-        try:
-            answer = {"value": getattr(worker, request.pop("do"))(**request)}
-        except Exception as error:
-            text = " ".join(str(error).split())[:300]
-            answer = {"error": f"{type(error).__name__}: {text}".rstrip(".")}
-        answers.write(json.dumps(answer) + "\n")
-        answers.flush()
-
-
 if __name__ == "__main__":
-    main()
+    gc.disable()  # never in the middle of a call
+    serve(Worker())

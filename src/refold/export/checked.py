@@ -14,6 +14,7 @@ from refold.export import FORMATS, CannotRun, ExportReport, get_engine
 from refold.export.comparing import Case, compare, make_cases, spread_of
 from refold.export.placing import check_destination, files_of, placed_together
 from refold.export.preparing import choose_normalization, describe, known_preprocessing, prepare
+from refold.export.running import run_apart, start
 from refold.files import PathLike
 from refold.folding import fold
 
@@ -40,6 +41,7 @@ def export_checked(
 ) -> ExportReport:
     """Do what `refold.export` promises."""
     backend = get_engine(engine)
+    start()
     kind = FORMATS[engine]
     check_destination(path, kind)
     preprocessing = known_preprocessing(model)
@@ -63,11 +65,9 @@ def export_checked(
         )
         contents = backend.contents(aside)
         try:
-            session = backend.open(aside)
+            trials = compare(run_apart(engine, aside, [case.arguments for case in cases]), cases)
         except CannotRun as error:
             trials, notes = [], [*notes, str(error)]
-        else:
-            trials = compare(session, cases)
         report = ExportReport(
             path=str(path),
             engine=engine,

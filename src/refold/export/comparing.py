@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from refold.errors import InputError, first_line
-
-if TYPE_CHECKING:
-    from refold.export import Session
 
 
 @dataclass(frozen=True)
@@ -62,10 +59,10 @@ def make_cases(model: nn.Module, arguments: tuple[Tensor, ...], *, dynamic_batch
     return [Case(name, inputs, _outputs(model, inputs)) for name, inputs in trials]
 
 
-def compare(session: Session, cases: list[Case]) -> list[Trial]:
-    """Run every case; a difference is infinite where a shape is another, NaN where one side is NaN."""
+def compare(results: list[list[Tensor]], cases: list[Case]) -> list[Trial]:
+    """An engine's outputs beside PyTorch's; a difference is infinite where a shape is another, NaN where one is."""
     spreads = [_spread([case.expected[i] for case in cases]) for i in range(len(cases[0].expected))]
-    return [_trial(case, session(*case.arguments), spreads) for case in cases]
+    return [_trial(case, outputs, spreads) for case, outputs in zip(cases, results, strict=True)]
 
 
 def spread_of(cases: list[Case]) -> float:
