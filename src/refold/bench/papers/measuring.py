@@ -14,7 +14,7 @@ from refold.bench.papers.networks import build
 from refold.bench.papers.published import TIMES, Exhibit, Row, find_exhibit
 from refold.bench.results import Benchmark, Measurement
 from refold.bench.runner import Progress, benchmark
-from refold.bench.subjects import PLAIN, SHORTCUT_FOLDED, TRAINING
+from refold.bench.subjects import PLAIN, SHORTCUT_FOLDED, TRAINING, engine_names
 from refold.checkpoints import example_input
 from refold.errors import InputError
 from refold.files import PathLike
@@ -143,32 +143,45 @@ def paper(
         return PaperTable(exhibit, sizes, accuracies=accuracies or {})
     printed = {column.batch_size for _, column in exhibit.columns_of(*TIMES)}
     batch_sizes = sorted({min(size, largest_batch or size) for size in printed})
+    measured = _times(
+        exhibit,
+        engine=engine,
+        batch_sizes=batch_sizes,
+        threads=threads,
+        rounds=rounds,
+        warm_up=warm_up,
+        breakdown=exhibit.breakdown,
+        output=results,
+        machine=machine,
+        note=note,
+        time_limit=time_limit,
+        on_progress=lambda text, share: report(text, 0.1 + 0.9 * share),
+    )
+    settings = [Setting(e, t, b) for b in batch_sizes for t in threads for e in engine_names(engine)]
+    return PaperTable(exhibit, sizes, measured, tuple(settings), accuracies or {})
+
+
+def _times(exhibit: Exhibit, *, output: PathLike | None, **arguments: Any) -> Benchmark:
+    """The rows that are measured at the same image size take turns; the result holds none but theirs."""
+    groups: dict[int | None, dict[str, Row]] = {}
+    forms: dict[str, list[str]] = {}
+    for row in exhibit.rows:
+        if row.network is not None:
+            groups.setdefault(row.pixels, {})[row.subject] = row
+            forms.setdefault(row.subject, []).append(row.timed)
     measured = Benchmark()
-    for pixels, rows in _by_pixels(exhibit).items():
+    for pixels, rows in groups.items():
         part = benchmark(
-            {row.subject: build(row) for row in {row.subject: row for row in rows}.values()},
-            forms=_forms(rows),
-            engine=engine,
-            batch_sizes=batch_sizes,
-            threads=threads,
+            {name: build(row) for name, row in rows.items()},
+            forms=forms,
             input_size=None if pixels is None else (3, pixels, pixels),
-            rounds=rounds,
-            warm_up=warm_up,
-            breakdown=exhibit.breakdown,
-            output=results,
-            resume=results is not None and Path(results).exists(),
-            machine=machine,
-            note=note,
-            time_limit=time_limit,
-            on_progress=lambda text, share: report(text, 0.1 + 0.9 * share),
+            output=output,
+            resume=output is not None and Path(output).exists(),
+            **arguments,
         )
+        part.rows = [row for row in part.rows if row.configuration.model in rows]
         measured = measured.merged(part)
-    engines = list(dict.fromkeys(row.configuration.engine for row in measured.rows))
-    wanted = [engine] if isinstance(engine, str) else list(engine)
-    if wanted != ["all"]:
-        engines = [name for name in wanted if name in engines]
-    settings = tuple(Setting(e, t, b) for b in batch_sizes for t in threads for e in engines)
-    return PaperTable(exhibit, sizes, measured, settings, accuracies or {})
+    return measured
 
 
 def _sizes(exhibit: Exhibit, report: Progress) -> dict[str, dict[str, Cost]]:
@@ -209,19 +222,3 @@ def folded(network: nn.Module, image: Tensor, form: str) -> nn.Module:
         # The paper's form has one kernel in each unit, which for RepUnit1 takes more multiplications.
         return fold(network, image, prove=False, shortcuts="fold", objective="operators")
     return fold(network, image, prove=False)
-
-
-def _by_pixels(exhibit: Exhibit) -> dict[int | None, list[Row]]:
-    groups: dict[int | None, list[Row]] = {}
-    for row in exhibit.rows:
-        if row.network is not None:
-            groups.setdefault(row.pixels, []).append(row)
-    return groups
-
-
-def _forms(rows: Sequence[Row]) -> dict[str, list[str]]:
-    forms: dict[str, list[str]] = {}
-    for row in rows:
-        if row.timed not in forms.setdefault(row.subject, []):
-            forms[row.subject].append(row.timed)
-    return forms
