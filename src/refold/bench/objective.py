@@ -152,7 +152,7 @@ class LatencyJudge:
 
     def _timing(self, alternative: Alternative) -> Timing | str:
         networks = [alternative.before(), alternative.after()]
-        key = f"{alternative.shape} {alternative.dtype} {[_fingerprint(network) for network in networks]}"
+        key = f"{alternative.shape} {alternative.dtype} {[fingerprint(network) for network in networks]}"
         if key not in self._known:
             try:
                 self._known[key] = self.time(networks, _random(alternative.shape, alternative.dtype))
@@ -286,7 +286,7 @@ def _random(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
 
 
-def _fingerprint(network: nn.Module) -> str:
+def fingerprint(network: nn.Module) -> str:
     """The operators of a traced network and the shapes of their weights: equal for parts that take equally long."""
     if not isinstance(network, fx.GraphModule):
         return f"{id(network)}"
