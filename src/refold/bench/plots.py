@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
 from refold.bench.breakdown import KINDS
+from refold.bench.labels import label_points
 from refold.bench.results import Benchmark, Measurement
 from refold.bench.subjects import FORMS
 from refold.files import PathLike, make_folder, written_aside
@@ -41,8 +42,6 @@ _KIND_COLOURS = dict(
         strict=True,
     )
 )
-# Keeps a label readable across a line.
-_HALO = {"facecolor": "white", "edgecolor": "none", "alpha": 0.7, "pad": 0.6}
 # As wide as a phone's page, so that the text keeps its size there; a desktop shows several beside each other.
 _WIDTH = 4.8
 STYLE: dict[str, Any] = {
@@ -366,46 +365,6 @@ def _legend_above(axes: Axes, columns: int) -> None:
         columnspacing=1.0,
         handlelength=1.2,
     )
-
-
-def label_points(
-    axes: Axes, labels: dict[str, tuple[float, float]], points: Sequence[tuple[float, float]]
-) -> None:
-    """Write each label beside its point, where it covers neither a point nor another label if there is room."""
-    figure = axes.figure
-    figure.canvas.draw()
-    taken = [axes.transData.transform(point) for point in points]
-    boxes: list[Any] = []
-    for name, point in labels.items():
-        best: tuple[int, Any, Any] | None = None
-        for x, y, horizontal, vertical in (
-            *((6, 0, "left", "center"), (-6, 0, "right", "center"), (0, 6, "center", "bottom")),
-            *((0, -6, "center", "top"), (5, 5, "left", "bottom"), (-5, 5, "right", "bottom")),
-            *((5, -5, "left", "top"), (-5, -5, "right", "top"), (0, 15, "center", "bottom")),
-        ):
-            text = axes.annotate(
-                name,
-                point,
-                xytext=(x, y),
-                textcoords="offset points",
-                ha=horizontal,
-                va=vertical,
-                fontsize=8,
-                bbox=_HALO,
-            )
-            box = text.get_window_extent()
-            outside = not (axes.bbox.x0 <= box.x0 and box.x1 <= figure.bbox.x1)
-            hits = sum(box.overlaps(other) for other in boxes) + sum(box.contains(*place) for place in taken)
-            if best is None or hits + 2 * outside < best[0]:
-                if best is not None:
-                    best[1].remove()
-                best = (hits + 2 * outside, text, box)
-            else:
-                text.remove()
-            if best[0] == 0:
-                break
-        assert best is not None
-        boxes.append(best[2])
 
 
 def _forms(rows: Sequence[Measurement]) -> list[str]:
