@@ -72,12 +72,12 @@ def edits_of(
     groups: dict[frozenset[object], list[tuple[Candidate, list[NewLayer]]]] = defaultdict(list)
     for candidate, layers in made:
         groups[candidate.draft.signature(unit)].append((candidate, layers))
-    totals = _totals(unit)
+    totals = count_calls(unit)
     edits = Edits(extent=extent)
     for members in groups.values():
         first, new = members[0]
         try:
-            _require_alone(unit, first.draft, len(members), totals, shared)
+            require_alone(unit, first.draft, len(members), totals, shared)
             rewired = first.draft.rewires or first.draft.rebuilds
             if extent is Extent.NOTHING or (extent is Extent.IN_PLACE and rewired):
                 raise NotFoldable("the code around it does not run with the folded module in its place")
@@ -98,13 +98,13 @@ def edits_of(
     return edits
 
 
-def _totals(unit: Unit) -> tuple[Counter[str], Counter[str]]:
+def count_calls(unit: Unit) -> tuple[Counter[str], Counter[str]]:
     """How often each layer, and each module that was traced into, is called."""
     layers = Counter(str(node.target) for node in unit.graph.nodes if node.op == "call_module")
     return layers, Counter(scope[-1][0] if scope else "" for scope in unit.calls)
 
 
-def _require_alone(
+def require_alone(
     unit: Unit, draft: Draft, members: int, totals: tuple[Counter[str], Counter[str]], shared: set[int]
 ) -> None:
     """Refuse an edit that would be seen from a call, or from code, which is no part of these regions."""

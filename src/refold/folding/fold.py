@@ -83,7 +83,8 @@ def fold(
             plain = folded
             if not second.regions:
                 report.notes.append(_NO_SHORTCUT)
-        chosen = Chosen(rewrites if callable(rewrites) else by_name(rewrites))
+        # What was chosen by name was proved when it was chosen.
+        chosen = Chosen(rewrites, prove) if callable(rewrites) else Chosen(by_name(rewrites), prove=False)
         for kind, finder in finders(chosen).items() if rewrites else ():
             if (kind == SHORTCUT and shortcuts == "fold") or not _plans_anything(plain, arguments, finder):
                 continue

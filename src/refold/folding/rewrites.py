@@ -14,7 +14,7 @@ from refold.errors import NotFoldable
 from refold.folding.attempt import Finder
 from refold.folding.channels import ChannelClass, Channels, Role, connected
 from refold.folding.drafts import Draft, Rebuild, common_scope
-from refold.folding.edits import Candidate
+from refold.folding.edits import Candidate, count_calls, require_alone
 from refold.folding.extracting import Extract, Write, extract
 from refold.folding.layers import NewLayer
 from refold.folding.planning import Planner
@@ -53,6 +53,8 @@ class Chosen:
     """A judge whose choices are remembered by name."""
 
     judge: Judge
+    prove: bool = True
+    """Whether what it is shown is proved before."""
     names: list[str] = field(default_factory=list)
     """What it chose."""
     asked: dict[str, Alternative | None] = field(default_factory=dict)
@@ -87,7 +89,7 @@ def _chosen_candidates(
     for candidate in find(planner):
         try:
             layers, _ = candidate.make(False)
-            part = extract(planner, set(candidate.operators) | candidate.draft.nodes)
+            part = _offered(planner, candidate, set(candidate.operators) | candidate.draft.nodes)
         except NotFoldable as refusal:
             planner.refusals.update(dict.fromkeys(candidate.operators, str(refusal)))
             continue
@@ -97,6 +99,12 @@ def _chosen_candidates(
         if choose([offer]) is not None:
             found.append(candidate)
     return found
+
+
+def _offered(planner: Planner, candidate: Candidate, nodes: set[fx.Node]) -> Extract:
+    """The part of the network to measure. Raises NotFoldable where the candidate could not be put into effect."""
+    require_alone(planner.unit, candidate.draft, 1, count_calls(planner.unit), set())
+    return extract(planner, nodes)
 
 
 def _edit(
@@ -122,8 +130,9 @@ def _sinking_candidates(choose: Chosen, planner: Planner) -> list[Candidate]:
         offers = {}
         for name, splitting in _splittings(channels, own).items():
             try:
-                part = extract(planner, splitting.touched)
-                part.prove(splitting.write)
+                part = _offered(planner, _candidate(channels, [splitting]), splitting.touched)
+                if choose.prove:
+                    part.prove(splitting.write)
             except NotFoldable as refusal:
                 planner.refusals.update(dict.fromkeys(_joins(channels, own), str(refusal)))
                 continue
