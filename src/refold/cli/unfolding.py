@@ -140,7 +140,7 @@ def _layer_table(title: str, model: nn.Module, wide: nn.Module) -> Table:
     report: UnfoldReport = wide.unfold_report  # type: ignore[assignment]  # an attribute that nn.Module does not know
     table = Table(title=title)
     table.add_column("layers")
-    for heading in ("unfolded", "branches", "with identity", "parameters before", "parameters now"):
+    for heading in ("unfolded", "branches", "identities", "parameters", "with branches"):
         table.add_column(heading, justify="right")
     total_before, total_now, counted = _parameters(model), _parameters(wide), [0, 0]
     for kind in dict.fromkeys(layer.kind for layer in report.layers):
