@@ -2,6 +2,7 @@
 
 import io
 from collections.abc import Callable
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +35,8 @@ PREPROCESSING = {"input_size": [3, 16, 16], "mean": [0.4] * 3, "std": [0.2] * 3}
 
 
 @pytest.fixture
-def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[dict[str, Tensor], int]]:
-    """Distil on 20 pictures; the weights of the student, and how many training images the teacher was asked about."""
-    monkeypatch.setattr(running, "finish", lambda *_: None)
+def given(tmp_path: Path) -> Path:
+    """A folder with ``data`` of 16 and 4 pictures, and ``teacher.safetensors``."""
     generator = np.random.default_rng(0)
     for name in ("train/a", "train/b", "val/a", "val/b"):
         folder = tmp_path / "data" / name
@@ -46,6 +46,13 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[
             Image.fromarray(pixels).save(folder / f"{index}.png")
     torch.manual_seed(0)
     save_teacher(tmp_path / "teacher.safetensors", 1.0)
+    return tmp_path
+
+
+@pytest.fixture
+def run(given: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[dict[str, Tensor], int]]:
+    """Distil; the weights of the student, and how many training images the teacher was asked about."""
+    monkeypatch.setattr(running, "finish", lambda *_: None)
     asked = 0
     answer = Teacher.__call__
 
@@ -56,22 +63,29 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[
 
     monkeypatch.setattr(Teacher, "__call__", counted)
 
-    def run(cache: str | None, number: list[int] = [0], **others: Any) -> tuple[dict[str, Tensor], int]:  # noqa: B006
+    number = count()
+
+    def run(cache: str | None, **others: Any) -> tuple[dict[str, Tensor], int]:
         nonlocal asked
-        asked, number[0] = 0, number[0] + 1
-        recipe = load_recipe("finetune", {**QUICK, **others})
-        output = tmp_path / f"run{number[0]}"
-        kept = None if cache is None else str(tmp_path / cache)
-        teacher = str(tmp_path / "teacher.safetensors")
-        train(
-            Settings(
-                output, str(tmp_path / "data"), "resnet10t", recipe, teacher=teacher, teacher_cache=kept
-            ),
-            Console(file=io.StringIO()),
-        )
-        return load_file(output / "training.safetensors"), asked - 4  # the held-out ones are asked about once
+        asked = 0
+        settings = told(given, f"run{next(number)}", cache, others)
+        train(settings, Console(file=io.StringIO()))
+        weights = load_file(settings.output / "training.safetensors")
+        return weights, asked - 4  # the held-out ones are asked about once
 
     return run
+
+
+def told(folder: Path, output: str, cache: str | None, recipe: dict[str, Any], **others: Any) -> Settings:
+    return Settings(
+        folder / output,
+        str(folder / "data"),
+        "resnet10t",
+        load_recipe("finetune", {**QUICK, **recipe}),
+        teacher=str(folder / "teacher.safetensors"),
+        teacher_cache=None if cache is None else str(folder / cache),
+        **others,
+    )
 
 
 def save_teacher(path: Path, scale: float) -> None:
@@ -138,7 +152,33 @@ def test_features_are_learnt_along(run: Callable[..., Any], tmp_path: Path) -> N
     guided = run(None, feature_weight=0.5, relation_weight=0.5)[0]
     assert guided.keys() == plain.keys()
     assert any(not torch.equal(plain[name], guided[name]) for name in plain)
-    header, *lines = (tmp_path / "run2" / "history.csv").read_text().splitlines()
+    header, *lines = (tmp_path / "run1" / "history.csv").read_text().splitlines()
     rows = [dict(zip(header.split(","), line.split(","), strict=True)) for line in lines]
     assert len(rows) == 2
     assert all(float(row["held_out_divergence_trained"]) > 0 for row in rows)
+
+
+@pytest.mark.slow
+def test_processes_share_the_questions(given: Path) -> None:
+    """Two processes keep the same answers as one, and train to the same weights."""
+    kept, weights = [], []
+    for devices in (1, 2):
+        settings = told(
+            given,
+            f"run{devices}",
+            f"cache{devices}",
+            {"epochs": 1},
+            devices=devices,
+            accelerator="cpu",
+            sync_batch_norm=True,
+        )
+        train(settings, Console(file=io.StringIO()))
+        (file,) = (given / f"cache{devices}").iterdir()
+        answers = load_file(file)
+        kept.append(
+            {bytes(k.tolist()): v for k, v in zip(answers["images"], answers["answers"], strict=True)}
+        )
+        weights.append(load_file(settings.output / "training.safetensors"))
+    assert kept[0].keys() == kept[1].keys()
+    assert all(torch.allclose(kept[0][digest], kept[1][digest], atol=1e-5) for digest in kept[0])
+    assert all(torch.allclose(weights[0][name], weights[1][name], atol=1e-5) for name in weights[0])
