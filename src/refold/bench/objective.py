@@ -16,9 +16,10 @@ import torch
 from torch import Tensor, fx, nn
 
 from refold.bench.candidates import Candidate, CandidateFailed, WorkerProcess, interleave
-from refold.bench.subjects import engine_names, write_for_engine
+from refold.bench.subjects import engine_names
 from refold.bench.worker import PYTORCH
-from refold.errors import InputError
+from refold.errors import InputError, first_line
+from refold.export import FORMATS, get_engine
 from refold.folding import Decision
 from refold.folding import fold as fold_without_measuring
 from refold.folding.rewrites import Alternative
@@ -94,7 +95,7 @@ class EngineStopwatch:
             for index, network in enumerate(networks):
                 place = Path(folder) / str(index)
                 place.mkdir()
-                files.append(write_for_engine(network, place, self.engine, example))
+                files.append(_written(network, place, self.engine, example))
             while len(self._workers) < len(networks):
                 self._workers.append(WorkerProcess(self.threads, self._time_limit))
             workers: dict[int, Candidate] = dict(enumerate(self._workers[: len(networks)]))
@@ -213,6 +214,8 @@ def fold(
     (name, *others) = engine_names(engine or "onnxruntime")
     if others:
         raise InputError("The latency can be that of one engine only; name one.")
+    if name != PYTORCH:
+        get_engine(name)
     with EngineStopwatch(name, threads=threads, time_limit=time_limit) as stopwatch:
         return fold_by_latency(
             model,
@@ -261,6 +264,19 @@ def fold_by_latency(
         account = found.fold_report
     account.decisions, account.measured = judge.decisions, {"engine": engine, "threads": threads}
     return found
+
+
+def _written(network: nn.Module, folder: Path, engine: str, example: Tensor) -> Path:
+    """A file for the engine, not compared with PyTorch: the parts are proved, and no file outlives its measurement."""
+    path = folder / f"net{'.pt' if engine == PYTORCH else FORMATS[engine].suffix}"
+    try:
+        if engine == PYTORCH:
+            torch.save(network, path)
+        else:
+            get_engine(engine).write(network, (example,), path, dynamic_batch=False, half=False, metadata={})
+    except Exception as error:  # converters and pickle raise what they like; the part is left as it was
+        raise CandidateFailed(f"it cannot be written for {engine}: {first_line(error)}") from error
+    return path
 
 
 def _whole(time: Stopwatch, networks: Sequence[nn.Module], image: Tensor, change: str) -> Decision:

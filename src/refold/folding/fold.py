@@ -274,7 +274,7 @@ def _another_size(arguments: Arguments, axis: int) -> Arguments:
             shape[axis] = max(step, shape[axis] * 3 // 4 // step * step)
         return torch.randn(shape, generator=generator).to(value)
 
-    return tree_map(resized, copy_tensors(arguments))  # type: ignore[no-any-return]
+    return tree_map(resized, copy_tensors(arguments))  # type: ignore[no-any-return]  # tree_map keeps the structure
 
 
 def _own_distances(

@@ -125,7 +125,7 @@ def _restored(call: Call) -> Restored | None:
 def _idle_in_evaluation(call: Call) -> Same | None:
     """A function such as torchvision's stochastic depth, which was told that this is no training."""
     try:
-        given = inspect.signature(call.node.target).bind(*call.node.args, **call.node.kwargs)  # type: ignore[arg-type]
+        given = inspect.signature(call.node.target).bind(*call.node.args, **call.node.kwargs)  # type: ignore[arg-type]  # a function's target
     except (TypeError, ValueError):
         return None
     idle = given.arguments.get("training") is False and len(call.node.all_input_nodes) == 1
