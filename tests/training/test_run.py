@@ -1,6 +1,7 @@
 """A run ends with files that load, goes on after an interrupt with the same bits, and stops with a reason."""
 
 import csv
+import dataclasses
 import errno
 import io
 import json
@@ -89,6 +90,26 @@ def test_a_run_leaves_files_that_load(settings: Callable[..., Settings]) -> None
     assert [row["epoch"] for row in rows] == ["1", "2"]
     with pytest.raises(InputError, match=r"holds a run already; .*--resume"):
         train(settings(), quiet())
+
+
+def test_a_run_with_branches_leaves_files_that_load_and_can_be_trained_on(
+    settings: Callable[..., Settings], tmp_path: Path
+) -> None:
+    told = dataclasses.replace(settings(recipe={"epochs": 1}), network="resnet10t", unfold="repvgg")
+    train(told, quiet())
+    wide, plain = (refold.load(told.output / f"{form}.safetensors") for form in ("training", "plain"))
+    assert wide.unfold_report.plan == "repvgg"  # type: ignore[union-attr]
+    assert not hasattr(plain, "unfold_report")
+    images = torch.randn(3, 3, 32, 32)
+    with torch.no_grad():
+        assert torch.allclose(wide(images), plain(images), rtol=1e-3, atol=1e-4)
+    start = told.output / "training.safetensors"
+    net = starting.build_network("resnet10t", 5, told.recipe.recipe, start)
+    assert net.unfold_report.layers == wide.unfold_report.layers  # type: ignore[union-attr]
+    kernel = "layer1.0.conv1.branches.1.conv.weight"
+    assert torch.equal(net.get_parameter(kernel), wide.get_parameter(kernel))
+    with pytest.raises(InputError, match="unfolded already"):
+        train(dataclasses.replace(told, output=tmp_path / "more", checkpoint=str(start)), quiet())
 
 
 EVERYTHING = {

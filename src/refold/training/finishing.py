@@ -40,7 +40,7 @@ def finish(
     """Fold the best network as it was saved, write what belongs to the run, and say what it gave."""
     folder, images = settings.output, module.images
     net = load(folder / TRAINING, form="training")
-    trained = net if settings.unfold is None else original(net)
+    trained = original(net) if hasattr(net, "unfold_report") else net
     example = example_input(net, module.preprocessing["input_size"])
     with console.status("Folding, and proving the fold"):
         plain: Any = fold(trained, example)

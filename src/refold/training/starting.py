@@ -18,6 +18,7 @@ from refold.models import create_model, load_checkpoint
 from refold.training.callbacks import Unreadable, progress
 from refold.training.data import LabelledImages, read_into_memory
 from refold.training.recipe import Recipe
+from refold.unfolding import rebuild
 
 _LARGEST_MEMORY = 2 * 1024**3
 _CHECKPOINT_SUFFIXES = {".safetensors", ".pth", ".pt", ".ckpt", ".bin", ".tar"}
@@ -26,7 +27,8 @@ _CHECKPOINT_SUFFIXES = {".safetensors", ".pth", ".pt", ".ckpt", ".bin", ".tar"}
 def build_network(name: str, classes: int, recipe: Recipe, checkpoint: PathLike | None = None) -> nn.Module:
     """The named network for that many classes, with the recipe's dropout.
 
-    With a ``checkpoint`` its weights are taken over, but for a classifier of another number of classes.
+    With a ``checkpoint`` its weights are taken over, but for a classifier of another number of classes, and so are the
+    branches of a network that was unfolded.
     Raises `CheckpointError` where the checkpoint does not fit, `UnknownModel` where nobody has the name.
     """
     net = create_model(name, num_classes=classes, drop_rate=recipe.dropout, drop_path_rate=recipe.drop_path)
@@ -34,6 +36,9 @@ def build_network(name: str, classes: int, recipe: Recipe, checkpoint: PathLike 
         return net
     if read_card(checkpoint) is not None:
         source = load(checkpoint, form="training")
+        report: Any = getattr(source, "unfold_report", None)
+        if report is not None:
+            net = rebuild(net, report.to_dict())
     else:
         source = create_model(name)
         load_checkpoint(source, checkpoint)
