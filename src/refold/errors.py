@@ -1,5 +1,7 @@
 """The exceptions that refold raises: each message says what was wrong, what was expected and what to do next."""
 
+import re
+
 
 class RefoldError(Exception):
     """Base of every error that refold raises for bad input or a failed proof."""
@@ -36,4 +38,6 @@ class RecipeError(InputError):
 def first_line(error: BaseException) -> str:
     """The first sentence of an error's message, without its full stop, or the error's name where it has none."""
     line = next(iter(str(error).strip().splitlines()), type(error).__name__)
+    # PyTorch puts the place in its source before the words where memory runs out.
+    line = re.sub(r"^\[enforce fail at [^]]*\] [^.]*\. ", "", line)
     return line.split(". ")[0].rstrip(".")

@@ -8,13 +8,14 @@ from typing import Any
 import pytest
 import torch
 from fakes import FakeCandidate
-from torch import nn
+from torch import Tensor, nn
 
 import refold
 from refold import cli
-from refold.bench import Benchmark, BenchmarkInterrupted
+from refold.bench import Benchmark, BenchmarkInterrupted, subjects
 from refold.bench import runner as runner_module
 from refold.bench.candidates import CandidateFailed
+from refold.bench.subjects import PRECISIONS, Files, Subject
 from refold.errors import InputError
 
 
@@ -86,6 +87,46 @@ def test_a_failure_is_a_row_and_the_rest_goes_on(journal: list[str]) -> None:
     assert [len(row.samples) for row in result.rows] == [0, 0, 3, 3]
 
 
+def test_precisions_are_rows_of_their_own(journal: list[str]) -> None:
+    result = measure(forms=["plain"], precisions=["float32", "float16"], baseline="float32")
+    assert [row.configuration.precision for row in result.rows] == ["float32", "float16"]
+    assert result.reference(result.rows[1]) == result.rows[0]
+    assert "onnxruntime, float16, batch 1" in str(result.rows[1].configuration)
+
+
+@pytest.mark.parametrize("engine", ["onnxruntime", "pytorch"])
+def test_the_half_file_of_a_model_is_half(engine: str) -> None:
+    images, subject = torch.randn(1, 3, 16, 16), Subject("net", nn.Conv2d(3, 400, 9), ("training",))
+    with Files() as files:
+        full, half = (files.path(subject, "training", engine, images, name) for name in PRECISIONS)
+        assert half.stat().st_size < 0.6 * full.stat().st_size
+
+
+class Vast(nn.Module):
+    """A network of which no machine can hold the forward pass."""
+
+    def forward(self, image: Tensor) -> Tensor:
+        return image.new_empty(2**60).sum() + image
+
+
+def test_what_does_not_fit_into_memory_is_a_row(journal: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    build = subjects.create_model
+
+    def build_or_fail(name: str) -> nn.Module:
+        if name == "vast":
+            raise RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 2 EiB. More.")
+        return build(name)
+
+    monkeypatch.setattr(subjects, "create_model", build_or_fail)
+    models = {"vast": "vast", "wide": Vast(), "net": small_net()}
+    result = measure(models=models, forms=["training"])
+    errors = {row.configuration.model: row.error for row in result.rows}
+    assert "you tried to allocate 2 EiB" in str(errors["vast"])
+    assert str(errors["wide"]).startswith("it cannot be prepared: Vast cannot run")
+    assert "you tried to allocate" in str(errors["wide"])
+    assert errors["net"] is None
+
+
 def test_interrupted_and_resumed(journal: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "result.json"
     sample = FakeWorker.sample
@@ -151,6 +192,7 @@ def test_names_and_forms_of_models(journal: list[str]) -> None:
         ({"threads": [0]}, "threads"),
         ({"engine": "steam"}, "no engine 'steam'"),
         ({"forms": ["round"]}, "no form 'round'"),
+        ({"precisions": ["float8"]}, "no precision 'float8'"),
         ({"baseline": "nobody"}, "'nobody' was not measured"),
         ({"output": "results.txt"}, r"\.json"),
         ({"resume": True}, "nothing to resume"),

@@ -62,10 +62,11 @@ class Scene:
     machine: str
     batch_size: int
     threads: int
+    precision: str
 
     def __str__(self) -> str:
         threads = f"{self.threads} thread{'s' if self.threads > 1 else ''}"
-        return f"{self.machine}, batch {self.batch_size}, {threads}"
+        return f"{self.machine}, batch {self.batch_size}, {threads}, {self.precision}"
 
 
 @dataclass(frozen=True)
@@ -303,12 +304,12 @@ def _roofline(benchmark: Benchmark, rows: Sequence[Measurement]) -> Drawn:
 
 def _throughput_plots(benchmark: Benchmark) -> list[Plot]:
     """Images a second against the batch size, for machines, engines and threads with several batch sizes."""
-    groups: dict[tuple[str, str, int], list[Measurement]] = {}
+    groups: dict[tuple[str, str, int, str], list[Measurement]] = {}
     for row in benchmark.measured:
-        key = (row.machine, row.configuration.engine, row.configuration.threads)
-        groups.setdefault(key, []).append(row)
+        key = row.configuration
+        groups.setdefault((row.machine, key.engine, key.threads, key.precision), []).append(row)
     found = []
-    for (machine, engine, threads), rows in groups.items():
+    for (machine, engine, threads, precision), rows in groups.items():
         sizes = sorted({row.configuration.batch_size for row in rows})
         if len(sizes) < 2:
             continue
@@ -336,8 +337,8 @@ def _throughput_plots(benchmark: Benchmark) -> list[Plot]:
         axes.set(xlabel="batch size", ylabel="images a second")
         axes.grid(alpha=0.25)
         _legend_above(axes, 2)
-        title = f"{engine}, {machine}, {threads} thread{'s' if threads > 1 else ''}"
-        name = _slug(f"throughput-{engine}-{machine}-{threads}")
+        title = f"{engine}, {machine}, {threads} thread{'s' if threads > 1 else ''}, {precision}"
+        name = _slug(f"throughput-{engine}-{machine}-{threads}-{precision}")
         found.append(Plot(name, "Throughput", title, f"Throughput by batch size, {title}", figure))
     return found
 
@@ -373,7 +374,8 @@ def _forms(rows: Sequence[Measurement]) -> list[str]:
 
 
 def _scene(row: Measurement) -> Scene:
-    return Scene(row.machine, row.configuration.batch_size, row.configuration.threads)
+    key = row.configuration
+    return Scene(row.machine, key.batch_size, key.threads, key.precision)
 
 
 def _file_name(section: str, engine: str, scene: Scene, scenes: Sequence[Scene]) -> str:

@@ -20,7 +20,7 @@ FORMAT = "refold benchmark 1"
 
 @dataclass(frozen=True)
 class Configuration:
-    """What is measured: a model in one form, in one engine, on images of one size."""
+    """What is measured: a model in one form, in one engine, on images of one size, in float32 or float16."""
 
     model: str
     form: str
@@ -28,9 +28,11 @@ class Configuration:
     batch_size: int
     threads: int
     input_size: tuple[int, ...]
+    precision: str = "float32"
 
     def __str__(self) -> str:
-        return f"{self.model}, {self.form}, {self.engine}, batch {self.batch_size}, threads {self.threads}"
+        precision = "" if self.precision == "float32" else f", {self.precision}"
+        return f"{self.model}, {self.form}, {self.engine}{precision}, batch {self.batch_size}, threads {self.threads}"
 
 
 @dataclass(frozen=True)
@@ -114,7 +116,7 @@ class Ratio:
 class Benchmark:
     """All rows of a benchmark, of one machine or of several.
 
-    `baseline` names what every row is compared with: a model, form or engine, or several of them separated by
+    `baseline` names what every row is compared with: a model, form, engine or precision, or several separated by
     commas ("training"; "ghostnet_100,plain"). A row is compared with the row that has these and is otherwise the
     same. `accuracies` are top-1 shares or per cents by model name, or by "model,form".
     """
@@ -251,12 +253,12 @@ def check_suffix(path: PathLike) -> str:
 
 
 def parse_baseline(text: str, configurations: Iterable[Configuration]) -> dict[str, str]:
-    """What a baseline fixes of a configuration: some of model, form and engine.
+    """What a baseline fixes of a configuration: some of model, form, engine and precision.
 
     Raises `InputError` where a part names none of those that occur, or two parts the same kind.
     """
     found: dict[str, str] = {}
-    occurring: dict[str, set[str]] = {"model": set(), "form": set(), "engine": set()}
+    occurring: dict[str, set[str]] = {kind: set() for kind in ("model", "form", "engine", "precision")}
     for configuration in configurations:
         for kind, names in occurring.items():
             names.add(getattr(configuration, kind))

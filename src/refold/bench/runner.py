@@ -18,9 +18,18 @@ from refold.bench.candidates import CandidateFailed, WorkerProcess, interleave, 
 from refold.bench.machine import Roof, this_machine
 from refold.bench.results import Benchmark, Configuration, Measurement, parse_baseline
 from refold.bench.roofline import least_work
-from refold.bench.subjects import TRAINING, Files, Forms, Subject, engine_names, subjects_of
+from refold.bench.subjects import (
+    FLOAT32,
+    PRECISIONS,
+    TRAINING,
+    Files,
+    Forms,
+    Subject,
+    engine_names,
+    subjects_of,
+)
 from refold.bench.worker import PYTORCH
-from refold.errors import InputError
+from refold.errors import InputError, RefoldError, first_line
 from refold.files import PathLike, check_writable
 
 # Called with what happens now, and the share of the work that is done.
@@ -46,6 +55,7 @@ def benchmark(
     engine: str | Sequence[str] = "onnxruntime",
     batch_sizes: Sequence[int] = (1,),
     threads: Sequence[int] = (1,),
+    precisions: Sequence[str] = (FLOAT32,),
     input_size: Sequence[int] | None = None,
     rounds: int = 30,
     warm_up: int = 5,
@@ -59,17 +69,17 @@ def benchmark(
     time_limit: float = 120.0,
     on_progress: Progress | None = None,
 ) -> Benchmark:
-    """Measure models x forms x engines x batch sizes x threads, taking turns (A B A B), each in its own process.
+    """Measure models x forms x engines x precisions x batch sizes x threads, each in its own process, taking turns.
 
-    `models` are names, modules, or a mapping from the name to show to either. `forms` are of "training", "plain"
-    and "shortcut-folded" (`refold.fold` with `shortcuts="fold", objective="operators"`), or such a list for each
-    model by name; by default a name is measured in the first two and a module as it is. `engine` is one or several
-    of "pytorch" and those of `refold.export`, or "all". `input_size` is (channels, height, width), by default the
-    model's own. After `warm_up` rounds, `rounds` rounds are measured in which every configuration has one turn of
-    about 10 ms. `baseline` is what the rows are compared with (see `Benchmark`), by default the training form if it
-    is measured. `breakdown` adds the time by kind of operator, `roofline` the roofs of the machine and the floor of
-    every model. `machine` is the name under which the results stand, by default the processor's; `note` is kept
-    with its facts.
+    `models` are names, modules, or a mapping from the name to show to either. `forms` are of "training",
+    "plain" and "shortcut-folded" (`refold.fold` with `shortcuts="fold", objective="operators"`), or such a list
+    for each model by name; by default a name is measured in the first two and a module as it is. `engine` is
+    one or several of "pytorch" and those of `refold.export`, or "all", `precisions` of "float32" and "float16".
+    `input_size` is (channels, height, width), by default the model's own. After `warm_up` rounds, `rounds`
+    rounds are measured in which every configuration has one turn of about 10 ms. `baseline` is what the rows
+    are compared with (see `Benchmark`), by default the training form if it is measured. `breakdown` adds the
+    time by kind of operator, `roofline` the roofs of the machine and the floor of every model. `machine` is the
+    name under which the results stand, by default the processor's; `note` is kept with its facts.
 
     `output` is a .json file that is written as the run goes; with `resume` what it holds already is not measured
     again. A configuration that cannot be prepared, crashes, or is silent for `time_limit` seconds becomes a row
@@ -84,6 +94,9 @@ def benchmark(
     for name, values in (("batch_sizes", batch_sizes), ("threads", threads)):
         if not values or min(values) < 1:
             raise InputError(f"{name} is {list(values)}; give one or more numbers from 1 on.")
+    unknown = next((precision for precision in precisions if precision not in PRECISIONS), None)
+    if unknown is not None or not precisions:
+        raise InputError(f"There is no precision '{unknown or ''}'; choose among: {', '.join(PRECISIONS)}.")
     if output is not None and Path(output).suffix.lower() != ".json":
         raise InputError(f"The results are kept in a .json file as the run goes, not in '{output}'.")
     if output is not None:
@@ -94,7 +107,7 @@ def benchmark(
         )
     subjects = subjects_of(models, forms)
     size = None if input_size is None else tuple(input_size)
-    plan = _Plan(subjects, engine_names(engine), tuple(batch_sizes), tuple(threads), size)
+    plan = _Plan(subjects, engine_names(engine), tuple(precisions), tuple(batch_sizes), tuple(threads), size)
     result = (
         Benchmark.load(output) if resume and output is not None and Path(output).exists() else Benchmark()
     )
@@ -127,6 +140,7 @@ def benchmark(
 class _Plan:
     subjects: list[Subject]
     engines: list[str]
+    precisions: tuple[str, ...]
     batch_sizes: tuple[int, ...]
     threads: tuple[int, ...]
     input_size: tuple[int, ...] | None
@@ -148,12 +162,13 @@ class _Run:
     report: Progress
 
     def named(self) -> list[Configuration]:
-        """Models, forms and engines of this run and of what was measured before, for their names."""
+        """Models, forms, engines and precisions of this run and of what was measured before, for their names."""
         names = [
-            Configuration(subject.name, form, engine, 0, 0, ())
+            Configuration(subject.name, form, engine, 0, 0, (), precision)
             for subject in self.plan.subjects
             for form in subject.forms
             for engine in self.plan.engines
+            for precision in self.plan.precisions
         ]
         return names + [row.configuration for row in self.result.rows]
 
@@ -205,10 +220,13 @@ class _Run:
             # Engine by engine: where a group is too large for one run, engines are parted rather than forms.
             wanted = [
                 (subject, key)
-                for engine in self.plan.engines
+                for engine, precision in product(self.plan.engines, self.plan.precisions)
                 for subject in self.plan.subjects
+                for size in [self._size_of(subject)]
                 for form in subject.forms
-                if not self._is_complete(key := self._key(subject, form, engine, batch_size, threads))
+                if not self._is_complete(
+                    key := Configuration(subject.name, form, engine, batch_size, threads, size, precision)
+                )
             ]
             at_once = self._at_once()
             for start in range(0, len(wanted), at_once):
@@ -218,9 +236,12 @@ class _Run:
         memory = self.result.machines[self.machine].memory or _MOST_AT_ONCE * _BYTES_OF_ONE
         return max(2, min(_MOST_AT_ONCE, memory // _BYTES_OF_ONE))
 
-    def _key(self, subject: Subject, form: str, engine: str, batch_size: int, threads: int) -> Configuration:
-        size = subject.input_size(self.plan.input_size)
-        return Configuration(subject.name, form, engine, batch_size, threads, size)
+    def _size_of(self, subject: Subject) -> tuple[int, ...]:
+        try:
+            return subject.input_size(self.plan.input_size)
+        except (RuntimeError, MemoryError):
+            # A model that the memory has no room for; its row will say so.
+            return self.plan.input_size or ()
 
     def _is_complete(self, key: Configuration) -> bool:
         row = self.result.find(self.machine, key)
@@ -290,6 +311,8 @@ class _Group:
             action(key)
         except CandidateFailed as error:
             self._failures.setdefault(key, str(error))
+        except (RefoldError, RuntimeError, MemoryError) as error:
+            self._failures.setdefault(key, f"it cannot be prepared: {first_line(error)}")
 
     def _prepare(self, key: Configuration) -> None:
         subject, run = self._subjects[key], self._run
@@ -303,7 +326,7 @@ class _Group:
             operators=cost.operator_count,
             work=least_work(model, images, run.roof(key.threads)) if run.roofline else None,
         )
-        path = self._files.path(subject, key.form, key.engine, images)
+        path = self._files.path(subject, key.form, key.engine, images, key.precision)
         self._workers[key] = open_worker(
             key.engine,
             path,

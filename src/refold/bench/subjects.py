@@ -18,12 +18,15 @@ from refold.bench.worker import PYTORCH
 from refold.checkpoints import example_input
 from refold.errors import InputError, RefoldError, first_line
 from refold.export import FORMATS, export, installed_engines
+from refold.export.preparing import HalfInside
 from refold.folding import Cost, count, fold
 from refold.models import create_model
 
 TRAINING, PLAIN, SHORTCUT_FOLDED = "training", "plain", "shortcut-folded"
 FORMS = (TRAINING, PLAIN, SHORTCUT_FOLDED)
 DEFAULT_FORMS = (TRAINING, PLAIN)
+FLOAT32, FLOAT16 = "float32", "float16"
+PRECISIONS = (FLOAT32, FLOAT16)
 # Of all models, or of each by its name.
 Forms = Sequence[str] | Mapping[str, Sequence[str]] | None
 
@@ -147,18 +150,19 @@ class Files:
     ) -> None:
         self._folder.cleanup()
 
-    def path(self, subject: Subject, form: str, engine: str, images: Tensor) -> Path:
+    def path(
+        self, subject: Subject, form: str, engine: str, images: Tensor, precision: str = FLOAT32
+    ) -> Path:
         """The file of a model for an engine; raises `CandidateFailed` where it cannot be made, every time."""
         # PyTorch takes any batch; the engines get the one they are measured with, as they would be deployed.
         sizes = () if engine == PYTORCH else tuple(map(str, images.shape))
-        key = (subject.name, form, engine, *sizes)
+        key = (subject.name, form, engine, precision, *sizes)
         if key not in self._made:
             folder = Path(self._folder.name) / str(len(self._made))
             folder.mkdir()
             try:
-                self._made[key] = write_for_engine(
-                    subject.model(form, images.shape[1:]), folder, engine, images
-                )
+                model = subject.model(form, images.shape[1:])
+                self._made[key] = write_for_engine(model, folder, engine, images, precision)
             except CandidateFailed as error:
                 self._made[key] = error
         made = self._made[key]
@@ -167,15 +171,18 @@ class Files:
         return made
 
 
-def write_for_engine(model: nn.Module, folder: Path, engine: str, images: Tensor) -> Path:
+def write_for_engine(
+    model: nn.Module, folder: Path, engine: str, images: Tensor, precision: str = FLOAT32
+) -> Path:
     """The file, in `folder`, of an eval-mode model for an engine; raises `CandidateFailed` where it cannot be made."""
+    half = precision == FLOAT16
     try:
         if engine == PYTORCH:
             path = folder / "net.pt"
-            torch.save(model, path)
+            torch.save(HalfInside(copy.deepcopy(model)).eval() if half else model, path)
             return path
         path = folder / f"net{FORMATS[engine].suffix}"
-        export(model, path, images, engine=engine, dynamic_batch=False, fold=False)
+        export(model, path, images, engine=engine, dynamic_batch=False, half=half, fold=False)
         return path
     except Exception as error:  # converters and pickle raise what they like; the rest of the run goes on
         raise CandidateFailed(f"it cannot be written for {engine}: {first_line(error)}") from error

@@ -42,6 +42,7 @@ IDENTITY = (
     Column("model", lambda _, row: row.configuration.model, number=False),
     Column("form", lambda _, row: row.configuration.form, number=False),
     Column("engine", lambda _, row: row.configuration.engine, number=False),
+    Column("precision", lambda _, row: row.configuration.precision, number=False),
     Column("batch", lambda _, row: row.configuration.batch_size),
     Column("threads", lambda _, row: row.configuration.threads),
     Column("image", lambda _, row: "x".join(map(str, row.configuration.input_size)), number=False),

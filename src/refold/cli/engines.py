@@ -158,6 +158,10 @@ def bench(
     threads: Annotated[
         list[int] | None, typer.Option("--threads", help="Threads of the engine; repeat it. [default: 1]")
     ] = None,
+    precision: Annotated[
+        list[str] | None,
+        typer.Option("--precision", help="float32 or float16; repeat it. [default: float32]"),
+    ] = None,
     input_size: InputSize = None,
     rounds: Annotated[int, typer.Option("--rounds", help="Rounds in which each takes a turn.")] = 30,
     warm_up: Annotated[int, typer.Option("--warm-up", help="Rounds before them that do not count.")] = 5,
@@ -165,7 +169,7 @@ def bench(
         str | None,
         typer.Option(
             "--baseline",
-            help="What ratios refer to: a model, form or engine, or several: ghostnet_100,plain. "
+            help="What ratios refer to: a model, form, engine or precision, or several: ghostnet_100,plain. "
             "[default: training]",
         ),
     ] = None,
@@ -220,6 +224,7 @@ def bench(
         "engine": engine or ["onnxruntime"],
         "batch_sizes": batch_size or [1],
         "threads": threads or [1],
+        "precisions": precision or ["float32"],
         "input_size": size,
         "rounds": rounds,
         "warm_up": warm_up,
