@@ -230,6 +230,9 @@ def test_plans_that_are_none(rules: Any, repeats: int, words: str) -> None:
 def test_a_model_that_was_not_unfolded_has_no_way_back() -> None:
     with pytest.raises(InputError, match="no unfold report"):
         original_state_dict(small())
+    wide = unfold(conv_norm(), "repvgg", example_input=torch.randn(2, 3, 8, 8))
+    with pytest.raises(InputError, match="no unfold report; pass its 'module'"):
+        original_state_dict(nn.DataParallel(wide))
 
 
 def test_models_of_every_sort_are_unfolded() -> None:

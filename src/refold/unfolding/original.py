@@ -25,9 +25,9 @@ def original_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """
     report = getattr(model, "unfold_report", None)
     if not isinstance(report, UnfoldReport):
-        raise InputError(
-            f"{type(model).__name__} carries no unfold report; pass what refold.unfold returned, or its fold."
-        )
+        inside = [name for name, part in model.named_children() if hasattr(part, "unfold_report")]
+        what = f"its '{inside[0]}'" if inside else "what refold.unfold returned, or its fold"
+        raise InputError(f"{type(model).__name__} carries no unfold report; pass {what}.")
     held = _plain_tensors(model, report)
     state: dict[str, Tensor] = {}
     shifted = {norm: conv for conv, norm in report.norms.items() if f"{norm}.running_mean" not in held}
