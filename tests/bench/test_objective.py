@@ -80,7 +80,6 @@ def test_what_is_faster_is_kept_and_what_is_not_is_left() -> None:
         ("4", "shortcut"): False,
         ("2", "sink"): True,
         ("3", "sink"): True,
-        ("7", "reshape"): False,
         ("", "whole network"): True,
     }
     assert "concatenation" not in plain.fold_report.after.operators
@@ -88,7 +87,7 @@ def test_what_is_faster_is_kept_and_what_is_not_is_left() -> None:
     assert (first.before, first.after, first.ratio) == (15.0, 10.0, 10 / 15)
     assert plain.fold_report.measured == {"engine": "onnxruntime", "threads": 2}
     # The ghosts are alike and measured once.
-    assert clock.asked == 4
+    assert clock.asked == 3
     x = torch.randn(2, 3, 9, 14)
     torch.testing.assert_close(plain(x), model(x))
 

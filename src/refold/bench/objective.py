@@ -309,7 +309,9 @@ def fingerprint(network: nn.Module) -> str:
     order = {node: index for index, node in enumerate(network.graph.nodes)}
     lines = []
     for node in network.graph.nodes:
-        what = repr(network.get_submodule(str(node.target))) if node.op == "call_module" else str(node.target)
+        what = str(getattr(node.target, "__name__", node.target))
+        if node.op == "call_module":
+            what = repr(network.get_submodule(what))
         given = fx.node.map_arg((node.args, node.kwargs), lambda value: f"%{order[value]}")
         lines.append(f"{node.op} {what if node.op != 'get_attr' else ''} {given}")
     return "\n".join(lines)

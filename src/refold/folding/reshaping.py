@@ -20,6 +20,8 @@ from refold.folding.proof import prove_layer
 from refold.folding.report import FoldedRegion
 
 _CPU, _META = torch.device("cpu"), torch.device("meta")
+_LEAST_WEIGHTS = 2**18
+"""Below, what any operator costs by itself hides the difference: squeeze-excite layers took 0.95 to 1.06 of theirs."""
 
 
 def reshaping_candidates(planner: Planner) -> list[Candidate]:
@@ -30,6 +32,8 @@ def reshaping_candidates(planner: Planner) -> list[Candidate]:
             continue
         structure = operator.build(_META)
         linear = structure.spatial_axes == 0
+        if structure.weight.numel() < _LEAST_WEIGHTS:
+            continue
         fits = len(planner.unit.shapes[operator.input]) == 2 if linear else _is_pointwise(structure)
         if fits and (linear or _has_one_pixel(planner, operator.input)):
             found.append(_candidate(planner, node, operator, linear))
