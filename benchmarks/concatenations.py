@@ -1,9 +1,10 @@
-"""Choose exact rewrites by latency for networks with concatenations, and measure what that gains, side by side.
+"""Measure what sinking concatenations gains, and what the latency objective makes of it, side by side.
 
 Usage: python benchmarks/concatenations.py [--networks NAME ...] [--engines NAME ...] [--results FILE] [--write]
-Each network is folded with objective="latency" on each engine and then takes turns with its plain form and with the
-RepGhostNet of its width. Results are kept in a JSON file as the run goes, and what is there is not measured again;
---write puts the tables into docs/benchmarks.md.
+Forms of a network take turns: plain, every concatenation apart, those within one block apart and filled up with
+zeros, what the latency objective chose on that engine, and the RepGhostNet of its width. Results are kept in a JSON
+file as the run goes, networks beside it, and what is there is not made or measured again; --steps does only some of
+the work, and --write puts the tables into docs/benchmarks.md.
 """
 
 from __future__ import annotations
@@ -11,9 +12,9 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections import Counter
 from collections.abc import Sequence
 from hashlib import sha256
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,10 @@ from torch import fx, nn
 
 import refold
 from pages import put_table
+from refold import folding
 from refold.bench.objective import EngineStopwatch, Timing, fingerprint, fold_by_latency
 from refold.files import write_text
+from refold.folding.rewrites import SINK, Alternative
 
 # Each network beside the RepGhostNet of its width.
 NETWORKS = {
@@ -36,6 +39,9 @@ NETWORKS = {
     "inception_v3": None,
     "repnext_u3_t": None,
 }
+
+
+STEPS = ("prepare", "choose", "compare")
 
 
 class Remembering:
@@ -57,74 +63,115 @@ class Remembering:
         return timing
 
 
-def measure(name: str, engine: str, rounds: int, memory: Path) -> dict[str, Any]:
-    """Choose for one network and engine, and time plain, chosen and RepGhostNet in turns."""
+def choose(name: str, engine: str, memory: Path) -> dict[str, Any]:
+    """What the latency objective keeps of a network on an engine, with the figures."""
     begun = time.monotonic()
-    size = 299 if name == "inception_v3" else 224
-    image = torch.randn(1, 3, size, size, generator=torch.Generator().manual_seed(0))
-    model = refold.create_model(name).eval()
     with EngineStopwatch(engine) as stopwatch:
-        chosen: Any = fold_by_latency(model, image, Remembering(stopwatch, memory), engine)
+        time_parts = Remembering(stopwatch, memory)
+        chosen: Any = fold_by_latency(refold.create_model(name).eval(), image_for(name), time_parts, engine)
     report = chosen.fold_report
-    seconds = time.monotonic() - begun
-    networks = [refold.fold(model, image, prove=False), chosen]
-    if rival := NETWORKS[name]:
-        networks.append(refold.fold(refold.create_model(rival).eval(), image, prove=False))
-    with EngineStopwatch(engine, rounds=rounds) as stopwatch:
-        timing = stopwatch(networks, image)
-    before, after = report.before, report.after
     return {
-        "seconds": round(seconds),
-        "milliseconds": [timing.median(index) for index in range(len(networks))],
-        "ratios": [timing.ratio(index) for index in range(len(networks))],
-        "macs": [before.macs, after.macs],
-        "concatenations": [each.operators.get("concatenation", 0) for each in (before, after)],
-        "distance": report.proof.distance_float64,
+        "seconds": round(time.monotonic() - begun),
+        "rewrites": report.options.get("rewrites", []),
         "decisions": report.to_dict()["decisions"],
     }
 
 
-def table(results: dict[str, Any]) -> str:
+def image_for(name: str) -> torch.Tensor:
+    size = 299 if name == "inception_v3" else 224
+    return torch.randn(1, 3, size, size, generator=torch.Generator().manual_seed(0))
+
+
+def everything(alternatives: Sequence[Alternative]) -> Alternative | None:
+    """Takes every concatenation apart."""
+    return alternatives[0] if alternatives[0].kind == SINK else None
+
+
+def filled_in_blocks(alternatives: Sequence[Alternative]) -> Alternative | None:
+    """Takes those apart that sink within one block, filled up with zeros where that is offered."""
+    return alternatives[-1] if alternatives[0].kind == SINK and alternatives[0].path.count(".") > 1 else None
+
+
+def prepared(name: str, form: str, folder: Path, rewrites: Any) -> nn.Module:
+    """A form of a network with its proof, made once and kept in a file."""
+    folder.mkdir(exist_ok=True)
+    path = folder / f"{name} {form}.pt"
+    if not path.exists():
+        model = refold.create_model(name).eval()
+        torch.save(folding.fold(model, image_for(name), rewrites=rewrites), path)
+    network: nn.Module = torch.load(path, weights_only=False)
+    return network
+
+
+def forms_of(name: str, folder: Path) -> dict[str, nn.Module]:
+    """The forms that are the same for every engine."""
+    forms = {"plain": prepared(name, "plain", folder, ())}
+    forms["apart"] = prepared(name, "apart", folder, everything)
+    forms["in blocks"] = prepared(name, "in blocks", folder, filled_in_blocks)
+    if rival := NETWORKS[name]:
+        forms["RepGhostNet"] = prepared(rival, "plain", folder, ())
+    return forms
+
+
+def compare(
+    name: str, engine: str, rounds: int, folder: Path, chosen: dict[str, Any] | None
+) -> dict[str, Any]:
+    """Time all forms of a network in turns."""
+    forms = forms_of(name, folder)
+    if chosen is not None:
+        forms["chosen"] = prepared(name, f"chosen for {engine}", folder, chosen["rewrites"])
+    with EngineStopwatch(engine, rounds=rounds) as stopwatch:
+        timing = stopwatch(list(forms.values()), image_for(name))
+    rows = {}
+    for index, (form, network) in enumerate(forms.items()):
+        report: Any = network.fold_report
+        rows[form] = {
+            "milliseconds": timing.median(index),
+            "ratio": timing.ratio(index),
+            "macs": report.after.macs,
+            "concatenations": report.after.operators.get("concatenation", 0),
+            "distance": report.proof.distance_float64,
+        }
+    return rows
+
+
+def table(compared: dict[str, Any]) -> str:
     """Every network and engine, one row each."""
+    forms = ("apart", "in blocks", "chosen", "RepGhostNet")
     lines = [
-        "| network | engine | plain ms | chosen ms | ratio | RepGhostNet | sunk | concatenations "
-        "| MACs M | \\|Δ\\| float64 |",
-        "|---|---|--:|--:|--:|--:|--:|--:|--:|--:|",
+        f"| network | engine | plain ms | {' | '.join(forms)} | concatenations | MACs M | \\|Δ\\| float64 |",
+        f"|---|---|--:|{'--:|' * len(forms)}--:|--:|--:|",
     ]
-    for key, row in results.items():
+    for key, rows in compared.items():
         name, engine = key.split()
-        offered = _places(row, "sink")
-        rival = f"{row['ratios'][2]:.2f}" if len(row["ratios"]) > 2 else ""
+        ours = [row for form, row in rows.items() if form != "RepGhostNet"]
+        ratios = [f"{rows[form]['ratio']:.2f}" if form in rows else "" for form in forms]
+        counts = " / ".join(str(row["concatenations"]) for row in ours)
+        macs = " / ".join(f"{row['macs'] / 1e6:.0f}" for row in ours)
+        worst = max(row["distance"] for row in ours)
         lines.append(
-            f"| `{name}` | {engine} | {row['milliseconds'][0]:.2f} | {row['milliseconds'][1]:.2f} "
-            f"| {row['ratios'][1]:.2f} | {rival} | {sum(offered.values())} of {len(offered)} "
-            f"| {' → '.join(map(str, row['concatenations']))} "
-            f"| {' → '.join(f'{macs / 1e6:.0f}' for macs in row['macs'])} | {row['distance']:.0e} |"
+            f"| `{name}` | {engine} | {rows['plain']['milliseconds']:.2f} | {' | '.join(ratios)} "
+            f"| {counts} | {macs} | {worst:.0e} |"
         )
     return "\n".join(lines)
 
 
-def _places(row: dict[str, Any], kind: str) -> dict[tuple[str, str], bool]:
-    """The places where rewrites of a kind were offered, and whether one was kept."""
-    kept: dict[tuple[str, str], bool] = {}
-    for each in row["decisions"]:
-        if each["kind"] == kind:
-            place = (each["path"], each["change"].partition(",")[0])
-            kept[place] = kept.get(place, False) or each["kept"]
-    return kept
-
-
-def decisions(results: dict[str, Any], key: str) -> str:
-    """What was measured for one network, part by part."""
+def decisions(chosen: dict[str, Any]) -> str:
+    """What was measured for one network, part by part; equal parts once."""
     lines = ["| where | change | ms before | ms after | ratio | |", "|---|---|--:|--:|--:|---|"]
-    seen: Counter[tuple[Any, ...]] = Counter()
-    rows = [each for each in results[key]["decisions"] if each["kind"] != "reshape" or each["kept"]]
-    for each in rows:
+    seen = set()
+    for each in chosen["decisions"]:
         figures = tuple("" if each[n] is None else f"{each[n]:.3f}" for n in ("before", "after"))
         ratio = "" if each["ratio"] is None else f"{each['ratio']:.2f}"
-        text = (each["path"] or "whole network", f"{each['kind']}: {each['change']}", *figures, ratio)
-        seen[text] += 1
-        if seen[text] == 1:
+        measured = (each["kind"], each["change"], *figures, ratio)
+        if measured not in seen:
+            seen.add(measured)
+            text = (
+                each["path"] or "across the network",
+                f"{each['kind']}: {each['change']}",
+                *figures,
+                ratio,
+            )
             lines.append(f"| {' | '.join(text)} | {'kept' if each['kept'] else each['note'] or 'no gain'} |")
     return "\n".join(lines)
 
@@ -137,19 +184,29 @@ def main() -> None:
     parser.add_argument("--engines", nargs="+", default=["onnxruntime", "openvino"])
     parser.add_argument("--rounds", type=int, default=40)
     parser.add_argument("--results", type=Path, default=Path("concatenations.json"))
+    parser.add_argument("--steps", nargs="*", default=list(STEPS), choices=STEPS)
     parser.add_argument("--write", action="store_true")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    results: dict[str, Any] = json.loads(options.results.read_text()) if options.results.exists() else {}
-    memory = options.results.with_suffix(".parts.json")
-    for engine in options.engines:
-        for name in options.networks:
-            if f"{name} {engine}" not in results:
-                results[f"{name} {engine}"] = measure(name, engine, options.rounds, memory)
-                write_text(options.results, json.dumps(results, indent=1))
-    print(table(results))
+    results: dict[str, Any] = {"chosen": {}, "compared": {}}
+    if options.results.exists():
+        results = json.loads(options.results.read_text())
+    memory, folder = (options.results.with_suffix(end) for end in (".parts.json", ".networks"))
+    for step, engine, name in product(options.steps, options.engines, options.networks):
+        key = f"{name} {engine}"
+        if step == "prepare":
+            forms_of(name, folder)
+        elif step == "choose" and key not in results["chosen"]:
+            results["chosen"][key] = choose(name, engine, memory)
+            results["compared"].pop(key, None)
+        elif step == "compare" and key not in results["compared"]:
+            chosen = results["chosen"].get(key)
+            results["compared"][key] = compare(name, engine, options.rounds, folder, chosen)
+        write_text(options.results, json.dumps(results, indent=1))
+    print(table(results["compared"]))
     if options.write:
-        text = f"{table(results)}\n\n{decisions(results, 'ghostnet_100 onnxruntime')}"
+        shown = results["chosen"].get("ghostnet_100 onnxruntime")
+        text = table(results["compared"]) + (f"\n\n{decisions(shown)}" if shown else "")
         put_table("benchmarks.md", "concatenations.py", text)
 
 
