@@ -254,6 +254,21 @@ def test_what_mixes_channels_stops_it() -> None:
     assert plain.fold_report.after.operators["concatenation"] == 1
 
 
+def test_convolutions_and_norms_as_functions() -> None:
+    def forward(self: Any, x: Tensor) -> Tensor:
+        joined = torch.cat([F.relu(self.a(x)), F.relu(self.b(x))], 1)
+        norm = F.batch_norm(joined, self.mean, self.variance, eps=0.1).relu()
+        filtered = F.hardswish(F.conv2d(norm, self.depthwise, self.bias, padding=1, groups=8))
+        return F.conv2d(filtered, weight=self.dense, stride=2)
+
+    net = Net(forward, a=nn.Conv2d(3, 3, 1), b=nn.Conv2d(3, 5, 1))
+    for name, shape in (("depthwise", (8, 1, 3, 3)), ("dense", (5, 8, 1, 1)), ("bias", (8,)), ("mean", (8,))):
+        net.register_parameter(name, nn.Parameter(torch.randn(shape)))
+    net.register_buffer("variance", torch.rand(8) + 0.5)
+    plain = sunk(net, normal(1, 3, 12, 12))
+    assert plain.fold_report.after.convolutions == 6
+
+
 def test_groups_that_a_part_would_cut_stop_it() -> None:
     def forward(self: Any, x: Tensor) -> Tensor:
         return self.last(F.relu(self.groups(torch.cat([F.relu(self.a(x)), F.relu(self.b(x))], 1))))

@@ -15,6 +15,7 @@ from torch import Tensor, fx, nn
 from refold.algebra import Convolution
 from refold.folding.channels import ChannelClass, Channels, Role
 from refold.folding.layers import layer
+from refold.folding.operators import inputs_of
 from refold.folding.recognition import batch_norm_settings, is_batch_norm
 
 _CPU = torch.device("cpu")
@@ -141,13 +142,18 @@ class _Writer:
 
     def _filtered(self, node: fx.Node, old: fx.Node, layout: Layout) -> list[fx.Node]:
         """A depthwise or grouped convolution, or a batch norm, part by part."""
-        value = next(v for v in old.all_input_nodes if v in self._parts)
+        value = self._input(node, old)
         norm = is_batch_norm(node, self._planner.constants)
         found = []
         for index, (rows, part) in enumerate(zip(_ranges(layout), layout, strict=True)):
             made = self._norm(node, rows) if norm else self._rows(node, rows, part)
             found.append(self._call(node, f"{_name(old)}_{index}", made, self._parts[value][index]))
         return found
+
+    def _input(self, node: fx.Node, old: fx.Node) -> fx.Node:
+        """What a convolution or batch norm reads, besides its constants."""
+        (source,) = inputs_of(self._planner.operators[node])
+        return old.all_input_nodes[node.all_input_nodes.index(source)]
 
     def _norm(self, node: fx.Node, rows: slice) -> nn.Module:
         mean, variance, weight, bias, epsilon = batch_norm_settings(node, self._planner.constants)
@@ -168,7 +174,7 @@ class _Writer:
 
     def _mixed(self, node: fx.Node, old: fx.Node, layout: Layout | None) -> list[fx.Node]:
         """A dense convolution or linear layer, from parts, to parts, or both."""
-        (value,) = old.all_input_nodes
+        value = self._input(node, old)
         whole = self._channels.convolution(node, _CPU)
         outputs = layout or (Part(whole.out_channels, whole.out_channels),)
         inputs = self._part_layouts.get(value, (Part(whole.in_channels, whole.in_channels),))
