@@ -92,12 +92,12 @@ def filled_in_blocks(alternatives: Sequence[Alternative]) -> Alternative | None:
     return alternatives[-1] if alternatives[0].kind == SINK and alternatives[0].path.count(".") > 1 else None
 
 
-def prepared(name: str, form: str, folder: Path, rewrites: Any) -> nn.Module:
-    """A form of a network with its proof, made once and kept in a file."""
+def prepared(name: str, form: str, folder: Path, rewrites: Any = ()) -> nn.Module:
+    """A form of a network with its proof, made from the plain one, once, and kept in a file."""
     folder.mkdir(exist_ok=True)
     path = folder / f"{name} {form}.pt"
     if not path.exists():
-        model = refold.create_model(name).eval()
+        model = prepared(name, "plain", folder) if rewrites else refold.create_model(name).eval()
         torch.save(folding.fold(model, image_for(name), rewrites=rewrites), path)
     network: nn.Module = torch.load(path, weights_only=False)
     return network
@@ -105,11 +105,11 @@ def prepared(name: str, form: str, folder: Path, rewrites: Any) -> nn.Module:
 
 def forms_of(name: str, folder: Path) -> dict[str, nn.Module]:
     """The forms that are the same for every engine."""
-    forms = {"plain": prepared(name, "plain", folder, ())}
+    forms = {"plain": prepared(name, "plain", folder)}
     forms["apart"] = prepared(name, "apart", folder, everything)
     forms["in blocks"] = prepared(name, "in blocks", folder, filled_in_blocks)
     if rival := NETWORKS[name]:
-        forms["RepGhostNet"] = prepared(rival, "plain", folder, ())
+        forms["RepGhostNet"] = prepared(rival, "plain", folder)
     return forms
 
 
