@@ -5,11 +5,12 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from fakes import a_benchmark, configuration, row
+from fakes import a_benchmark, a_machine, configuration, row
 from PIL import Image
 
 from refold.bench.page import to_html
 from refold.bench.plots import pareto_front, plots, save_plots
+from refold.bench.results import Benchmark
 
 
 def test_pareto_front() -> None:
@@ -89,3 +90,13 @@ def test_a_page_of_little(count: int) -> None:
     result = a_benchmark()
     result.rows = result.rows[:count]
     assert "</html>" in to_html(result)
+
+
+def test_titles_say_what_tells_plots_apart() -> None:
+    rows = [row(configuration(engine="pytorch", batch_size=size), [1234.0] * 4) for size in (1, 8)]
+    drawn = plots(Benchmark({"a processor": a_machine()}, rows))
+    titles = {plot.title for plot in drawn if plot.section == "Latency"}
+    assert titles == {"pytorch, batch 1", "pytorch, batch 8"}
+    assert {plot.title for plot in drawn if plot.section == "Throughput"} == {"pytorch"}
+    assert any("1234" in plot.svg() for plot in drawn)
+    assert all("e+03" not in plot.svg() for plot in drawn)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import re
 from collections.abc import Callable, Iterable, Sequence
@@ -57,16 +58,27 @@ STYLE: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Scene:
-    """What one group of plots has in common."""
+    """What one group of plots has in common; no batch size where they show several."""
 
     machine: str
-    batch_size: int
+    batch_size: int | None
     threads: int
     precision: str
 
     def __str__(self) -> str:
+        return ", ".join(part for part in self._parts() if part)
+
+    def _parts(self) -> list[str]:
         threads = f"{self.threads} thread{'s' if self.threads > 1 else ''}"
-        return f"{self.machine}, batch {self.batch_size}, {threads}, {self.precision}"
+        batch = "" if self.batch_size is None else f"batch {self.batch_size}"
+        return [self.machine, batch, threads, self.precision]
+
+    def among(self, scenes: Sequence[Scene]) -> str:
+        """What tells this scene from the others; empty where there are none."""
+        others = [scene._parts() for scene in scenes]
+        return ", ".join(
+            part for place, part in enumerate(self._parts()) if len({parts[place] for parts in others}) > 1
+        )
 
 
 @dataclass(frozen=True)
@@ -113,7 +125,7 @@ def plots(benchmark: Benchmark) -> list[Plot]:
                         continue
                     figure, summary = plot
                     name = _file_name(section, engine, scene, scenes)
-                    title = engine if len(scenes) == 1 else f"{engine}, {scene}"
+                    title = _title(engine, scene, scenes)
                     found.append(
                         Plot(name, section, title, f"{section}, {engine}, {scene}: {summary}", figure)
                     )
@@ -193,7 +205,7 @@ def _latency(benchmark: Benchmark, rows: Sequence[Measurement]) -> Drawn:
         axes.errorbar(medians, at, xerr=spread, fmt="none", ecolor="#222222", elinewidth=0.8, capsize=2)
         for y, median, (_, third) in zip(at, medians, quartiles, strict=True):
             axes.annotate(
-                f"{median:.3g}",
+                _short(median),
                 (third, y),
                 xytext=(4, 0),
                 textcoords="offset points",
@@ -209,7 +221,7 @@ def _latency(benchmark: Benchmark, rows: Sequence[Measurement]) -> Drawn:
     best = min(rows, key=lambda row: row.latency.median)
     return (
         figure,
-        f"{best.configuration.model} ({best.configuration.form}) is fastest, {best.latency.median:.3g} ms",
+        f"{best.configuration.model} ({best.configuration.form}) is fastest, {_short(best.latency.median)} ms",
     )
 
 
@@ -227,7 +239,7 @@ def _breakdown(benchmark: Benchmark, rows: Sequence[Measurement]) -> Drawn:
         axes.barh(range(len(known)), shares, 0.78, left=left, color=_KIND_COLOURS[kind], label=kind)
         left = [start + share for start, share in zip(left, shares, strict=True)]
     for y, total in enumerate(totals):
-        axes.annotate(f"{total:.3g} ms", (101, y), va="center", fontsize=7.5)
+        axes.annotate(f"{_short(total)} ms", (101, y), va="center", fontsize=7.5)
     names = [f"{row.configuration.model}, {row.configuration.form}" for row, _ in known]
     axes.set_yticks(range(len(known)), names, fontsize=8)
     axes.invert_yaxis()
@@ -304,12 +316,13 @@ def _roofline(benchmark: Benchmark, rows: Sequence[Measurement]) -> Drawn:
 
 def _throughput_plots(benchmark: Benchmark) -> list[Plot]:
     """Images a second against the batch size, for machines, engines and threads with several batch sizes."""
-    groups: dict[tuple[str, str, int, str], list[Measurement]] = {}
+    groups: dict[tuple[str, Scene], list[Measurement]] = {}
     for row in benchmark.measured:
-        key = row.configuration
-        groups.setdefault((row.machine, key.engine, key.threads, key.precision), []).append(row)
+        scene = dataclasses.replace(_scene(row), batch_size=None)
+        groups.setdefault((row.configuration.engine, scene), []).append(row)
+    scenes = list(dict.fromkeys(scene for _, scene in groups))
     found = []
-    for (machine, engine, threads, precision), rows in groups.items():
+    for (engine, scene), rows in groups.items():
         sizes = sorted({row.configuration.batch_size for row in rows})
         if len(sizes) < 2:
             continue
@@ -337,9 +350,9 @@ def _throughput_plots(benchmark: Benchmark) -> list[Plot]:
         axes.set(xlabel="batch size", ylabel="images a second")
         axes.grid(alpha=0.25)
         _legend_above(axes, 2)
-        title = f"{engine}, {machine}, {threads} thread{'s' if threads > 1 else ''}, {precision}"
-        name = _slug(f"throughput-{engine}-{machine}-{threads}-{precision}")
-        found.append(Plot(name, "Throughput", title, f"Throughput by batch size, {title}", figure))
+        summary = f"Throughput by batch size, {engine}, {scene}"
+        name = _file_name("throughput", engine, scene, scenes)
+        found.append(Plot(name, "Throughput", _title(engine, scene, scenes), summary, figure))
     return found
 
 
@@ -380,6 +393,15 @@ def _scene(row: Measurement) -> Scene:
 
 def _file_name(section: str, engine: str, scene: Scene, scenes: Sequence[Scene]) -> str:
     return _slug(f"{section}-{engine}" if len(scenes) == 1 else f"{section}-{engine}-{scene}")
+
+
+def _short(value: float) -> str:
+    """Three digits, or all before the point."""
+    return f"{value:.3g}" if value < 1000 else f"{value:.0f}"
+
+
+def _title(engine: str, scene: Scene, scenes: Sequence[Scene]) -> str:
+    return ", ".join(part for part in (engine, scene.among(scenes)) if part)
 
 
 def _slug(text: str) -> str:
