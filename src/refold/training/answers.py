@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import re
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -133,7 +134,7 @@ def _key(module: Classifier) -> str:
         "scale": teacher.scale.flatten().tolist(),
         "shift": teacher.shift.flatten().tolist(),
         "classes": order,
-        "network": repr(teacher.network),
+        "network": re.sub(r" at 0x[0-9a-f]+", "", repr(teacher.network)),
     }
     digest.update(json.dumps(prepared, sort_keys=True, default=list).encode())
     for name, value in sorted(teacher.network.state_dict().items()):
