@@ -62,7 +62,9 @@ class TrainingOptions:
 
     data: Annotated[
         str | None,
-        typer.Option(help="digits, a folder with one folder of images a class, or CIFAR as distributed."),
+        typer.Option(
+            help="digits, a folder with one folder of images a class, CIFAR as distributed, wds/FOLDER or hfds/NAME."
+        ),
     ] = None
     network: Annotated[str, typer.Option(help="The network to train, any model name.")] = "repghostnet_050"
     recipe: Annotated[str, typer.Option(help="A recipe's name, or a YAML file.")] = "finetune"
