@@ -55,7 +55,8 @@ def colours(tmp_path: Path) -> Path:
 def settings(colours: Path, tmp_path: Path) -> Callable[..., Settings]:
     def make(output: str = "run", recipe: dict[str, Any] | None = None, **others: Any) -> Settings:
         resolved = load_recipe("finetune", {**QUICK, **(recipe or {})})
-        return Settings(tmp_path / output, str(colours), "repghostnet_050", resolved, **others)
+        given = {"data": str(colours), "network": "repghostnet_050", **others}
+        return Settings(tmp_path / output, recipe=resolved, **given)  # type: ignore[arg-type]
 
     return make
 
@@ -214,6 +215,13 @@ def test_a_full_disk_leaves_what_was_there(
     assert torch.load(folder / "last.ckpt", weights_only=True)["epoch"] == 0
     monkeypatch.undo()
     monkeypatch.setattr(running, "finish", lambda *_: None)
+    kept = (folder / "last.ckpt").read_bytes()
+    (folder / "last.ckpt").write_bytes(kept[:1000])
+    with pytest.raises(
+        InputError, match=r"last.ckpt' cannot be read .* remove it to begin with the first epoch"
+    ):
+        resume(folder, quiet())
+    (folder / "last.ckpt").write_bytes(kept)
     resume(folder, quiet())
     assert torch.load(folder / "last.ckpt", weights_only=True)["epoch"] == 1
 
@@ -296,3 +304,62 @@ def test_the_digits_are_learnt(tmp_path: Path) -> None:
     result = train(Settings(tmp_path / "run", "digits", "repghostnet_050", load_recipe("finetune")), quiet())
     assert result.training_accuracy == result.plain_accuracy >= 0.98
     assert result.same_answers == result.held_out_images == 359
+
+
+@pytest.mark.usefixtures("unfinished")
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (
+            torch.OutOfMemoryError("CUDA out of memory."),
+            "does not hold this training at batch_size 8; lower it",
+        ),
+        (RuntimeError("[enforce fail] can't allocate memory: you tried"), "does not hold this training"),
+        (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed."), "give fewer --workers"),
+        (OSError(errno.EIO, "Input/output error"), "The training cannot go on: Input/output error"),
+    ],
+)
+def test_what_ends_a_training_from_outside_is_one_sentence(
+    settings: Callable[..., Settings], monkeypatch: pytest.MonkeyPatch, error: Exception, message: str
+) -> None:
+    step = Classifier.training_step
+
+    def failing(module: Classifier, batch: Any, batch_idx: int) -> Any:
+        if module.current_epoch == 1:
+            raise error
+        return step(module, batch, batch_idx)
+
+    monkeypatch.setattr(Classifier, "training_step", failing)
+    with pytest.raises(InputError, match=message) as caught:
+        train(settings(network="resnet10t"), quiet())
+    assert str(caught.value).endswith(f"go on with: refold train --resume {settings().output}")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.usefixtures("unfinished")
+def test_switches_change_how_and_not_what(settings: Callable[..., Settings]) -> None:
+    """Half precision, another layout and steps of several batches train the same network, nearly."""
+    losses = []
+    for name, given in (
+        ("plain", {}),
+        ("layout", {"channels_last": False}),
+        ("half", {"precision": "bf16-mixed", "tensorboard": True}),
+        ("steps", {"accumulate": 2}),
+    ):
+        told = settings(name, {"epochs": 1}, network="resnet10t", accelerator="cpu", **given)
+        train(told, quiet())
+        (row,) = csv.DictReader((told.output / "history.csv").open())
+        losses.append(float(row["held_out_loss_trained"]))
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3)
+    assert losses[2] == pytest.approx(losses[0], rel=0.1)
+    assert losses[3] == pytest.approx(losses[0], rel=0.3)
+    assert list((settings("half").output / "tensorboard").glob("events.*"))
+
+
+@pytest.mark.usefixtures("unfinished")
+def test_steps_are_whole(settings: Callable[..., Settings], monkeypatch: pytest.MonkeyPatch) -> None:
+    """24 training images at 9 a step: two steps of two batches of 4, not six batches, in each of two epochs."""
+    told = settings(recipe={"batch_size": 9}, network="resnet10t", accumulate=2)
+    train(told, quiet())
+    state = torch.load(told.output / "last.ckpt", weights_only=True)
+    assert state["global_step"] == 4

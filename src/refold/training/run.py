@@ -218,8 +218,9 @@ def _fit(settings: Settings, module: Classifier, unreadable: Unreadable, console
     answers = _teacher_cache(settings, module, console)
     live = LiveProgress(console, f"Training {settings.network}", keeper)
     trainer = _trainer(settings, module, [*answers, unreadable, keeper, live])
+    begun = _readable(state)
     with _interruptible(settings):
-        trainer.fit(module, ckpt_path=_readable(state), weights_only=True)
+        trainer.fit(module, ckpt_path=begun, weights_only=True)
     return keeper
 
 
