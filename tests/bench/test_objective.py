@@ -1,11 +1,15 @@
 """The latency objective: what is chosen from which figures, with chosen clocks, and once with a real engine."""
 
+import io
+import json
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from rich.console import Console
 from torch import Tensor, fx, nn
 
 import refold
@@ -86,6 +90,12 @@ def test_what_is_faster_is_kept_and_what_is_not_is_left() -> None:
     first = next(each for each in plain.fold_report.decisions if each.kind == "sink")
     assert (first.before, first.after, first.ratio) == (15.0, 10.0, 10 / 15)
     assert plain.fold_report.measured == {"engine": "onnxruntime", "threads": 2}
+    console = Console(width=120, record=True, file=io.StringIO())
+    console.print(plain.fold_report)
+    text = console.export_text()
+    assert "measured on onnxruntime, 2 threads" in text
+    assert re.search(r"2 +│ sink: 16 and 16 channels apart +│ +15.000 │ +10.000 │ +0.67 │ kept", text)
+    assert json.loads(plain.fold_report.to_json())["decisions"][1]["ratio"] == 10 / 15
     # The ghosts are alike and measured once.
     assert clock.asked == 3
     x = torch.randn(2, 3, 9, 14)

@@ -125,7 +125,12 @@ def _decision_table(report: FoldReport) -> Any:
     for each in report.decisions:
         figures = (number(each.before), number(each.after), number(each.ratio, 2))
         outcome = "kept" if each.kept else each.note or "no gain"
-        table.add_row(Text(each.path), Text(f"{each.kind}: {each.change}"), *figures, Text(outcome))
+        table.add_row(
+            Text(each.path or "the whole network"),
+            Text(f"{each.kind}: {each.change}"),
+            *figures,
+            Text(outcome),
+        )
     return table
 
 
