@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import refold
 from refold.checkpoints import Card, example_input, original, read_card
 from refold.errors import CheckpointError, InputError
-from refold.unfolding import Plan
+from refold.unfolding import Plan, rebuild
 
 SIZE = [3, 48, 48]
 
@@ -313,3 +313,11 @@ def _with_first(conv: nn.Conv2d) -> nn.Module:
     model = Own()
     model.first[0] = conv
     return model
+
+
+def test_a_record_of_branches_of_a_newer_version() -> None:
+    wide: Any = refold.unfold(Own(), "repvgg", example_input=torch.randn(2, 3, 16, 16))
+    record = wide.unfold_report.to_dict()
+    for strange in ({**record, "knots": 3}, {**record, "layers": [{"path": "first.0", "shapes": []}]}):
+        with pytest.raises(CheckpointError, match=r"not understood .* newer version"):
+            rebuild(Own(), strange)
