@@ -42,7 +42,7 @@ def settings(tmp_path: Path) -> Callable[..., Settings]:
 
 
 def fit(settings: Settings, stop: str = "") -> list[int]:
-    """Train and leave out what comes after; with ``stop`` the second process ends in that way."""
+    """Train and leave out what comes after; with ``stop`` the second process ends so in the second epoch."""
     torch.set_num_threads(1)
     running.finish = lambda *_: [os.getpid()]  # type: ignore[assignment]
     if stop and place() == Place(1, 2, 1):
@@ -51,12 +51,16 @@ def fit(settings: Settings, stop: str = "") -> list[int]:
 
 
 def end_second(how: str) -> None:
-    def ended(*_: object) -> None:
-        if how == "killed":
-            os.kill(os.getpid(), signal.SIGKILL)
-        raise InputError("Enough of this.")
+    validate = running.Classifier.validation_step
 
-    running.Classifier.validation_step = ended  # type: ignore[method-assign, assignment]
+    def ended(module: running.Classifier, batch: Any, batch_idx: int) -> None:
+        if module.current_epoch == 1 and how == "killed":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if module.current_epoch == 1:
+            raise InputError("Enough of this.")
+        validate(module, batch, batch_idx)
+
+    running.Classifier.validation_step = ended  # type: ignore[method-assign]
 
 
 def tensors(folder: Path) -> dict[str, torch.Tensor]:
@@ -69,31 +73,44 @@ def history(folder: Path) -> list[list[float]]:
     return [[float(v) for v in line.split(",")[:-1] if v not in ("trained", "average")] for line in lines]
 
 
-def test_two_processes_are_as_one(settings: Callable[..., Settings], tmp_path: Path) -> None:
-    """The same weights and statistics from the same seed, and each held-out image counted once."""
-    finish = running.finish
-    try:
-        fit(settings("one"))
-    finally:
-        running.finish = finish
-    two = settings("two", devices=2)
-    assert start(fit, (two,), devices=2, nodes=1) != [os.getpid()]
-    first, second = tensors(tmp_path / "one"), tensors(tmp_path / "two")
+def assert_same(one: Path, two: Path) -> None:
+    first, second = tensors(one), tensors(two)
     assert first.keys() == second.keys()
     for key, value in first.items():
         torch.testing.assert_close(second[key], value, rtol=1e-7, atol=1e-9, msg=key)
-    np.testing.assert_allclose(history(tmp_path / "two"), history(tmp_path / "one"), rtol=1e-6)
-    assert not list((tmp_path / "two").glob(".*"))
+    np.testing.assert_allclose(history(two), history(one), rtol=1e-6)
+    assert not list(two.glob(".*"))
+
+
+def test_two_processes_are_as_one(
+    settings: Callable[..., Settings], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same weights and statistics from the same seed, and each held-out image counted once."""
+    monkeypatch.setattr(running, "finish", running.finish)
+    fit(settings("one"))
+    two = settings("two", devices=2)
+    assert start(fit, (two,), devices=2, nodes=1) != [os.getpid()]
+    assert_same(tmp_path / "one", tmp_path / "two")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("stop", "message"),
-    [("raises", "^Enough of this"), ("killed", r"Process 1 of 2 was ended from outside \(SIGKILL\)")],
-)
-def test_one_process_ends_all(settings: Callable[..., Settings], stop: str, message: str) -> None:
-    with pytest.raises(InputError, match=message):
-        start(fit, (settings("run", devices=2), stop), devices=2, nodes=1)
+def test_one_process_ends_all_and_they_go_on_together(
+    settings: Callable[..., Settings], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(running, "finish", running.finish)
+    whole, parts = settings("whole"), settings("parts", devices=2)
+    fit(whole)
+    for stop, message in (
+        (
+            "raises",
+            r"^Enough of this\. .*parts keeps the last whole epoch; go on with: refold train --resume",
+        ),
+        ("killed", r"^Process 1 of 2 was ended from outside \(SIGKILL\)"),
+    ):
+        with pytest.raises(InputError, match=message):
+            start(fit, (parts, stop), devices=2, nodes=1)
+    start(fit, (parts,), devices=2, nodes=1)
+    assert_same(whole.output, parts.output)
 
 
 def test_where_a_process_is(monkeypatch: pytest.MonkeyPatch) -> None:

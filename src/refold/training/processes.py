@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import socket
@@ -20,6 +21,10 @@ from refold.errors import InputError, RefoldError
 
 _GRACE = 5.0
 _MEETING = ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK")
+
+
+class PeerEnded(InputError):
+    """Another process of the run ended, which knows the reason."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +72,7 @@ def start(work: Callable[..., Any], arguments: tuple[Any, ...], *, devices: int,
     environment, first_rank = _environment(devices, nodes)
     # Started anew: a fork of a process in which a backward pass ran cannot run one.
     context = get_context("spawn")
+    logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)  # what ends them is said once
     answers = context.SimpleQueue()
     with _ended_by_sigterm():
         running = start_processes(
@@ -80,9 +86,11 @@ def start(work: Callable[..., Any], arguments: tuple[Any, ...], *, devices: int,
             while not running.join(grace_period=_GRACE):
                 pass
         except (ProcessExitedException, ProcessRaisedException) as error:
+            said = []
             while not answers.empty():
-                answer = answers.get()
-                if isinstance(answer, BaseException):
+                said.append(answers.get())
+            for answer in said:
+                if isinstance(answer, BaseException) and not isinstance(answer, PeerEnded):
                     raise answer from None
             if isinstance(error, ProcessExitedException):
                 raise InputError(

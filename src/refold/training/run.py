@@ -35,7 +35,7 @@ from refold.training.distillation import Teacher, open_teacher
 from refold.training.estimating import Estimate, estimate, memory_of_process
 from refold.training.finishing import finish, provenance
 from refold.training.module import Classifier, make_optimizer
-from refold.training.processes import Place, place, start
+from refold.training.processes import PeerEnded, Place, place, start
 from refold.training.recipe import ResolvedRecipe
 from refold.training.settings import HISTORY, RUN, STATE, TENSORBOARD, TRAINING, Result, Settings
 from refold.training.starting import build_network, fit_in_memory, preprocessing_for, ready, teacher_network
@@ -44,6 +44,7 @@ from refold.unfolding import unfold
 __all__ = ["Result", "Settings", "default_output", "expect", "resume", "train"]
 
 _SAMPLE = 256
+_PEER_ENDED = "Another process of the run ended; it says why."
 _PEER_IS_GONE = ("Connection closed by peer", "Connection reset by peer", "NCCL")
 
 
@@ -307,7 +308,8 @@ def _interruptible(settings: Settings) -> Iterator[None]:
         reason = _reason(error, settings)
         if reason is None:
             raise
-        raise InputError(reason + (kept if (settings.output / STATE).is_file() else "")) from error
+        kind = PeerEnded if reason == _PEER_ENDED else InputError
+        raise kind(reason + (kept if (settings.output / STATE).is_file() else "")) from error
     finally:
         if in_main:
             signal.signal(signal.SIGINT, handler)
@@ -328,7 +330,7 @@ def _reason(error: BaseException, settings: Settings) -> str | None:
     if "DataLoader worker" in said:
         return f"A process that prepares images was ended ({first_line(error)}); give fewer --workers."
     if settings.devices * settings.nodes > 1 and any(sign in said for sign in _PEER_IS_GONE):
-        return "Another process of the run ended; it says why."
+        return _PEER_ENDED
     return None
 
 
