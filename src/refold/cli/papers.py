@@ -84,7 +84,6 @@ def paper_command(
     from refold.bench.command import progress
     from refold.bench.papers import paper, save_paper_plots, to_csv, to_markdown
     from refold.bench.results import check_suffix, read_accuracies
-    from refold.bench.runner import BenchmarkInterrupted
     from refold.files import check_writable
 
     for path in output or ():
@@ -109,7 +108,7 @@ def paper_command(
                 time_limit=time_limit,
                 on_progress=on_progress,
             )
-    except BenchmarkInterrupted:
+    except KeyboardInterrupt:
         advice = "no --results were kept" if results is None else f"the same command goes on with {results}"
         print(f"refold: stopped; {advice}.", file=sys.stderr)
         raise typer.Exit(130) from None
