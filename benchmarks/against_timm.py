@@ -18,7 +18,6 @@ from torch import nn
 import refold
 from pages import put_table
 from refold.bench import Benchmark, Measurement
-from refold.folding import count
 
 NETWORKS = (
     "ghostnet_100",
@@ -58,10 +57,9 @@ def measure(network: str, engine: str, results: Path, rounds: int) -> None:
 
 def table(results: Benchmark) -> str:
     lines = [
-        "| network | engine | batch norms, timm | operators, timm → refold | timm ms | refold ms | ratio |",
-        "|---|---|--:|--:|--:|--:|--:|",
+        "| network | engine | operators, timm → refold | timm ms | refold ms | ratio |",
+        "|---|---|--:|--:|--:|--:|",
     ]
-    norms = {name: batch_norms(name) for name in NETWORKS}
     for name in NETWORKS:
         for engine in ENGINES:
             theirs, ours = (find(results, f"{name} ({who})", engine) for who in ("timm", "refold"))
@@ -69,14 +67,10 @@ def table(results: Benchmark) -> str:
                 continue
             ratio = ours.latency.ratio_to(theirs.latency)
             lines.append(
-                f"| {name} | {engine} | {norms[name]} | {theirs.operators} → {ours.operators} "
+                f"| {name} | {engine} | {theirs.operators} → {ours.operators} "
                 f"| {theirs.latency.median:.2f} | {ours.latency.median:.2f} | {ratio:.2f} |"
             )
     return "\n".join(lines)
-
-
-def batch_norms(name: str) -> int:
-    return count(reparameterize_model(timm.create_model(name).eval()), IMAGE).batch_norms
 
 
 def find(results: Benchmark, model: str, engine: str) -> Measurement | None:
