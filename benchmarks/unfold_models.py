@@ -251,13 +251,14 @@ def page(records: Sequence[dict[str, Any]]) -> str:
     """The whole document."""
     good = [record for record in records if "failed" not in record]
     whole = [record for record in good if not record["from_fold"]]
+    listed = sum(len(names) for _, names in MODELS.values())
     worst = max((max(r["preserved"], r["returned"], r["folded"]) for r in good), default=0.0)
     lines = [
         "# Unfolding models of timm and torchvision\n",
         f"""\
-Written by `python benchmarks/unfold_models.py --output docs/unfolded-models.md`: {len(records)} models with random
-weights and batch norm statistics, in float64, unfolded by `refold.unfold`, trained for two steps on two images, and
-taken back to their own class by `refold.original_state_dict` and `load_state_dict(strict=True)`.
+Written by `python benchmarks/unfold_models.py --output docs/unfolded-models.md`: {len(records)} of the {listed} models
+of its list, with random weights and batch norm statistics, in float64, unfolded by `refold.unfold`, trained for two
+steps on two images, and taken back to their own class by `refold.original_state_dict` and `load_state_dict(strict=True)`.
 {versions()}, {cpu_name()}.
 
 {len(good)} of {len(records)} models compute the same when they are unfolded, when they are back in their class, and
