@@ -258,7 +258,8 @@ def page(records: Sequence[dict[str, Any]]) -> str:
         f"""\
 Written by `python benchmarks/unfold_models.py --output docs/unfolded-models.md`: {len(records)} of the {listed} models
 of its list, with random weights and batch norm statistics, in float64, unfolded by `refold.unfold`, trained for two
-steps on two images, and taken back to their own class by `refold.original_state_dict` and `load_state_dict(strict=True)`.
+steps on two images, and taken back to their own class by `refold.original_state_dict` and
+`load_state_dict(strict=True)`.
 {versions()}, {cpu_name()}.
 
 {len(good)} of {len(records)} models compute the same when they are unfolded, when they are back in their class, and
