@@ -116,12 +116,12 @@ def test_shortcuts_are_chosen_by_the_clock_too() -> None:
     ("ratios", "pays"),
     [
         ([0.9] * 9, True),
-        ([0.979] * 9, True),
-        ([0.985] * 9, False),
+        ([0.989] * 9, True),
+        ([0.995] * 9, False),
         ([1.0] * 9, False),
         ([0.5, 0.9, 0.96, 1.3, 0.7, 1.2, 0.97, 1.1, 0.6], False),
         ([0.97], True),
-        ([0.99], False),
+        ([0.995], False),
     ],
 )
 def test_a_gain_must_exceed_margin_and_noise(ratios: list[float], pays: bool) -> None:

@@ -26,7 +26,7 @@ from refold.folding.rewrites import Alternative
 
 Progress = Callable[[str], None]
 
-_MARGIN = 0.02
+_MARGIN = 0.01
 """What a rewrite must gain, beyond twice the standard error of the ratio, to be kept."""
 _ROUNDS, _WARM_UP = 24, 3
 _UNDONE = "all was undone"
@@ -192,7 +192,7 @@ def fold(
     on `engine` (by default ONNX Runtime; "pytorch" and those of `refold.export`) with `threads` threads: shortcuts are
     folded, concatenations sink into the convolutions behind them, 1x1 convolutions of one pixel and linear layers
     take each other's place. Each is measured by itself, on the size of `example_input`, a single batch of images,
-    and kept where it gains more than 2% and noise; at the end the whole network is measured, and if it is not faster
+    and kept where it gains more than 1% and noise; at the end the whole network is measured, and if it is not faster
     all is undone. `fold_report.decisions` has the figures. Measuring takes minutes; `on_progress` is told what is
     measured, and what does not answer within `time_limit` seconds is left as it was.
     `rewrites` are the names, in `fold_report.options`, of what was kept in such a fold: to do the same unmeasured.
