@@ -169,6 +169,7 @@ def _batch(
     return batch._replace(
         images=batch.images.repeat(repeats, 1, 1, 1)[:size].to(device),
         targets=batch.targets.repeat(repeats)[:size].to(device),
+        indices=batch.indices.repeat(repeats)[:size],
     ), seconds
 
 
