@@ -14,6 +14,7 @@ from statistics import mean, stdev
 from typing import Any
 
 import torch
+from matplotlib import rc_context
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
@@ -216,8 +217,9 @@ def photo_section(results: dict[str, Any]) -> list[str]:
         "",
         "![Divergence from the teacher over the epochs](results/distill_photos.svg)",
         "",
-        "The student comes nearer to the teacher on photos that it never saw, and yet names fewer of them. Presumably it "
-        "learns as well that their classes do not occur: none is among those trained on. A few hundred photos show the whole way from a real teacher to a folded, exported student, not what distillation can reach.",
+        "The student comes nearer to the teacher on photos that it never saw, and yet names fewer of them. Presumably "
+        "it learns as well that their classes do not occur: none is among those trained on. A few hundred photos show "
+        "the whole way from a real teacher to a folded, exported student, not what distillation can reach.",
     ]
 
 
@@ -268,7 +270,7 @@ def finish(figure: Figure, path: Path, *axes: Any) -> None:
         each.xaxis.set_major_locator(MaxNLocator(integer=True))
         each.grid(alpha=0.3)
         each.legend(frameon=False)
-    with written_aside(path) as aside:
+    with written_aside(path) as aside, rc_context({"svg.hashsalt": path.name}):  # the same file each time
         figure.savefig(aside, format="svg", metadata={"Date": None})
 
 
