@@ -48,15 +48,15 @@ class Timing:
         """The median over the rounds of what one of them takes, the first being 1."""
         return median(self._ratios(index))
 
-    def pays(self, index: int) -> bool:
-        """Whether it is faster than the first by more than noise and margin."""
+    def pays(self, index: int, margin: float = _MARGIN) -> bool:
+        """Whether it is faster than the first by more than noise and `margin`."""
         ratios = self._ratios(index)
         if len(ratios) < 2:
-            return ratios[0] <= 1 - _MARGIN
+            return ratios[0] <= 1 - margin
         first, _, third = quantiles(ratios, n=4)
         # Of the median of as many normal numbers, whose middle half is this wide.
         standard_error = 1.25 * (third - first) / 1.35 / math.sqrt(len(ratios))
-        return median(ratios) + 2 * standard_error <= 1 - _MARGIN
+        return median(ratios) + 2 * standard_error <= 1 - margin
 
     def _ratios(self, index: int) -> list[float]:
         return [own / first for own, first in zip(self.samples[index], self.samples[0], strict=True)]
@@ -285,7 +285,7 @@ def _whole(time: Stopwatch, networks: Sequence[nn.Module], image: Tensor, change
     except CandidateFailed as error:
         return Decision("", "whole network", change, kept=False, note=str(error))
     figures = (timing.median(0), timing.median(1), timing.ratio(1))
-    return Decision("", "whole network", change, timing.ratio(1) < 1.0, *figures)
+    return Decision("", "whole network", change, timing.ratio(1) < 1 and timing.pays(1, margin=0.0), *figures)
 
 
 def _one_image(example_input: Any) -> Tensor:
