@@ -142,8 +142,8 @@ def table(compared: dict[str, Any]) -> str:
         f"| network | engine | plain ms | {' | '.join(forms)} | concatenations | MACs M | \\|Δ\\| float64 |",
         f"|---|---|--:|{'--:|' * len(forms)}--:|--:|--:|",
     ]
-    for key, rows in compared.items():
-        name, engine = key.split()
+    for key in sorted(compared, key=lambda key: list(NETWORKS).index(key.split()[0])):
+        rows, (name, engine) = compared[key], key.split()
         ours = [row for form, row in rows.items() if form != "RepGhostNet"]
         ratios = [f"{rows[form]['ratio']:.2f}" if form in rows else "" for form in forms]
         counts = " / ".join(str(row["concatenations"]) for row in ours)
