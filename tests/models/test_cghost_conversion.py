@@ -172,7 +172,10 @@ def test_names_are_included_and_excluded_by_pattern() -> None:
             {"exclude": ["first.*", "last", "second"]},
             r"Small has no convolution to replace: each of its 8 convolutions .*is excluded \(3\).*include=",
         ),
-        ({"example_input": torch.zeros(1, 4, 8, 8)}, r"Small cannot run on the example input \(shape \(1, 4, 8, 8\)\)"),
+        (
+            {"example_input": torch.zeros(1, 4, 8, 8)},
+            r"Small cannot run on the example input \(shape \(1, 4, 8, 8\)\)",
+        ),
     ],
 )
 def test_what_cannot_be_done_is_refused(arguments: dict[str, object], message: str) -> None:
