@@ -1,5 +1,6 @@
 """Branches with synchronised batch norms see the batches of all processes."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -9,6 +10,12 @@ from torch import nn
 
 from refold.blocks.parallel import ParallelBranches
 from refold.blocks.parallel.branch import Branch
+from refold.blocks.parallel.synchronised import synchronise_norms
+
+SYNCHRONISE: dict[str, Callable[[nn.Module], nn.Module]] = {
+    "accelerators": nn.SyncBatchNorm.convert_sync_batchnorm,
+    "cpu": lambda layer: synchronise_norms(layer, torch.device("cpu")),
+}
 
 
 def _layers() -> list[ParallelBranches]:
@@ -40,9 +47,9 @@ def _results(layer: nn.Module, x: torch.Tensor) -> dict[str, torch.Tensor]:
 def _work(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
-    for number, layer in enumerate(_layers()):
-        synchronised = nn.SyncBatchNorm.convert_sync_batchnorm(layer)
-        torch.save(_results(synchronised, _inputs()[rank]), f"{folder}/{number}-{rank}.pt")
+    for kind, synchronise in SYNCHRONISE.items():
+        for number, layer in enumerate(_layers()):
+            torch.save(_results(synchronise(layer), _inputs()[rank]), f"{folder}/{kind}-{number}-{rank}.pt")
     dist.destroy_process_group()
 
 
@@ -52,14 +59,15 @@ def test_two_processes_are_one_batch(tmp_path: Path) -> None:
     for number, layer in enumerate(_layers()):
         layer.form = "looped"
         whole = _results(layer, torch.cat(_inputs()))
-        parts = [torch.load(tmp_path / f"{number}-{rank}.pt") for rank in range(2)]
-        for name, expected in whole.items():
-            if name in ("output", "input"):
-                found = torch.cat([part[name] for part in parts])
-            elif name in dict(layer.named_parameters()):
-                found = parts[0][name] + parts[1][name]
-            else:
-                found = parts[0][name]
-                assert torch.equal(found, parts[1][name])
-            error = float((found - expected).abs().max())
-            assert error <= 1e-9 * max(float(expected.abs().max()), 1.0), name
+        for kind in SYNCHRONISE:
+            parts = [torch.load(tmp_path / f"{kind}-{number}-{rank}.pt") for rank in range(2)]
+            for name, expected in whole.items():
+                if name in ("output", "input"):
+                    found = torch.cat([part[name] for part in parts])
+                elif name in dict(layer.named_parameters()):
+                    found = parts[0][name] + parts[1][name]
+                else:
+                    found = parts[0][name]
+                    assert torch.equal(found, parts[1][name])
+                error = float((found - expected).abs().max())
+                assert error <= 1e-9 * max(float(expected.abs().max()), 1.0), (kind, name)
