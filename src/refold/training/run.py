@@ -181,7 +181,7 @@ def _classifier(settings: Settings, images: LabelledImages, here: Place) -> Clas
     if settings.teacher is not None:
         answering = teacher_network(settings.teacher, classes, settings.teacher_checkpoint)
         teacher = open_teacher(answering, settings.teacher, images.class_names, preprocessing)
-    return Classifier(
+    module = Classifier(
         net,
         recipe,
         images,
@@ -195,6 +195,8 @@ def _classifier(settings: Settings, images: LabelledImages, here: Place) -> Clas
         compile=settings.compile,
         teacher=teacher,
     )
+    # Lightning makes it double only after it has read the weights to go on from.
+    return module.double() if settings.precision == "64-true" else module
 
 
 def _unfolded(net: nn.Module, settings: Settings, preprocessing: dict[str, Any]) -> nn.Module:
