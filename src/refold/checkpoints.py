@@ -149,7 +149,7 @@ def original(model: nn.Module) -> nn.Module:
     made.load_state_dict(state, strict=True)
     card: Card | None = getattr(model, "card", None)
     if card is not None:
-        made.card = dataclasses.replace(card, form="training", fold=None, unfold=None)  # type: ignore[assignment]
+        made.card = dataclasses.replace(card, form="training", fold=None, unfold=None)  # type: ignore[assignment]  # nn.Module types its attributes as tensors and modules
     return made.eval()
 
 

@@ -52,7 +52,7 @@ def batch_norm_settings(
     names = ("running_mean", "running_var", "weight", "bias")
     given = (call.argument(place, name) for place, name in zip(order, names, strict=True))
     values = [constants.evaluate(value).detach() if isinstance(value, fx.Node) else None for value in given]
-    return *values, float(call.argument(7, "eps", 1e-5))  # type: ignore[return-value]
+    return *values, float(call.argument(7, "eps", 1e-5))  # type: ignore[return-value]  # a starred tuple has no length for mypy
 
 
 def scalable_module(node: fx.Node, constants: Constants) -> nn.Module | None:

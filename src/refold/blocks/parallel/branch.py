@@ -179,7 +179,7 @@ def scale_and_shift(
             if norm.training:
                 _track(norm, mean, variance, count)
         else:
-            mean, variance = norm.running_mean, norm.running_var  # type: ignore[assignment]
+            mean, variance = norm.running_mean, norm.running_var  # type: ignore[assignment]  # not None, as `uses_batch` says
         weight = ones if norm.weight is None else norm.weight
         bias = zeros if norm.bias is None else norm.bias
         rows.append((weight, bias, mean, variance, norm.eps))
