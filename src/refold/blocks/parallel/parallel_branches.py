@@ -110,6 +110,8 @@ class ParallelBranches(nn.Module):
         linear = [*self._pointwise, *self._spatial]
         if not linear or not isinstance(x, Tensor) or x.dim() != 4 or x.numel() == 0:
             return False
+        if not torch.amp.is_autocast_available(x.device.type):  # no device to compute on, such as "meta"
+            return False
         # Whoever works on a network may have put other modules in their places.
         if not all(is_linear(self.branches[i]) for i in linear):
             return False
