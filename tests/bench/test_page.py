@@ -8,8 +8,9 @@ import pytest
 from fakes import a_benchmark, a_machine, configuration, row
 from PIL import Image
 
+from refold.bench.drawings import pareto_front
 from refold.bench.page import to_html
-from refold.bench.plots import pareto_front, plots, save_plots
+from refold.bench.plots import plots, save_plots
 from refold.bench.results import Benchmark
 
 
