@@ -18,9 +18,17 @@ from refold.cli.shared import (
     CHECKPOINT_SUFFIXES,
     AsJson,
     Checkpoint,
+    Engines,
     InputSize,
+    MachineName,
+    MachineNote,
     NumClasses,
+    Plots,
+    Rounds,
     Target,
+    ThreadCounts,
+    TimeLimit,
+    WarmUp,
     console,
     network_from,
     parse_size,
@@ -144,33 +152,28 @@ def bench(
     ] = None,
     form: Annotated[
         list[str] | None,
-        typer.Option("--form", help="training, plain or shortcut-folded; repeat it. [default: first two]"),
-    ] = None,
-    engine: Annotated[
-        list[str] | None,
         typer.Option(
-            "--engine", help="pytorch, an engine of export, or all; repeat it. [default: onnxruntime]"
+            "--form", help="training, plain or shortcut-folded; repeat it.", show_default="first two"
         ),
     ] = None,
+    engine: Engines = None,
     batch_size: Annotated[
-        list[int] | None, typer.Option("--batch-size", help="Images a call; repeat it. [default: 1]")
+        list[int] | None, typer.Option("--batch-size", help="Images a call; repeat it.", show_default="1")
     ] = None,
-    threads: Annotated[
-        list[int] | None, typer.Option("--threads", help="Threads of the engine; repeat it. [default: 1]")
-    ] = None,
+    threads: ThreadCounts = None,
     precision: Annotated[
         list[str] | None,
-        typer.Option("--precision", help="float32 or float16; repeat it. [default: float32]"),
+        typer.Option("--precision", help="float32 or float16; repeat it.", show_default="float32"),
     ] = None,
     input_size: InputSize = None,
-    rounds: Annotated[int, typer.Option("--rounds", help="Rounds in which each takes a turn.")] = 30,
-    warm_up: Annotated[int, typer.Option("--warm-up", help="Rounds before them that do not count.")] = 5,
+    rounds: Rounds = 30,
+    warm_up: WarmUp = 5,
     baseline: Annotated[
         str | None,
         typer.Option(
             "--baseline",
-            help="What ratios refer to: a model, form, engine or precision, or several: ghostnet_100,plain. "
-            "[default: training]",
+            help="What ratios refer to: a model, form, engine or precision, or several: ghostnet_100,plain.",
+            show_default="training",
         ),
     ] = None,
     breakdown: Annotated[
@@ -195,19 +198,13 @@ def bench(
         Path | None,
         typer.Option("--html", help="Write one page with plots and tables that needs nothing else."),
     ] = None,
-    plots: Annotated[
-        Path | None, typer.Option("--plots", help="A folder for every plot as PNG and as SVG.")
-    ] = None,
+    plots: Plots = None,
     accuracy: Annotated[
         Path | None, typer.Option("--accuracy", help="Accuracies by model name, as CSV or JSON.")
     ] = None,
-    machine: Annotated[
-        str | None, typer.Option("--machine", help="The name of this machine. [default: its processor's]")
-    ] = None,
-    note: Annotated[str, typer.Option("--note", help="Kept with the machine's facts.")] = "",
-    time_limit: Annotated[
-        float, typer.Option("--time-limit", help="Seconds after which a silent engine is given up.")
-    ] = 120.0,
+    machine: MachineName = None,
+    note: MachineNote = "",
+    time_limit: TimeLimit = 120.0,
     as_json: AsJson = False,
 ) -> None:
     """Measure models side by side: forms, engines, batch sizes and threads, taking turns."""

@@ -95,7 +95,9 @@ def fold_command(
     engine: Annotated[
         str | None,
         typer.Option(
-            "--engine", help="For --objective latency: pytorch or an engine of export. [default: onnxruntime]"
+            "--engine",
+            help="For --objective latency: pytorch or an engine of export.",
+            show_default="onnxruntime",
         ),
     ] = None,
     threads: Annotated[

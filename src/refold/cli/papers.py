@@ -14,7 +14,18 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from refold.cli.shared import AsJson, console
+from refold.cli.shared import (
+    AsJson,
+    Engines,
+    MachineName,
+    MachineNote,
+    Plots,
+    Rounds,
+    ThreadCounts,
+    TimeLimit,
+    WarmUp,
+    console,
+)
 from refold.errors import InputError
 
 if TYPE_CHECKING:
@@ -26,21 +37,14 @@ def paper_command(
         str, typer.Argument(metavar="list|PAPER/NUMBER", help="list, or a table such as repghost/table-4.")
     ],
     no_latency: Annotated[bool, typer.Option("--no-latency", help="Sizes and costs only.")] = False,
-    engine: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--engine", help="pytorch, an engine of export, or all; repeat it. [default: onnxruntime]"
-        ),
-    ] = None,
-    threads: Annotated[
-        list[int] | None, typer.Option("--threads", help="Threads of the engine; repeat it. [default: 1]")
-    ] = None,
+    engine: Engines = None,
+    threads: ThreadCounts = None,
     largest_batch: Annotated[
         int | None,
         typer.Option("--largest-batch", help="Measure larger batches of the paper with this size."),
     ] = None,
-    rounds: Annotated[int, typer.Option("--rounds", help="Rounds in which each takes a turn.")] = 30,
-    warm_up: Annotated[int, typer.Option("--warm-up", help="Rounds before them that do not count.")] = 5,
+    rounds: Rounds = 30,
+    warm_up: WarmUp = 5,
     only: Annotated[
         list[str] | None,
         typer.Option("--only", help="Rows or networks to measure, such as 'repghostnet*'; repeat it."),
@@ -54,20 +58,14 @@ def paper_command(
     output: Annotated[
         list[Path] | None, typer.Option("--output", "-o", help="A .json, .csv or .md file; repeat it.")
     ] = None,
-    plots: Annotated[
-        Path | None, typer.Option("--plots", help="A folder for every plot as PNG and as SVG.")
-    ] = None,
+    plots: Plots = None,
     accuracy: Annotated[
         Path | None,
         typer.Option("--accuracy", help="Accuracies of what was trained here, by network, as CSV or JSON."),
     ] = None,
-    machine: Annotated[
-        str | None, typer.Option("--machine", help="The name of this machine. [default: its processor's]")
-    ] = None,
-    note: Annotated[str, typer.Option("--note", help="Kept with the machine's facts.")] = "",
-    time_limit: Annotated[
-        float, typer.Option("--time-limit", help="Seconds after which a silent engine is given up.")
-    ] = 120.0,
+    machine: MachineName = None,
+    note: MachineNote = "",
+    time_limit: TimeLimit = 120.0,
     as_json: AsJson = False,
     as_csv: Annotated[bool, typer.Option("--csv", help="Print CSV, a line for each value.")] = False,
     as_markdown: Annotated[bool, typer.Option("--markdown", help="Print Markdown.")] = False,

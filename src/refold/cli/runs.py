@@ -38,9 +38,13 @@ def quickstart(
         typer.Option("--data", help="Your own images, one folder a class, instead of the digits."),
     ] = None,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="The run's folder [default: runs/quickstart-TIME].")
+        Path | None,
+        typer.Option("--output", "-o", help="The run's folder.", show_default="runs/quickstart-TIME"),
     ] = None,
-    epochs: Annotated[int | None, typer.Option("--epochs", help="[default: what fits the data]")] = None,
+    epochs: Annotated[
+        int | None,
+        typer.Option("--epochs", help="Passes over the images.", show_default="what fits the data"),
+    ] = None,
     image_size: Annotated[int, typer.Option("--image-size", help="Side of the images in pixels.")] = 48,
     threads: Threads = 1,
     seed: Seed = 0,
@@ -75,7 +79,8 @@ class TrainingOptions:
         ),
     ] = None
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="The run's folder [default: runs/COMMAND-TIME].")
+        Path | None,
+        typer.Option("--output", "-o", help="The run's folder.", show_default="runs/COMMAND-TIME"),
     ] = None
     checkpoint: Annotated[Path | None, typer.Option(help="Weights of the network to start from.")] = None
     unfold: Annotated[

@@ -35,6 +35,27 @@ NumClasses = Annotated[
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
+# What `bench` and `paper` measure with.
+Engines = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--engine", help="pytorch, an engine of export, or all; repeat it.", show_default="onnxruntime"
+    ),
+]
+ThreadCounts = Annotated[
+    list[int] | None, typer.Option("--threads", help="Threads of the engine; repeat it.", show_default="1")
+]
+Rounds = Annotated[int, typer.Option("--rounds", help="Rounds in which each takes a turn.")]
+WarmUp = Annotated[int, typer.Option("--warm-up", help="Rounds before them that do not count.")]
+Plots = Annotated[Path | None, typer.Option("--plots", help="A folder for every plot as PNG and as SVG.")]
+MachineName = Annotated[
+    str | None, typer.Option("--machine", help="The name of this machine.", show_default="its processor's")
+]
+MachineNote = Annotated[str, typer.Option("--note", help="Kept with the machine's facts.")]
+TimeLimit = Annotated[
+    float, typer.Option("--time-limit", help="Seconds after which a silent engine is given up.")
+]
+
 
 def network_from(
     target: str, checkpoint: Path | None, num_classes: int | None, *, pretrained: bool = False

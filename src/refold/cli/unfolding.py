@@ -62,7 +62,8 @@ def unfold_command(
         typer.Option(
             "--branches",
             metavar="[PATTERN=]NUMBER",
-            help="Kernels of a layer's own size, the layer's own among them [default: the plan's].",
+            help="Kernels of a layer's own size, the layer's own among them.",
+            show_default="the plan's",
         ),
     ] = None,
     start: Annotated[

@@ -13,7 +13,6 @@ from refold.models.classifier import (
     ExpandedHead,
     ImageClassifier,
     check_arguments,
-    pooled_head,
 )
 
 
@@ -91,8 +90,6 @@ class GhostVGG(ImageClassifier):
                 channels, channels, num_classes, pool_type=global_pool, drop_rate=drop_rate, norm=True
             ),
             feature_channels=features,
-            num_features=channels,
-            head_hidden_size=channels,
             num_classes=num_classes,
             in_chans=in_chans,
             drop_rate=drop_rate,
@@ -146,11 +143,7 @@ class GhostCifarResNet(ImageClassifier):
         super().__init__(
             stem=module(in_chans, widths[0], activation=True, kernel_size=3),
             stages=stages,
-            final_conv=nn.Identity(),
-            head=pooled_head(widths[-1], num_classes, pool_type=global_pool, drop_rate=drop_rate),
             feature_channels={f"stages.{stage}": width for stage, width in enumerate(table.channels)},
-            num_features=widths[-1],
-            head_hidden_size=widths[-1],
             num_classes=num_classes,
             in_chans=in_chans,
             drop_rate=drop_rate,

@@ -31,7 +31,8 @@ class ImageClassifier(nn.Module):
     num_classes)``, or pooled features ``(batch, head_hidden_size)`` where ``num_classes`` is 0.
 
     ``stages`` holds one ``nn.Sequential`` of blocks a resolution; ``feature_channels`` names the modules
-    whose outputs are the features at each of ``feature_strides``, with their channels. ``timm_names`` gives the
+    whose outputs are the features at each of ``feature_strides``, with their channels. ``num_features`` is what
+    ``final_conv`` gives the head; without one, the head is ``pooled_head``. ``timm_names`` gives the
     networks that timm has under another name.
 
     Raises ``InputError`` where ``num_classes``, ``in_chans``, ``drop_rate`` or ``global_pool`` cannot be
@@ -53,27 +54,31 @@ class ImageClassifier(nn.Module):
         *,
         stem: nn.Module,
         stages: list[nn.Sequential],
-        final_conv: nn.Module,
-        head: nn.Module,
         feature_channels: Mapping[str, int],
-        num_features: int,
-        head_hidden_size: int,
+        final_conv: nn.Module | None = None,
+        num_features: int | None = None,
+        head: nn.Module | None = None,
+        head_hidden_size: int | None = None,
         num_classes: int,
         in_chans: int,
         drop_rate: float,
         global_pool: str,
     ) -> None:
         super().__init__()
+        if num_features is None:
+            *_, num_features = feature_channels.values()
         self.stem = stem
         self.stages = nn.Sequential(*stages)
-        self.final_conv = final_conv
+        self.final_conv = nn.Identity() if final_conv is None else final_conv
+        if head is None:
+            head = pooled_head(num_features, num_classes, pool_type=global_pool, drop_rate=drop_rate)
         self.head = head
         self.feature_info: list[dict[str, Any]] = [
             {"num_chs": channels, "reduction": stride, "module": module}
             for (module, channels), stride in zip(feature_channels.items(), self.feature_strides, strict=True)
         ]
         self.num_features = num_features
-        self.head_hidden_size = head_hidden_size
+        self.head_hidden_size = num_features if head_hidden_size is None else head_hidden_size
         self.num_classes = num_classes
         self.in_chans = in_chans
         self.drop_rate = drop_rate

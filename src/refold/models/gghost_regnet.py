@@ -6,7 +6,7 @@ from typing import ClassVar, NamedTuple
 from torch import nn
 
 from refold.blocks import ConvNorm, ResidualBottleneck, gghost_stage
-from refold.models.classifier import ImageClassifier, check_arguments, pooled_head
+from refold.models.classifier import ImageClassifier, check_arguments
 from refold.models.layouts import Layout
 
 
@@ -95,11 +95,7 @@ class GGhostRegNet(ImageClassifier):
         super().__init__(
             stem=ConvNorm(in_chans, _STEM_CHANNELS, 3, stride=2, activation=True),
             stages=stages,
-            final_conv=nn.Identity(),
-            head=pooled_head(channels, num_classes, pool_type=global_pool, drop_rate=drop_rate),
             feature_channels=features,
-            num_features=channels,
-            head_hidden_size=channels,
             num_classes=num_classes,
             in_chans=in_chans,
             drop_rate=drop_rate,

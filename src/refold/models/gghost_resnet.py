@@ -9,7 +9,7 @@ from torch import nn
 
 from refold.blocks import BasicBlock, Cheap, ConvNorm, gghost_stage, thin_width
 from refold.errors import InputError
-from refold.models.classifier import CIFAR10, ImageClassifier, check_arguments, pooled_head
+from refold.models.classifier import CIFAR10, ImageClassifier, check_arguments
 from refold.models.gghost_regnet import initialise
 
 
@@ -82,11 +82,7 @@ class GGhostResNet(ImageClassifier):
         super().__init__(
             stem=self._stem(in_chans, widths[0]),
             stages=stages,
-            final_conv=nn.Identity(),
-            head=pooled_head(channels, num_classes, pool_type=global_pool, drop_rate=drop_rate),
             feature_channels=features,
-            num_features=channels,
-            head_hidden_size=channels,
             num_classes=num_classes,
             in_chans=in_chans,
             drop_rate=drop_rate,

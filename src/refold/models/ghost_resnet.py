@@ -7,7 +7,7 @@ from typing import ClassVar, NamedTuple
 from torch import nn
 
 from refold.blocks import ConvNorm, GhostModule, GhostModuleFactory, GhostResidual, RepGhostModule
-from refold.models.classifier import ImageClassifier, check_arguments, pooled_head
+from refold.models.classifier import ImageClassifier, check_arguments
 
 
 class GhostResNetTable(NamedTuple):
@@ -67,11 +67,7 @@ class GhostResNet(ImageClassifier):
         super().__init__(
             stem=ConvNorm(in_chans, _STEM_CHANNELS, 7, stride=2, activation=True),
             stages=stages,
-            final_conv=nn.Identity(),
-            head=pooled_head(channels, num_classes, pool_type=global_pool, drop_rate=drop_rate),
             feature_channels=features,
-            num_features=channels,
-            head_hidden_size=channels,
             num_classes=num_classes,
             in_chans=in_chans,
             drop_rate=drop_rate,

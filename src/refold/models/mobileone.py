@@ -7,7 +7,7 @@ from typing import ClassVar
 from torch import nn
 
 from refold.blocks import BranchSum, RepVGGBlock, repeated_kernels
-from refold.models.classifier import ImageClassifier, check_arguments, pooled_head
+from refold.models.classifier import ImageClassifier, check_arguments
 from refold.models.layouts import Layout
 
 
@@ -73,12 +73,8 @@ class MobileOne(ImageClassifier):
         super().__init__(
             stem=RepVGGBlock(in_chans, stem_channels, stride=2),
             stages=stages,
-            final_conv=nn.Identity(),
-            head=pooled_head(channels, num_classes, pool_type=global_pool, drop_rate=drop_rate),
             feature_channels={"stem": stem_channels}
             | {f"stages.{stage}": width for stage, width in enumerate(stage_channels)},
-            num_features=channels,
-            head_hidden_size=channels,
             num_classes=num_classes,
             in_chans=in_chans,
             drop_rate=drop_rate,

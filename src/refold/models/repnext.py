@@ -8,7 +8,7 @@ from timm.layers import calculate_drop_path_rates, trunc_normal_
 from torch import nn
 
 from refold.blocks import ConvNorm, RepNeXtBlock, RepUnit1, RepUnit2, RepUnit3
-from refold.models.classifier import ImageClassifier, check_arguments, pooled_head
+from refold.models.classifier import ImageClassifier, check_arguments
 from refold.models.layouts import Layout
 
 
@@ -113,11 +113,7 @@ class RepNeXt(ImageClassifier):
         super().__init__(
             stem=ConvNorm(in_chans, channels[0], 4, stride=4, padding=0),
             stages=stages,
-            final_conv=nn.Identity(),
-            head=pooled_head(channels[-1], num_classes, pool_type=global_pool, drop_rate=drop_rate),
             feature_channels={f"stages.{stage}": width for stage, width in enumerate(channels)},
-            num_features=channels[-1],
-            head_hidden_size=channels[-1],
             num_classes=num_classes,
             in_chans=in_chans,
             drop_rate=drop_rate,

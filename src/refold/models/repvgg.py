@@ -6,7 +6,7 @@ from typing import ClassVar
 from torch import nn
 
 from refold.blocks import RepVGGBlock
-from refold.models.classifier import ImageClassifier, check_arguments, pooled_head
+from refold.models.classifier import ImageClassifier, check_arguments
 from refold.models.layouts import Layout
 
 
@@ -117,12 +117,8 @@ class RepVGG(ImageClassifier):
         super().__init__(
             stem=_block(table, in_chans, stem_channels, 0, 2, single),
             stages=stages,
-            final_conv=nn.Identity(),
-            head=pooled_head(channels, num_classes, pool_type=global_pool, drop_rate=drop_rate),
             feature_channels={"stem": stem_channels}
             | {f"stages.{stage}": width for stage, width in enumerate(stage_channels)},
-            num_features=channels,
-            head_hidden_size=channels,
             num_classes=num_classes,
             in_chans=in_chans,
             drop_rate=drop_rate,
