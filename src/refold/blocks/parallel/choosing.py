@@ -41,7 +41,7 @@ Part = Literal["neighbourhood", "pointwise", "spatial"]
 
 def choose(
     geometry: Geometry, x: Tensor, part: Part, branches: int, skip: bool
-) -> Literal["looped", "moments"]:
+) -> Literal["looped", "stacked", "moments"]:
     """The form for one part of a layer on the map `x`, `[batch, channels, height, width]`.
 
     The parts are `neighbourhood`, all branches of a depthwise layer that sees 3x3 pixels; `pointwise`, the 1x1
@@ -68,4 +68,7 @@ def choose(
     norm = 300 if positions >= 32_768 else 100
     loop = branches * outputs * (3 * each + norm) + skip * inputs * norm
     moments = 3 * each * outputs + 2 * each * inputs + 200 * inputs
+    if geometry.groups == 1 and not skip and positions >= 32_768 and 4 * branches * outputs <= 3 * inputs:
+        # What all branches write is less than the input, of which one convolution reads and writes less than several.
+        return "stacked"
     return "moments" if moments < loop and positions >= 8 * each else "looped"

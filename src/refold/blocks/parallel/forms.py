@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import reduce
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from refold.blocks.parallel.branch import Geometry, scale_and_shift, step, uses_batch, widened
+from refold.blocks.parallel.branch import Geometry, scale_and_shift, uses_batch, widened
 from refold.blocks.parallel.recomputing import written_statistics
 from refold.blocks.parallel.statistics import neighbourhood_moments, pointwise_moments
 
@@ -42,10 +41,10 @@ def from_moments(
         # Half precision holds inputs, outputs and what is kept. In between all is float32: most of the gradients
         # cancels behind batch norms, and what is left of a rounded kernel or a rounded part of a gradient is noise.
         wide = seen if dtype == torch.float64 else seen.float()
-        weight, bias = _summed(wide, seen, branches, skip, adds_input, geometry)
+        through, weight, bias = _summed(wide, seen, branches, skip, adds_input, geometry)
         if wide is seen:
-            return F.conv2d(seen, weight, bias, geometry.stride, geometry.padding, 1, geometry.groups)
-        out: Tensor = _Convolution.apply(wide, seen, weight, bias, geometry)
+            return F.conv2d(through, weight, bias, geometry.stride, geometry.padding, 1, geometry.groups)
+        out: Tensor = _Convolution.apply(through, seen, weight, bias, geometry)
         return out.to(dtype)
 
 
@@ -82,11 +81,11 @@ class _Convolution(torch.autograd.Function):
 
 
 def stacked(x: Tensor, branches: Sequence[Any]) -> list[Tensor]:
-    """What the branches write, those with equal kernels and settings as one convolution and one batch norm."""
+    """What the branches write, those with equal kernels as one convolution."""
     parts = []
     for size in dict.fromkeys(branch.conv.kernel_size for branch in branches):
         alike = [branch for branch in branches if branch.conv.kernel_size == size]
-        if len(alike) > 1 and _share_settings([branch.bn for branch in alike]):
+        if len(alike) > 1:
             parts.append(_stack(x, alike))
         else:
             parts += [branch(x) for branch in alike]
@@ -100,8 +99,8 @@ def _summed(
     skip: nn.Module | None,
     adds_input: bool,
     geometry: Geometry,
-) -> tuple[Tensor, Tensor]:
-    """Kernel and bias of the one convolution, in the dtype of `x`; the running averages are updated."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`x`, kernel and bias of the one convolution, in the dtype of `x`; the running averages are updated."""
     dtype, kernel_size = x.dtype, geometry.kernel_size
     convolutions = [branch.conv for branch in branches]
     norms = [branch.bn for branch in branches] + ([] if skip is None else [skip])
@@ -115,9 +114,9 @@ def _summed(
     means = variances = None
     if any(uses_batch(norm) for norm in norms):
         if geometry.stride != (1, 1):
-            means, variances = _strided_statistics(x, kept, convolutions, stack, geometry)
+            x, means, variances = _strided_statistics(x, kept, convolutions, stack, geometry)
         else:
-            means, variances = _statistics(x, kept, stack, skip is not None, geometry)
+            x, means, variances = _statistics(x, kept, stack, skip is not None, geometry)
     biases = _biases(convolutions, stack, skip is not None)
     if means is not None and biases is not None:
         means = means + biases
@@ -130,17 +129,17 @@ def _summed(
     if skip is not None or adds_input:
         own = scale[len(stack) :].sum(0) + float(adds_input)
         weight = weight + _through(geometry, kernel_size, stack, own)
-    return weight, shift.sum(0)
+    return x, weight, shift.sum(0)
 
 
 def _statistics(
     x: Tensor, kept: Tensor, kernels: Tensor, with_input: bool, geometry: Geometry
-) -> tuple[Tensor, Tensor]:
-    """Batch mean and variance, `[branches, out_channels]`, of what kernels write at stride 1, and of their input."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`x`, batch mean and variance, `[branches, out_channels]`, of what kernels write at stride 1, and of `x`."""
     if geometry.kernel_size == (1, 1):
-        mean, covariance = pointwise_moments(x, geometry.groups, kept)
+        x, (mean, covariance) = pointwise_moments(x, geometry.groups, kept)
     else:
-        mean, covariance = neighbourhood_moments(x, kept)
+        x, (mean, covariance) = neighbourhood_moments(x, kept)
     branches, channels = kernels.shape[:2]
     by_group = kernels.reshape(branches, mean.shape[0], channels // mean.shape[0], -1)
     means = (by_group @ mean.unsqueeze(-1)).reshape(branches, channels)
@@ -148,13 +147,13 @@ def _statistics(
     if with_input:
         own_mean, own_variance = _input_statistics(mean, covariance, geometry)
         means, variances = torch.cat([means, own_mean]), torch.cat([variances, own_variance])
-    return means, variances
+    return x, means, variances
 
 
 def _strided_statistics(
     x: Tensor, kept: Tensor, convolutions: Sequence[nn.Conv2d], kernels: Tensor, geometry: Geometry
-) -> tuple[Tensor, Tensor]:
-    """Batch mean and variance, `[branches, channels]`, of what depthwise kernels write with a stride."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`x`, batch mean and variance, `[branches, channels]`, of what depthwise kernels write with a stride."""
     spatial = [i for i, conv in enumerate(convolutions) if conv.kernel_size != (1, 1)]
     written = written_statistics(x, kept, kernels[spatial], geometry.stride, geometry.padding)
     means, variances = list(written.means), list(written.variances)
@@ -164,7 +163,7 @@ def _strided_statistics(
             factor = conv.weight.flatten().to(x.dtype)
             means.insert(i, factor * written.pixel_mean)
             variances.insert(i, factor.square() * written.pixel_variance)
-    return torch.stack(means), torch.stack(variances)
+    return written.through, torch.stack(means), torch.stack(variances)
 
 
 def _input_statistics(mean: Tensor, covariance: Tensor, geometry: Geometry) -> tuple[Tensor, Tensor]:
@@ -194,28 +193,20 @@ def _biases(convolutions: Sequence[nn.Conv2d], kernels: Tensor, skip: bool) -> T
     return torch.stack(biases + [none] * skip)
 
 
-def _share_settings(norms: Sequence[Any]) -> bool:
-    """Whether one batch norm over all channels does what these do."""
-    settings = {
-        (type(n), n.eps, n.momentum, n.training, n.affine, n.track_running_stats, n.running_mean is None)
-        for n in norms
-        if type(n) is nn.BatchNorm2d
-    }
-    plain = all(type(n) is nn.BatchNorm2d and uses_batch(n) for n in norms)
-    return plain and len(settings) == 1 and norms[0].momentum is not None
-
-
 def _stack(x: Tensor, branches: Sequence[Any]) -> Tensor:
-    """The sum of branches with equal kernels and norms: one convolution, one batch norm and one sum."""
+    """The sum of branches with equal kernels: one convolution for all, and another that scales and adds them."""
     convolutions = [branch.conv for branch in branches]
     norms = [branch.bn for branch in branches]
-    first, norm = convolutions[0], norms[0]
+    first = convolutions[0]
     shape = (first.groups, len(branches), first.out_channels // first.groups)
 
     def interleaved(tensors: list[Tensor]) -> Tensor:
         # Grouped convolutions write group by group, so the branches of one group have to be neighbours.
         stack = torch.stack([t.unflatten(0, (first.groups, -1)) for t in tensors], 1)
         return stack.flatten(0, 2)
+
+    def by_branch(values: Tensor) -> Tensor:
+        return values.reshape(shape).transpose(0, 1).flatten(1)
 
     has_bias = any(conv.bias is not None for conv in convolutions)
     zeros = first.weight.new_zeros(first.out_channels)
@@ -228,23 +219,15 @@ def _stack(x: Tensor, branches: Sequence[Any]) -> Tensor:
         first.dilation,
         first.groups,
     )
-    tracked = norm.track_running_stats and norm.running_mean is not None and norm.training
-    mean = interleaved([n.running_mean for n in norms]) if tracked else None
-    variance = interleaved([n.running_var for n in norms]) if tracked else None
-    factors = [step(n) if tracked else 0.0 for n in norms]
-    y = F.batch_norm(
-        y,
-        mean,
-        variance,
-        interleaved([n.weight for n in norms]) if norm.affine else None,
-        interleaved([n.bias for n in norms]) if norm.affine else None,
-        True,
-        factors[0],
-        norm.eps,
-    )
-    if mean is not None and variance is not None:
-        for new, name in ((mean, "running_mean"), (variance, "running_var")):
-            for n, value in zip(norms, new.reshape(shape).unbind(1), strict=True):
-                getattr(n, name).copy_(value.flatten())
-    total: Tensor = reduce(torch.add, y.unflatten(1, shape).unbind(2))
-    return total.flatten(1, 2)
+    with torch.autocast(x.device.type, enabled=False):
+        wide = y if y.dtype == torch.float64 else y.float()
+        means = variances = None
+        if any(uses_batch(norm) for norm in norms):
+            wide, (mean, covariance) = pointwise_moments(wide, y.shape[1], y)
+            means, variances = by_branch(mean), by_branch(covariance)
+        count = y.numel() // y.shape[1]
+        like = wide.new_empty(len(norms), first.out_channels)
+        scale, shift = scale_and_shift(norms, means, variances, like, count)
+        own = torch.eye(shape[2], dtype=scale.dtype, device=scale.device).repeat(shape[0], 1)
+        adding = (scale.T[:, :, None] * own[:, None]).flatten(1)[..., None, None]
+        return F.conv2d(wide, adding, shift.sum(0), groups=first.groups).to(y.dtype)

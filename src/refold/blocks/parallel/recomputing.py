@@ -13,14 +13,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from refold.blocks.parallel.statistics import sum_over_batch
-
-_CHUNK_BYTES = 2_000_000
+from refold.blocks.parallel.statistics import add_gradient, images_at_a_time, sum_over_batch
 
 
 class Written(NamedTuple):
     """Batch statistics of what depthwise kernels write, and of the pixels in the middle of their windows."""
 
+    through: Tensor
+    """The input to go on with; its gradient must be new memory, since that of the statistics is added in place."""
     means: Tensor
     """`[branches, channels]`"""
     variances: Tensor
@@ -57,7 +57,7 @@ class _Written(torch.autograd.Function):
         pixel_mean = layer.pixels(total).sum((0, 2, 3)) / positions
         # Sums of products of what is written, centred, with each tap: the variances follow, and so do the gradients.
         products, squares = torch.zeros_like(kernels), torch.zeros_like(pixel_mean)
-        for images in x.split(_chunk(x)):
+        for images in x.split(images_at_a_time(x)):
             for kernel, mean, product in zip(kernels, means, products, strict=True):
                 product += layer.weight_gradient(layer.write(images, kernel, -mean), images, kernel)
             squares += (layer.pixels(images) - pixel_mean[:, None, None]).square_().sum((0, 2, 3))
@@ -65,13 +65,13 @@ class _Written(torch.autograd.Function):
         variances = (kernels * products).flatten(2).sum(-1)
         ctx.save_for_backward(kept, kernels, means, seen, products, pixel_mean)
         ctx.settings = (layer, positions)
-        return means, variances, pixel_mean, squares / positions
+        return x.view_as(x), means, variances, pixel_mean, squares / positions
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         kept, kernels, means, seen, products, pixel_mean = ctx.saved_tensors
         layer, positions = ctx.settings
-        of_means, of_variances, of_pixel_mean, of_pixel_variance = gradients
+        grad, of_means, of_variances, of_pixel_mean, of_pixel_variance = gradients
         shape = (*of_means.shape, 1, 1, 1)
         of_kernels = of_means.view(shape) * seen + 2 * of_variances.view(shape) * products
         if not ctx.needs_input_grad[0]:
@@ -80,19 +80,20 @@ class _Written(torch.autograd.Function):
         levels = of_means / positions - slopes * means
         pixel_level = of_pixel_mean / positions - pixel_slope * pixel_mean
         scaled = kernels * slopes.view(shape)
-        grad = torch.empty_like(kept, dtype=kernels.dtype)
-        with torch.autocast(kept.device.type, enabled=False):
-            for images, part in zip(kept.split(_chunk(kept)), grad.split(_chunk(kept)), strict=True):
-                images = images.to(kernels.dtype)
-                parts = [
-                    layer.input_gradient(layer.write(images, weight, level), images, kernel)
-                    for kernel, weight, level in zip(kernels, scaled, levels, strict=True)
-                ]
-                torch.add(parts[0], parts[1], out=part) if len(parts) > 1 else part.copy_(parts[0])
-                for other in parts[2:]:
-                    part += other
-                at_pixels = layer.pixels(images) * pixel_slope[:, None, None]
-                layer.pixels(part).add_(at_pixels.add_(pixel_level[:, None, None]))
+
+        def of_images(images: Tensor) -> Tensor:
+            total: Tensor
+            total, *others = (
+                layer.input_gradient(layer.write(images, weight, level), images, kernel)
+                for kernel, weight, level in zip(kernels, scaled, levels, strict=True)
+            )
+            for other in others:
+                total += other
+            at_pixels = layer.pixels(images) * pixel_slope[:, None, None]
+            layer.pixels(total).add_(at_pixels.add_(pixel_level[:, None, None]))
+            return total
+
+        grad = add_gradient(grad, kept, of_images)
         return grad, None, of_kernels, None, None
 
 
@@ -122,8 +123,3 @@ class _Layer(NamedTuple):
             of_output, x, kernel, None, self.stride, self.padding, [1, 1], False, [0, 0], x.shape[1], mask
         )
         return gradients
-
-
-def _chunk(x: Tensor) -> int:
-    """How many images are worked on at a time."""
-    return max(1, _CHUNK_BYTES // max(1, x[0].numel() * 4))

@@ -7,6 +7,7 @@ the map that is kept for the backward pass is the input itself.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
@@ -15,22 +16,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+_CHUNK_BYTES = 4_000_000
+
 Moments = tuple[Tensor, Tensor]
 """Mean `[groups, taps]` and covariance `[groups, taps, taps]` (divided by the number of positions)."""
 
 
-def pointwise_moments(x: Tensor, groups: int, kept: Tensor) -> Moments:
-    """The moments of the input channels of each group, as a 1x1 convolution sees them.
+def pointwise_moments(x: Tensor, groups: int, kept: Tensor) -> tuple[Tensor, Moments]:
+    """`x` to go on with, and the moments of the input channels of each group, as a 1x1 convolution sees them.
 
     `x` is `[batch, channels, height, width]` in float32 or float64, and not under autocast. Differentiable; of all that
-    is as large as the map it keeps `kept` alone: `x`, or the narrower tensor that `x` was cast from.
+    is as large as the map it keeps `kept` alone: `x`, or the narrower tensor that `x` was cast from. The gradient of
+    what is returned of `x` must be new memory, since the moments' own is added to it in place.
     """
-    moments: Moments = _PointwiseMoments.apply(x, groups, kept)
-    return moments
+    through, mean, covariance = _PointwiseMoments.apply(x, groups, kept)
+    return through, (mean, covariance)
 
 
-def neighbourhood_moments(x: Tensor, kept: Tensor) -> Moments:
-    """The moments of the nine zero-padded neighbours of each position, channel by channel.
+def neighbourhood_moments(x: Tensor, kept: Tensor) -> tuple[Tensor, Moments]:
+    """`x` to go on with, and the moments of the nine zero-padded neighbours of each position, channel by channel.
 
     This is what a depthwise 3x3 convolution with stride 1 and padding 1 sees: `groups` is the number of channels and
     the taps are in the order of its kernel. `x` and `kept` are as for `pointwise_moments`; the border of the map is
@@ -39,13 +43,25 @@ def neighbourhood_moments(x: Tensor, kept: Tensor) -> Moments:
     The nine by nine covariances are lags of the autocorrelation of the map; only products of two taps in the same row
     (column) of the kernel miss a row (column) at the border.
     """
-    lags, total, centre, rows, columns = _Lags.apply(x, kept)
-    return _from_lags(lags, total, centre, rows, columns, batch=x.shape[0])
+    through, lags, total, centre, rows, columns = _Lags.apply(x, kept)
+    return through, _from_lags(lags, total, centre, rows, columns, batch=x.shape[0])
+
+
+def add_gradient(grad: Tensor, kept: Tensor, of_images: Callable[[Tensor], Tensor]) -> Tensor:
+    """Add what `of_images` makes of some images of `kept` at a time, in the dtype of `grad`."""
+    with torch.autocast(kept.device.type, enabled=False):
+        if torch.compiler.is_compiling() or torch.is_grad_enabled():
+            # Neither a compiler nor second derivatives allow changes in place here.
+            return grad + of_images(kept.to(grad.dtype))
+        size = images_at_a_time(kept)
+        for images, part in zip(kept.split(size), grad.split(size), strict=True):
+            part += of_images(images.to(grad.dtype))
+    return grad
 
 
 class _PointwiseMoments(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, groups: int, kept: Tensor) -> Moments:
+    def forward(ctx: Any, x: Tensor, groups: int, kept: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         mean = x.mean((0, 2, 3))
         # Centred before it is squared: else a mean far larger than the deviation would eat all digits.
         centred = x - mean[:, None, None]
@@ -53,21 +69,25 @@ class _PointwiseMoments(torch.autograd.Function):
         mean = mean.reshape(groups, -1)
         ctx.save_for_backward(kept, mean)
         ctx.groups = groups
-        return mean, covariance
+        return x.view_as(x), mean, covariance
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, None, None]:
         kept, mean = ctx.saved_tensors
         if not ctx.needs_input_grad[0]:
             return None, None, None
-        grad_mean, grad_covariance = gradients
+        grad, grad_mean, grad_covariance = gradients
         positions = kept.shape[0] * kept.shape[2] * kept.shape[3]
         weight = (grad_covariance + grad_covariance.transpose(1, 2)) / positions
         bias = grad_mean / positions - (weight @ mean.unsqueeze(-1)).squeeze(-1)
-        kernel = weight.flatten(0, 1)[..., None, None]
-        with torch.autocast(kept.device.type, enabled=False):
-            grad = F.conv2d(kept.to(kernel.dtype), kernel, bias.flatten(), groups=ctx.groups)
-        return grad, None, None
+        kernel, level = weight.flatten(0, 1)[..., None, None], bias.flatten()
+
+        def of_images(images: Tensor) -> Tensor:
+            if ctx.groups == len(kernel):  # for which PyTorch has a slow convolution only
+                return torch.addcmul(level[:, None, None], images, kernel[:, 0])
+            return F.conv2d(images, kernel, level, groups=ctx.groups)
+
+        return add_gradient(grad, kept, of_images), None, None
 
 
 def _gram(x: Tensor, groups: int) -> Tensor:
@@ -89,35 +109,39 @@ class _Lags(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, kept: Tensor) -> tuple[Tensor, ...]:
         total = sum_over_batch(x)
         centre = total.mean((1, 2)) / x.shape[0]
-        centred, shifted = _shifted(x, centre)
-        # A lag product is the weight gradient of a depthwise convolution of the map with itself; two 3x3 kernels
-        # cover the 3x5 lags, since libraries have fast code for that size only.
-        left, right = (_weight_gradient(shifted[0], other) for other in shifted[1:])
-        lags = torch.cat([left[..., :2], right], -1)
-        rows = torch.stack([centred[:, :, 0], centred[:, :, -1]])
-        columns = torch.stack([centred[..., 0], centred[..., -1]])
+        canvas = _Canvas(x)
+        lags = x.new_zeros(x.shape[1], 3, 5)
+        for images in x.split(images_at_a_time(x)):
+            # A lag product is the weight gradient of a depthwise convolution of the map with itself; two 3x3 kernels
+            # cover the 3x5 lags, since libraries have fast code for that size only.
+            first, *others = canvas.shifted(images, centre)
+            left, right = (_weight_gradient(first, other) for other in others)
+            lags += torch.cat([left[..., :2], right], -1)
+        level = centre[:, None]
+        rows = torch.stack([x[:, :, 0] - level, x[:, :, -1] - level])
+        columns = torch.stack([x[..., 0] - level, x[..., -1] - level])
         ctx.save_for_backward(kept, centre)
         ctx.mark_non_differentiable(centre)
-        return lags, total, centre, rows, columns
+        return x.view_as(x), lags, total, centre, rows, columns
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, None]:
         kept, centre = ctx.saved_tensors
         if not ctx.needs_input_grad[0]:
             return None, None
-        grad_lags, grad_total, _, grad_rows, grad_columns = gradients
+        grad, grad_lags, grad_total, _, grad_rows, grad_columns = gradients
         half = F.pad(grad_lags, (0, 0, 2, 0))
         kernel = (half + half.flip(1, 2)).unsqueeze(1)
         flat = centre[:, None, None].expand_as(grad_total).unsqueeze(0)
         with torch.autocast(kept.device.type, enabled=False):
-            grad = F.conv2d(kept.to(kernel.dtype), kernel, padding=2, groups=len(kernel))
             level = F.conv2d(flat, kernel, padding=2, groups=len(kernel))
         # In the order of memory: adding tensors of unlike layouts takes many times as long.
-        image = grad_total - level[0]
-        if grad.is_contiguous(memory_format=torch.channels_last):
-            grad.permute(0, 2, 3, 1).add_(image.permute(1, 2, 0).contiguous())
-        else:
-            grad.add_(image)
+        image = torch.empty_like(kept[:1], dtype=kernel.dtype).copy_(grad_total - level)
+
+        def of_images(images: Tensor) -> Tensor:
+            return F.conv2d(images, kernel, padding=2, groups=len(kernel)).add_(image)
+
+        grad = add_gradient(grad, kept, of_images)
         grad[:, :, 0] += grad_rows[0]
         grad[:, :, -1] += grad_rows[1]
         grad[..., 0] += grad_columns[0]
@@ -132,24 +156,39 @@ def sum_over_batch(x: Tensor) -> Tensor:
     return x.sum(0)
 
 
-def _shifted(x: Tensor, centre: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
-    """The centred map, and it on a canvas of two more rows and columns of zeros: with its first pixel at row and column
-    (1, 1), (0, 2) and (0, 0).
+def images_at_a_time(x: Tensor) -> int:
+    """How many images are worked on at a time, so that maps in between stay in the cache."""
+    return max(1, _CHUNK_BYTES // max(1, x[0].numel() * 4))
 
-    All are views of one memory: what is a column behind one row is a column before the next. The channels come last in
-    it, in which layout depthwise kernels are several times faster on a CPU.
+
+class _Canvas:
+    """Memory for some centred images of `x`'s shape, each with two more rows and columns of zeros.
+
+    The channels come last in it, in which layout depthwise kernels are several times faster on a CPU.
     """
-    batch, channels, height, width = x.shape
-    shape = (batch, height + 2, width + 2, channels)
-    positions = batch * (height + 2) * (width + 2)
-    lead = width + 3
-    memory = x.new_zeros(lead + positions, channels)
-    canvases = [
-        memory[start : start + positions].view(shape).permute(0, 3, 1, 2) for start in (0, lead - 2, lead)
-    ]
-    centred = canvases[2][:, :, :height, :width]
-    torch.sub(x, centre[:, None, None], out=centred)
-    return centred, (canvases[0], canvases[1], canvases[2])
+
+    def __init__(self, x: Tensor) -> None:
+        self._images = min(x.shape[0], images_at_a_time(x))
+        _, channels, self._height, self._width = x.shape
+        self._lead = self._width + 3
+        self._memory = x.new_zeros(self._lead + self._positions(self._images), channels)
+
+    def _positions(self, images: int) -> int:
+        return images * (self._height + 2) * (self._width + 2)
+
+    def shifted(self, x: Tensor, centre: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The centred images with their first pixel at row and column (1, 1), (0, 2) and (0, 0).
+
+        All are views of one memory: what is a column behind one row is a column before the next.
+        """
+        shape = (x.shape[0], self._height + 2, self._width + 2, x.shape[1])
+        positions = self._positions(x.shape[0])
+        one, two, three = (
+            self._memory[start : start + positions].view(shape).permute(0, 3, 1, 2)
+            for start in (0, self._lead - 2, self._lead)
+        )
+        torch.sub(x, centre[:, None, None], out=three[:, :, : self._height, : self._width])
+        return one, two, three
 
 
 def _weight_gradient(output: Tensor, padded: Tensor) -> Tensor:
