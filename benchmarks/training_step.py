@@ -129,10 +129,16 @@ def single(model: nn.Module) -> nn.Module:
     return model
 
 
+def chosen(layer: ParallelBranches, x: Tensor) -> str:
+    """The form that the rule takes, of a dense layer that of its 1x1 branches."""
+    whole = bool(layer._spatial) and layer._fits_neighbourhood()
+    return layer._pick(x, "neighbourhood" if whole else "pointwise")
+
+
 def run_layers(batch: int, turns: int, contiguous: bool, only: str) -> None:
     """Print one row a layer: seconds and bytes of each form as ratios to the loop; one branch is the floor."""
     print(
-        "| layer | loop, ms | stacked | moments | chosen | one branch | bytes: moments | bytes: one branch |"
+        "| layer | looped, ms | stacked | moments | chosen | one branch | bytes: moments | bytes: one branch |"
     )
     print("|---|---|---|---|---|---|---|---|")
     for name, (layer, shape) in layers().items():
@@ -143,14 +149,9 @@ def run_layers(batch: int, turns: int, contiguous: bool, only: str) -> None:
         models: dict[str, nn.Module] = {form: with_form(layer, form) for form in FORMS}
         models["single"] = copy.deepcopy(layer.branches[0])
         result = compare(models, x, turns)
-        chosen = (
-            "moments"
-            if saved_bytes(with_form(layer, "auto"), x) < saved_bytes(models["looped"], x)
-            else "loop"
-        )
         print(
             f"| {name} | {result['looped'][0] * 1e3:.1f} | {result['stacked'][1]:.2f} | {result['moments'][1]:.2f} "
-            f"| {chosen} | {result['single'][1]:.2f} | {result['moments'][2]:.2f} | {result['single'][2]:.2f} |",
+            f"| {chosen(layer, x)} | {result['single'][1]:.2f} | {result['moments'][2]:.2f} | {result['single'][2]:.2f} |",
             flush=True,
         )
 
