@@ -149,9 +149,10 @@ def run_layers(batch: int, turns: int, contiguous: bool, only: str) -> None:
         models: dict[str, nn.Module] = {form: with_form(layer, form) for form in FORMS}
         models["single"] = copy.deepcopy(layer.branches[0])
         result = compare(models, x, turns)
+        looped, moments, one = (result[key] for key in ("looped", "moments", "single"))
         print(
-            f"| {name} | {result['looped'][0] * 1e3:.1f} | {result['stacked'][1]:.2f} | {result['moments'][1]:.2f} "
-            f"| {chosen(layer, x)} | {result['single'][1]:.2f} | {result['moments'][2]:.2f} | {result['single'][2]:.2f} |",
+            f"| {name} | {looped[0] * 1e3:.1f} | {result['stacked'][1]:.2f} | {moments[1]:.2f} "
+            f"| {chosen(layer, x)} | {one[1]:.2f} | {moments[2]:.2f} | {one[2]:.2f} |",
             flush=True,
         )
 
