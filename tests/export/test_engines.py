@@ -126,6 +126,14 @@ def test_openvino_counts_what_it_holds(tmp_path: Path) -> None:
     assert list(model.input(0).get_partial_shape()) == [1, 3, 16, 16]
 
 
+@pytest.mark.parametrize("engine", [*engines("onnxruntime"), *QUICK])
+def test_gelu_is_not_approximated(engine: str, tmp_path: Path) -> None:
+    network = nn.Sequential(nn.Conv2d(3, 3, 1), nn.GELU()).eval()
+    path = tmp_path / f"net{FORMATS[engine].suffix}"
+    report = refold.export(network, path, 3 * SMALL, engine=engine, dynamic_batch=False)
+    assert report.relative_difference < 1e-5
+
+
 @needs("mnn")
 def test_mnn_rounds_its_half_weights(tmp_path: Path) -> None:
     torch.manual_seed(0)

@@ -23,14 +23,27 @@ _TIME_LIMIT = 1800
 
 @contextmanager
 def as_onnx(
-    model: nn.Module, arguments: tuple[Tensor, ...], *, dynamic_batch: bool, half: bool = False
+    model: nn.Module,
+    arguments: tuple[Tensor, ...],
+    *,
+    dynamic_batch: bool,
+    half: bool = False,
+    opset_version: int | None = None,
 ) -> Iterator[Path]:
     """Write the model to a temporary ONNX file for the block; raises `InputError` where that fails."""
     from refold.export import onnxruntime
 
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "network.onnx"
-        onnxruntime.write(model, arguments, path, dynamic_batch=dynamic_batch, half=half, metadata={})
+        onnxruntime.write(
+            model,
+            arguments,
+            path,
+            dynamic_batch=dynamic_batch,
+            half=half,
+            metadata={},
+            opset_version=opset_version,
+        )
         yield path
 
 

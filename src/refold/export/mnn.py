@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 # MNN's own command line reports its use to a server and installs a package for that; the converter under it
 # does neither.
 _CONVERT = [sys.executable, "-c", "import sys, _tools; _tools.mnnconvert(sys.argv)"]
+# From 20 on GELU is an operator of its own, which MNN computes to four digits only; through erf, it has seven.
+_OPSET_WITHOUT_GELU = 18
 _NO_OPERATORS = {"Const", "ConvertTensor", "Input", "Reshape", "Squeeze", "Unsqueeze"}
 
 
@@ -46,7 +48,9 @@ def write(
     flag = json.dumps(dict(metadata) | {"precision": "float16" if half else "float32"})
     if half:
         model = _rounded_to_half(model)
-    with as_onnx(model, arguments, dynamic_batch=dynamic_batch) as onnx_file:
+    with as_onnx(
+        model, arguments, dynamic_batch=dynamic_batch, opset_version=_OPSET_WITHOUT_GELU
+    ) as onnx_file:
         command = [*_CONVERT, "-f", "ONNX", "--modelFile", str(onnx_file), "--MNNModel", str(path)]
         run_converter([*command, "--bizCode", flag, *(["--fp16"] if half else [])], "MNN", path)
     return []

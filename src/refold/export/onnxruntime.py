@@ -39,9 +39,11 @@ def write(
     dynamic_batch: bool,
     half: bool,
     metadata: Mapping[str, str],
+    opset_version: int | None = None,
 ) -> Sequence[str]:
     """Write one self-contained ONNX file; with ``dynamic_batch`` the first axis of every input is ``batch``.
 
+    ``opset_version`` is that of ONNX's operators, PyTorch's choice if not given.
     Raises `InputError` where the model cannot be converted.
     """
     if half:
@@ -61,6 +63,7 @@ def write(
                 input_names=names,
                 dynamic_shapes=shapes,
                 external_data=False,
+                opset_version=opset_version,
             )
         written = onnx.load(str(path))
         onnx.helper.set_model_props(written, dict(metadata))

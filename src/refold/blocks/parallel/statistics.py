@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+# What is worked on at a time: 4 MB was faster than 2 MB and than whole batches on a CPU with 1 MB of cache a core.
 _CHUNK_BYTES = 4_000_000
 
 Moments = tuple[Tensor, Tensor]
