@@ -147,6 +147,19 @@ def test_mnn_rounds_its_half_weights(tmp_path: Path) -> None:
     assert 0 < report.relative_difference < 1e-3, "cut off, 24 layers of positive weights lose 6e-3"
 
 
+@needs("ncnn")
+def test_ncnn_keeps_half_weights_that_are_nearly_subnormal(tmp_path: Path) -> None:
+    network = nn.Conv2d(64, 4, 1, bias=False)
+    with torch.no_grad():
+        network.weight.copy_(torch.rand(4, 64, 1, 1, generator=torch.Generator().manual_seed(0)) * 6e-5)
+    image, path = torch.rand(1, 64, 4, 4), tmp_path / "net.param"
+    refold.export(network, path, image, engine="ncnn", half=True, tolerance=100.0)
+    with torch.no_grad():
+        expected = network(image)
+    difference = get_engine("ncnn").open(path)(image)[0] - expected
+    assert difference.abs().max() < 0.3 * expected.abs().max(), "were they zero, it would be all of it"
+
+
 @pytest.mark.slow
 @needs("litert")
 def test_litert_takes_the_pixels_and_keeps_the_metadata_of_half_precision(tmp_path: Path) -> None:

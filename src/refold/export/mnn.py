@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import sys
 from collections import Counter
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 from refold.errors import InputError
 from refold.export import Contents
 from refold.export.converting import as_onnx, run_converter, silent_stdout
+from refold.export.preparing import rounded_to_half
 
 with silent_stdout():
     import MNN
@@ -47,22 +47,13 @@ def write(
     """
     flag = json.dumps(dict(metadata) | {"precision": "float16" if half else "float32"})
     if half:
-        model = _rounded_to_half(model)
+        model = rounded_to_half(model)
     with as_onnx(
         model, arguments, dynamic_batch=dynamic_batch, opset_version=_OPSET_WITHOUT_GELU
     ) as onnx_file:
         command = [*_CONVERT, "-f", "ONNX", "--modelFile", str(onnx_file), "--MNNModel", str(path)]
         run_converter([*command, "--bizCode", flag, *(["--fp16"] if half else [])], "MNN", path)
     return []
-
-
-def _rounded_to_half(model: nn.Module) -> nn.Module:
-    # MNN cuts the digits off, which makes every weight smaller and shrinks the output layer by layer.
-    model = copy.deepcopy(model)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.copy_(parameter.half())
-    return model
 
 
 def contents(path: Path) -> Contents:

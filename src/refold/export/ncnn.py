@@ -20,6 +20,7 @@ from refold.errors import InputError
 from refold.export import Contents
 from refold.export.converting import as_onnx, run_converter
 from refold.export.placing import read_beside, write_beside
+from refold.export.preparing import rounded_to_half
 
 if TYPE_CHECKING:
     from refold.export import Session
@@ -48,6 +49,8 @@ def write(
                 f"ncnn takes float32 inputs of two to four axes, batch first; one is {argument.dtype} of shape "
                 f"{tuple(argument.shape)}; export model.float(), with half=True for float16 weights."
             )
+    if half:
+        model = rounded_to_half(model, subnormal=False)
     single = tuple(argument[:1] for argument in arguments)
     shapes = ",".join(f"[{','.join(map(str, argument.shape))}]f32" for argument in single)
     with as_onnx(model, single, dynamic_batch=False) as onnx_file, TemporaryDirectory() as folder:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
@@ -57,6 +58,24 @@ class HalfInside(nn.Module):
     def forward(self, *arguments: Tensor) -> Any:
         """Call the network with its floating point arguments in float16."""
         return _cast(self.model(*_cast(arguments, torch.float16)), torch.float32)
+
+
+def rounded_to_half(model: nn.Module, *, subnormal: bool = True) -> nn.Module:
+    """A copy whose parameters are float16 numbers, in float32; without ``subnormal``, none of those below 6.1e-5.
+
+    For converters that cut digits off, which makes every weight smaller and shrinks the output layer by layer, or that
+    take subnormal numbers for zero: the nearest number that they keep is at most half as far away.
+    """
+    model = copy.deepcopy(model)
+    smallest = torch.finfo(torch.float16).smallest_normal
+    with torch.no_grad():
+        for parameter in model.parameters():
+            rounded = parameter.half().to(parameter.dtype)
+            if not subnormal:
+                nearest = (parameter / smallest).round() * smallest
+                rounded = torch.where(parameter.abs() < smallest, nearest, rounded)
+            parameter.copy_(rounded)
+    return model
 
 
 def _cast(value: Any, dtype: torch.dtype) -> Any:
