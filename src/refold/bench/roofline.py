@@ -18,7 +18,7 @@ from torch.utils.flop_counter import flop_registry
 from refold.bench.machine import Roof
 from refold.bench.results import Work
 
-_MATRIX_SIDES = (512, 1024, 1536)
+_MATRIX_SIDES = (256, 512, 1024)
 # Bytes of the buffer that is copied: from what the innermost caches hold to what none holds.
 _COPIED = tuple(2**exponent for exponent in range(16, 29, 2))
 
@@ -27,18 +27,24 @@ def measure_roof(seconds: float = 0.15) -> Roof:
     """Measure the peak rate of float32 matrix products and of copies, with the threads that PyTorch has now.
 
     Each of the candidates runs for about `seconds`, and the best call counts. Products are tried in PyTorch, in
-    NumPy and as a 1x1 convolution, because their libraries differ in which processors they know well.
+    NumPy and as 1x1 convolutions, because their libraries differ in which processors they know well: with weights in
+    the layout of oneDNN, which inference engines use too, convolutions were twice as fast as matrix products.
     """
     flops = 0.0
     for side in _MATRIX_SIDES:
         a, b = torch.randn(side, side), torch.randn(side, side)
         image, weight = a.reshape(1, side, side, 1), b.reshape(side, side, 1, 1)
-        for product in (
+        products: list[Callable[[], object]] = [
             partial(torch.mm, a, b),
             partial(np.matmul, a.numpy(), b.numpy()),
             partial(nn.functional.conv2d, image, weight),
-        ):
-            flops = max(flops, 2 * side**3 / _best(product, seconds))
+        ]
+        if torch.backends.mkldnn.is_available():
+            packed = torch.ops.aten.mkldnn_reorder_conv2d_weight(weight.to_mkldnn())
+            products.append(partial(nn.functional.conv2d, image.to_mkldnn(), packed))
+        with torch.inference_mode():
+            rate = 2 * side**3 / min(_best(product, seconds) for product in products)
+        flops = max(flops, rate)
     bandwidth = []
     for size in _COPIED:
         source, target = torch.ones(size // 4), torch.zeros(size // 4)
