@@ -3,6 +3,7 @@
 from typing import Any, NamedTuple
 
 import pytest
+import timm
 import torch
 from checking import (
     LARGEST,
@@ -17,7 +18,7 @@ from checking import (
     normal,
     trained,
 )
-from timm.layers import DropPath
+from timm.layers import BatchNormAct2d, DropPath
 from torch import Tensor, nn
 from torchvision.ops import StochasticDepth
 
@@ -337,3 +338,11 @@ def test_an_example_that_does_not_fit_is_one_sentence(example: Any) -> None:
     with pytest.raises(InputError, match="Parallel cannot run on the example input") as caught:
         refold.fold(model, example)
     assert "\n" not in str(caught.value)
+
+
+def test_a_network_with_norms_of_which_only_the_activation_is_left_can_be_printed() -> None:
+    plain = refold.fold(timm.create_model("mixnet_s").eval(), torch.randn(1, 3, 64, 64), prove=False)
+    left = [m for m in plain.modules() if isinstance(m, BatchNormAct2d)]
+    assert left
+    assert all(m.weight is None and m.act is not None for m in left)
+    assert repr(plain).count("BatchNormAct2d") == len(left)

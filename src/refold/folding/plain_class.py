@@ -97,7 +97,7 @@ def _restore(base: type[nn.Module], source: str, names: dict[str, Any], gone: tu
 
 
 def _drop_unused(module: nn.Module, graph: fx.Graph, kept: set[str]) -> set[str]:
-    """Delete what the graph does not use; the names of the direct parts that went."""
+    """Drop what the graph does not use; the names of the direct parts that went."""
     used = {str(node.target) for node in graph.nodes if node.op in ("call_module", "get_attr")}
     dropped: set[str] = set()
 
@@ -110,7 +110,11 @@ def _drop_unused(module: nn.Module, graph: fx.Graph, kept: set[str]) -> set[str]
             if child is not None and any(target.startswith(f"{path}.") for target in used):
                 prune(child, f"{path}.")
                 continue
-            delattr(parent, name)
+            if child is None:
+                # The name stays, without a tensor: PyTorch's own layers ask for it when they are printed.
+                setattr(parent, name, None)
+            else:
+                delattr(parent, name)
             if not prefix:
                 dropped.add(name)
 
