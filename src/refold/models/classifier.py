@@ -31,9 +31,9 @@ class ImageClassifier(nn.Module):
     num_classes)``, or pooled features ``(batch, head_hidden_size)`` where ``num_classes`` is 0.
 
     ``stages`` holds one ``nn.Sequential`` of blocks a resolution; ``feature_channels`` names the modules
-    whose outputs are the features at each of ``feature_strides``, with their channels. ``num_features`` is what
-    ``final_conv`` gives the head; without one, the head is ``pooled_head``. ``timm_names`` gives the
-    networks that timm has under another name.
+    whose outputs are the features at each of ``feature_strides``, with their channels. ``num_features`` is the
+    number of channels that the head reads, those of the last feature unless given; without ``head`` it is
+    ``pooled_head``. ``timm_names`` gives the networks that timm has under another name.
 
     Raises ``InputError`` where ``num_classes``, ``in_chans``, ``drop_rate`` or ``global_pool`` cannot be
     used.

@@ -169,10 +169,10 @@ class _Canvas:
     """
 
     def __init__(self, x: Tensor) -> None:
-        self._images = min(x.shape[0], images_at_a_time(x))
-        _, channels, self._height, self._width = x.shape
+        batch, channels, self._height, self._width = x.shape
         self._lead = self._width + 3
-        self._memory = x.new_zeros(self._lead + self._positions(self._images), channels)
+        positions = self._positions(min(batch, images_at_a_time(x)))
+        self._memory = x.new_zeros(self._lead + positions, channels)
 
     def _positions(self, images: int) -> int:
         return images * (self._height + 2) * (self._width + 2)
