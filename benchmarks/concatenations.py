@@ -24,7 +24,8 @@ from torch import fx, nn
 import refold
 from pages import put_table
 from refold import folding
-from refold.bench.objective import EngineStopwatch, Timing, fingerprint, fold_by_latency
+from refold.bench.objective import EngineStopwatch, fingerprint, fold_by_latency
+from refold.bench.timing import Timing
 from refold.files import write_text
 from refold.folding.rewrites import SINK, Alternative
 
@@ -51,16 +52,16 @@ class Remembering:
         self._stopwatch, self._path = stopwatch, path
         self._known: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
 
-    def __call__(self, networks: Sequence[nn.Module], example: torch.Tensor) -> Timing:
+    def __call__(self, networks: Sequence[nn.Module], example: torch.Tensor) -> tuple[Timing, ...]:
         text = "".join(fingerprint(network) for network in networks)
         key = sha256(f"{self._stopwatch.engine} {tuple(example.shape)} {text}".encode()).hexdigest()[:24]
         if key in self._known:
-            return Timing(tuple(tuple(samples) for samples in self._known[key]))
-        timing = self._stopwatch(networks, example)
+            return tuple(Timing(tuple(samples)) for samples in self._known[key])
+        timings = self._stopwatch(networks, example)
         if all(isinstance(network, fx.GraphModule) for network in networks):
-            self._known[key] = [[round(sample, 5) for sample in samples] for samples in timing.samples]
+            self._known[key] = [[round(sample, 5) for sample in timing.samples] for timing in timings]
             write_text(self._path, json.dumps(self._known))
-        return timing
+        return timings
 
 
 def choose(name: str, engine: str, memory: Path) -> dict[str, Any]:
@@ -121,13 +122,13 @@ def compare(
     if chosen is not None:
         forms["chosen"] = prepared(name, f"chosen for {engine}", folder, chosen["rewrites"])
     with EngineStopwatch(engine, rounds=rounds) as stopwatch:
-        timing = stopwatch(list(forms.values()), image_for(name))
+        timings = stopwatch(list(forms.values()), image_for(name))
     rows = {}
-    for index, (form, network) in enumerate(forms.items()):
+    for (form, network), timing in zip(forms.items(), timings, strict=True):
         report: Any = network.fold_report
         rows[form] = {
-            "milliseconds": timing.median(index),
-            "ratio": timing.ratio(index),
+            "milliseconds": timing.median,
+            "ratio": timing.ratio_to(timings[0]),
             "macs": report.after.macs,
             "concatenations": report.after.operators.get("concatenation", 0),
             "distance": report.proof.distance_float64,

@@ -5,7 +5,7 @@ import time
 import pytest
 import torch
 
-from refold.bench import Latency, measure_latency
+from refold.bench import Timing, measure_latency
 from refold.errors import InputError
 
 
@@ -29,13 +29,13 @@ def test_a_longer_call_takes_longer() -> None:
 
 
 def test_median_spread_and_paired_ratio() -> None:
-    calm, busy = Latency((1.0, 1.0, 1.0, 10.0)), Latency((2.0, 2.0, 2.0, 20.0))
+    calm, busy = Timing((1.0, 1.0, 1.0, 10.0)), Timing((2.0, 2.0, 2.0, 20.0))
     assert busy.ratio_to(calm) == 2
-    assert Latency((3.0, 1.0, 2.0)).median == 2
-    assert Latency(tuple(float(i) for i in range(11))).spread == (1.0, 9.0)
-    assert Latency((4.0,)).spread == (4.0, 4.0)
+    assert Timing((3.0, 1.0, 2.0)).median == 2
+    assert Timing(tuple(float(i) for i in range(11))).spread == (1.0, 9.0)
+    assert Timing((4.0,)).spread == (4.0, 4.0)
     with pytest.raises(InputError, match="one call of measure_latency"):
-        calm.ratio_to(Latency((1.0,)))
+        calm.ratio_to(Timing((1.0,)))
 
 
 @pytest.mark.parametrize("setting", [{"rounds": 0}, {"warm_up": -1}, {"threads": 0}])

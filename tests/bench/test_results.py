@@ -10,7 +10,7 @@ import pytest
 from fakes import a_benchmark, a_machine, configuration, row
 from rich.console import Console
 
-from refold.bench import Benchmark, Configuration, Latency
+from refold.bench import Benchmark, Configuration, Timing
 from refold.bench.results import parse_baseline, read_accuracies
 from refold.bench.tables import failures
 from refold.errors import InputError
@@ -19,8 +19,8 @@ PLAIN, TRAINING = configuration(), configuration(form="training")
 
 
 def test_quartiles() -> None:
-    assert Latency(tuple(float(i) for i in range(9))).quartiles == (2.0, 6.0)
-    assert Latency((4.0,)).quartiles == (4.0, 4.0)
+    assert Timing(tuple(float(i) for i in range(9))).quartiles == (2.0, 6.0)
+    assert Timing((4.0,)).quartiles == (4.0, 4.0)
 
 
 def test_figures_of_a_row() -> None:

@@ -3,7 +3,8 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from refold.bench.latency import Latency, measure_latency, torch_threads
+from refold.bench.latency import measure_latency, torch_threads
+from refold.bench.timing import Timing
 
 if TYPE_CHECKING:
     from refold.bench.results import Benchmark, Configuration, Measurement
@@ -13,8 +14,8 @@ __all__ = [
     "Benchmark",
     "BenchmarkInterrupted",
     "Configuration",
-    "Latency",
     "Measurement",
+    "Timing",
     "benchmark",
     "measure_latency",
     "torch_threads",

@@ -8,7 +8,6 @@ import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from statistics import median, quantiles
 from types import TracebackType
 from typing import Any, Literal, Protocol
 
@@ -17,6 +16,7 @@ from torch import Tensor, fx, nn
 
 from refold.bench.candidates import Candidate, CandidateFailed, WorkerProcess, interleave
 from refold.bench.subjects import engine_names
+from refold.bench.timing import Timing
 from refold.bench.worker import PYTORCH
 from refold.errors import InputError, first_line
 from refold.export import FORMATS, get_engine
@@ -34,39 +34,11 @@ _CHANNELS_LAST = (PYTORCH, "aotinductor")
 """The engines that take the memory layout of the network's weights."""
 
 
-@dataclass(frozen=True)
-class Timing:
-    """Milliseconds a call of several networks, in turns: one sample of each a round."""
-
-    samples: tuple[tuple[float, ...], ...]
-
-    def median(self, index: int) -> float:
-        """The median of one of them."""
-        return median(self.samples[index])
-
-    def ratio(self, index: int) -> float:
-        """The median over the rounds of what one of them takes, the first being 1."""
-        return median(self._ratios(index))
-
-    def pays(self, index: int, margin: float = _MARGIN) -> bool:
-        """Whether it is faster than the first by more than noise and `margin`."""
-        ratios = self._ratios(index)
-        if len(ratios) < 2:
-            return ratios[0] <= 1 - margin
-        first, _, third = quantiles(ratios, n=4)
-        # Of the median of as many normal numbers, whose middle half is this wide.
-        standard_error = 1.25 * (third - first) / 1.35 / math.sqrt(len(ratios))
-        return median(ratios) + 2 * standard_error <= 1 - margin
-
-    def _ratios(self, index: int) -> list[float]:
-        return [own / first for own, first in zip(self.samples[index], self.samples[0], strict=True)]
-
-
 class Stopwatch(Protocol):
     """Times networks side by side."""
 
-    def __call__(self, networks: Sequence[nn.Module], example: Tensor) -> Timing:
-        """Raises `CandidateFailed` where one of them cannot be written for the engine or run."""
+    def __call__(self, networks: Sequence[nn.Module], example: Tensor) -> tuple[Timing, ...]:
+        """One timing for each; raises `CandidateFailed` where one cannot be written for the engine or run."""
 
 
 class EngineStopwatch:
@@ -88,7 +60,7 @@ class EngineStopwatch:
         for worker in self._workers:
             worker.close()
 
-    def __call__(self, networks: Sequence[nn.Module], example: Tensor) -> Timing:
+    def __call__(self, networks: Sequence[nn.Module], example: Tensor) -> tuple[Timing, ...]:
         """Export the networks for inputs of the example's shape and let them take turns."""
         with tempfile.TemporaryDirectory(prefix="refold-latency-") as folder:
             files = []
@@ -107,7 +79,7 @@ class EngineStopwatch:
                 self._workers.clear()
                 raise
 
-    def _timed(self, workers: dict[int, Candidate], files: list[Path], example: Tensor) -> Timing:
+    def _timed(self, workers: dict[int, Candidate], files: list[Path], example: Tensor) -> tuple[Timing, ...]:
         shape, dtype = list(example.shape), str(example.dtype).removeprefix("torch.")
         for worker, path in zip(self._workers, files, strict=False):
             given = {"path": str(path), "threads": self.threads, "shape": shape, "dtype": dtype}
@@ -117,7 +89,7 @@ class EngineStopwatch:
         interleave(workers, rounds=self._rounds, warm_up=_WARM_UP, samples=samples, failures=failures)
         if failures:
             raise CandidateFailed(next(iter(failures.values())))
-        return Timing(tuple(tuple(samples[index]) for index in workers))
+        return tuple(Timing(tuple(samples[index])) for index in workers)
 
 
 @dataclass
@@ -127,7 +99,7 @@ class LatencyJudge:
     time: Stopwatch
     report: Progress = lambda text: None
     decisions: list[Decision] = field(default_factory=list)
-    _known: dict[str, Timing | str] = field(default_factory=dict)
+    _known: dict[str, tuple[Timing, ...] | str] = field(default_factory=dict)
     """What was measured, or why it was not, by what the parts compute."""
 
     def __call__(self, alternatives: Sequence[Alternative]) -> Alternative | None:
@@ -136,22 +108,22 @@ class LatencyJudge:
         self.report(f"{first.kind} in {first.path or 'the whole network'}: {first.change}")
         found: Alternative | None = None
         best = math.inf
-        timings = []
-        for alternative in alternatives:
-            timing = self._timing(alternative)
-            timings.append(timing)
-            if isinstance(timing, Timing) and timing.pays(1) and timing.ratio(1) < best:
-                found, best = alternative, timing.ratio(1)
-        for alternative, timing in zip(alternatives, timings, strict=True):
+        measured = [self._timings(alternative) for alternative in alternatives]
+        for alternative, timings in zip(alternatives, measured, strict=True):
+            if isinstance(timings, str):
+                continue
+            before, after = timings
+            if after.pays(before, _MARGIN) and after.ratio_to(before) < best:
+                found, best = alternative, after.ratio_to(before)
+        for alternative, timings in zip(alternatives, measured, strict=True):
             own = (alternative.path, alternative.kind, alternative.change)
-            if isinstance(timing, Timing):
-                figures = (timing.median(0), timing.median(1), timing.ratio(1))
-                self.decisions.append(Decision(*own, alternative is found, *figures))
+            if isinstance(timings, str):
+                self.decisions.append(Decision(*own, kept=False, note=timings))
             else:
-                self.decisions.append(Decision(*own, kept=False, note=timing))
+                self.decisions.append(Decision(*own, alternative is found, *_figures(*timings)))
         return found
 
-    def _timing(self, alternative: Alternative) -> Timing | str:
+    def _timings(self, alternative: Alternative) -> tuple[Timing, ...] | str:
         networks = [alternative.before(), alternative.after()]
         key = f"{alternative.shape} {alternative.dtype} {[fingerprint(network) for network in networks]}"
         if key not in self._known:
@@ -281,11 +253,15 @@ def _written(network: nn.Module, folder: Path, engine: str, example: Tensor) -> 
 
 def _whole(time: Stopwatch, networks: Sequence[nn.Module], image: Tensor, change: str) -> Decision:
     try:
-        timing = time(networks, image)
+        before, after = time(networks, image)
     except CandidateFailed as error:
         return Decision("", "whole network", change, kept=False, note=str(error))
-    figures = (timing.median(0), timing.median(1), timing.ratio(1))
-    return Decision("", "whole network", change, timing.ratio(1) < 1 and timing.pays(1, margin=0.0), *figures)
+    kept = after.ratio_to(before) < 1 and after.pays(before, margin=0.0)
+    return Decision("", "whole network", change, kept, *_figures(before, after))
+
+
+def _figures(before: Timing, after: Timing) -> tuple[float, float, float]:
+    return before.median, after.median, after.ratio_to(before)
 
 
 def _one_image(example_input: Any) -> Tensor:

@@ -7,11 +7,10 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import median
 from typing import Any
 
-from refold.bench.latency import Latency
 from refold.bench.machine import Machine
+from refold.bench.timing import Timing
 from refold.errors import InputError
 from refold.files import PathLike, write_text
 
@@ -68,11 +67,11 @@ class Measurement:
     error: str | None = None
 
     @property
-    def latency(self) -> Latency:
-        """The samples as a `Latency`; raises `InputError` where there are none."""
+    def latency(self) -> Timing:
+        """The samples as a `Timing`; raises `InputError` where there are none."""
         if not self.samples:
             raise InputError(f"{self.configuration} was not measured: {self.error or 'interrupted before'}.")
-        return Latency(self.samples)
+        return Timing(self.samples)
 
     @property
     def throughput(self) -> float:
@@ -185,7 +184,7 @@ class Benchmark:
             return None
         if reference.run == row.run and len(reference.samples) == len(row.samples):
             return Ratio(row.latency.ratio_to(reference.latency), paired=True)
-        return Ratio(median(row.samples) / median(reference.samples), paired=False)
+        return Ratio(row.latency.ratio_of_medians(reference.latency), paired=False)
 
     def merged(self, *others: Benchmark) -> Benchmark:
         """A new benchmark with the rows of all; of two rows for the same, the one of the later benchmark that has
