@@ -10,7 +10,7 @@ import pytest
 from fakes import a_benchmark, a_machine, configuration, row
 from rich.console import Console
 
-from refold.bench import Benchmark, Configuration, Timing
+from refold.bench import Benchmark, Configuration, Timing, save_benchmark, to_rich
 from refold.bench.results import parse_baseline, read_accuracies
 from refold.bench.tables import failures
 from refold.errors import InputError
@@ -83,7 +83,11 @@ def test_what_is_saved_is_what_is_loaded(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="cannot be read"):
         Benchmark.load(tmp_path / "no.json")
     with pytest.raises(InputError, match=r"ends in .json, .csv or .md"):
-        result.save(tmp_path / "result.txt")
+        save_benchmark(result, tmp_path / "result.txt")
+    with pytest.raises(InputError, match=r"does not end in .json; refold.bench.save_benchmark"):
+        result.save(tmp_path / "result.csv")
+    save_benchmark(result, tmp_path / "again.json")
+    assert Benchmark.load(tmp_path / "again.json") == result
 
 
 def test_merging_machines() -> None:
@@ -107,7 +111,7 @@ def test_merging_machines() -> None:
 
 
 def test_csv_holds_plain_numbers(tmp_path: Path) -> None:
-    a_benchmark().save(tmp_path / "result.csv")
+    save_benchmark(a_benchmark(), tmp_path / "result.csv")
     lines = list(csv.DictReader((tmp_path / "result.csv").read_text().splitlines()))
     assert len(lines) == 9
     plain = next(line for line in lines if line["model"] == "slow" and line["form"] == "plain")
@@ -122,14 +126,14 @@ def test_csv_holds_plain_numbers(tmp_path: Path) -> None:
 
 def test_markdown_and_terminal_say_the_same(tmp_path: Path) -> None:
     result = a_benchmark()
-    result.save(tmp_path / "result.md")
+    save_benchmark(result, tmp_path / "result.md")
     text = (tmp_path / "result.md").read_text()
     assert "| fast | plain | onnxruntime | 3.00 | 3.00 … 3.00 | 0.50 | 333.3 |" in text
     assert "| slow | training | pytorch | 36.00 |" in text
     assert "batch 1, threads 1, image 3x224x224, medians of 4 rounds" in text
     assert "a processor, x86_64, 2 cores, 8 GiB; Linux 6, Python 3.11.7; torch 2.15" in text
     console = Console(width=160, record=True, file=io.StringIO())
-    console.print(result)
+    console.print(to_rich(result))
     shown = console.export_text()
     for said in (
         "36.00",
@@ -144,7 +148,7 @@ def test_unpaired_ratios_are_marked(tmp_path: Path) -> None:
     result = Benchmark(
         {"a processor": a_machine()}, [row(TRAINING, [2.0]), row(PLAIN, [1.0], run="2")], "training"
     )
-    result.save(tmp_path / "result.md")
+    save_benchmark(result, tmp_path / "result.md")
     assert "0.50 *" in (tmp_path / "result.md").read_text()
     assert "* not measured in the same run" in (tmp_path / "result.md").read_text()
 

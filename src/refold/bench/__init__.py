@@ -9,6 +9,7 @@ from refold.bench.timing import Timing
 if TYPE_CHECKING:
     from refold.bench.results import Benchmark, Configuration, Measurement
     from refold.bench.runner import BenchmarkInterrupted, benchmark
+    from refold.bench.tables import save_benchmark, to_csv, to_markdown, to_rich
 
 __all__ = [
     "Benchmark",
@@ -18,6 +19,10 @@ __all__ = [
     "Timing",
     "benchmark",
     "measure_latency",
+    "save_benchmark",
+    "to_csv",
+    "to_markdown",
+    "to_rich",
     "torch_threads",
 ]
 
@@ -25,6 +30,7 @@ __all__ = [
 _HOME = {
     **dict.fromkeys(("Benchmark", "Configuration", "Measurement"), "refold.bench.results"),
     **dict.fromkeys(("BenchmarkInterrupted", "benchmark"), "refold.bench.runner"),
+    **dict.fromkeys(("save_benchmark", "to_csv", "to_markdown", "to_rich"), "refold.bench.tables"),
 }
 
 

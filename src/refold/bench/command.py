@@ -14,8 +14,9 @@ from torch import nn
 
 from refold.bench.page import write_page
 from refold.bench.plots import save_plots
-from refold.bench.results import Benchmark, check_suffix, parse_baseline, read_accuracies
+from refold.bench.results import Benchmark, parse_baseline, read_accuracies
 from refold.bench.runner import BenchmarkInterrupted, benchmark
+from refold.bench.tables import check_suffix, save_benchmark
 from refold.errors import InputError
 from refold.files import check_writable
 
@@ -70,7 +71,7 @@ def run(models: Mapping[str, nn.Module], settings: Settings, console: Console) -
         parse_baseline(settings.baseline, [row.configuration for row in result.rows])
         result.baseline = settings.baseline
     for path in settings.outputs:
-        result.save(path)
+        save_benchmark(result, path)
     if settings.html is not None:
         write_page(result, settings.html)
     if settings.plots is not None:

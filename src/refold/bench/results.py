@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import dataclasses
 import json
 from collections.abc import Iterable, Mapping
@@ -206,15 +207,15 @@ class Benchmark:
         return {"format": FORMAT, **dataclasses.asdict(self)}
 
     def save(self, path: PathLike) -> None:
-        """Write the benchmark; the suffix says how: .json (all of it, for `load`), .csv or .md (the table).
+        """Write all of the benchmark as .json, for `load`.
 
-        Raises `InputError` where the suffix is another or the file cannot be written.
+        Raises `InputError` where the name ends otherwise or the file cannot be written.
         """
-        from refold.bench.tables import to_csv, to_markdown
-
-        write = {".json": lambda b: json.dumps(b.to_dict(), indent=1), ".csv": to_csv, ".md": to_markdown}
-        suffix = check_suffix(path)
-        write_text(path, write[suffix](self))
+        if Path(path).suffix.lower() != ".json":
+            raise InputError(
+                f"'{path}' does not end in .json; refold.bench.save_benchmark writes .csv and .md as well."
+            )
+        write_text(path, json.dumps(self.to_dict(), indent=1))
 
     @classmethod
     def load(cls, path: PathLike) -> Benchmark:
@@ -236,19 +237,6 @@ class Benchmark:
                 f"'{path}' holds no benchmark of this version of refold ({error}); give a .json file that "
                 "refold bench wrote."
             ) from error
-
-    def __rich__(self) -> Any:
-        from refold.bench.tables import to_rich
-
-        return to_rich(self)
-
-
-def check_suffix(path: PathLike) -> str:
-    """The suffix of a file that `Benchmark.save` can write; raises `InputError` for any other."""
-    suffix = Path(path).suffix.lower()
-    if suffix not in (".json", ".csv", ".md"):
-        raise InputError(f"'{path}' ends in '{suffix}'; give a name that ends in .json, .csv or .md.")
-    return suffix
 
 
 def parse_baseline(text: str, configurations: Iterable[Configuration]) -> dict[str, str]:
@@ -277,8 +265,6 @@ def read_accuracies(path: PathLike) -> dict[str, float]:
 
     Raises `InputError` where the file has another content.
     """
-    import csv
-
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:

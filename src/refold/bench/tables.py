@@ -1,4 +1,4 @@
-"""A benchmark as a table: on the terminal, as CSV and as Markdown."""
+"""A benchmark as a table: on the terminal, as CSV and as Markdown, and its files."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import csv
 import io
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from rich.markup import escape
@@ -13,6 +14,8 @@ from rich.table import Table
 
 from refold.bench.machine import Machine
 from refold.bench.results import Benchmark, Measurement
+from refold.errors import InputError
+from refold.files import PathLike, write_text
 
 Value = str | float | int | None
 
@@ -214,6 +217,26 @@ def to_markdown(benchmark: Benchmark) -> str:
     lines += ["", *(f"- {describe(name, machine)}" for name, machine in benchmark.machines.items())]
     lines += [f"- not measured: {name}: {reason}" for name, reason in failures(benchmark)]
     return "\n".join(lines) + "\n"
+
+
+def check_suffix(path: PathLike) -> str:
+    """The suffix of a file that `save_benchmark` can write; raises `InputError` for any other."""
+    suffix = Path(path).suffix.lower()
+    if suffix not in (".json", ".csv", ".md"):
+        raise InputError(f"'{path}' ends in '{suffix}'; give a name that ends in .json, .csv or .md.")
+    return suffix
+
+
+def save_benchmark(benchmark: Benchmark, path: PathLike) -> None:
+    """Write a benchmark; the suffix says how: .json (all of it, for `Benchmark.load`), .csv or .md (the table).
+
+    Raises `InputError` where the suffix is another or the file cannot be written.
+    """
+    suffix = check_suffix(path)
+    if suffix == ".json":
+        benchmark.save(path)
+    else:
+        write_text(path, to_csv(benchmark) if suffix == ".csv" else to_markdown(benchmark))
 
 
 def _values(benchmark: Benchmark, column: Column) -> set[Value]:

@@ -210,6 +210,7 @@ def bench(
     """Measure models side by side: forms, engines, batch sizes and threads, taking turns."""
     from refold.bench.command import Settings, run
     from refold.bench.runner import BenchmarkInterrupted
+    from refold.bench.tables import to_rich
 
     models: dict[str, nn.Module] = {}
     for target in targets or ():
@@ -237,7 +238,7 @@ def bench(
     try:
         result = run(models, settings, Console(stderr=True) if as_json else console)
     except BenchmarkInterrupted as stopped:
-        console.print(stopped.result)
+        console.print(to_rich(stopped.result))
         kept = [str(path) for path in output or () if path.suffix.lower() == ".json"]
         advice = (
             f"{kept[0]} holds what was measured, --resume goes on" if kept else "no .json output was given"
@@ -247,4 +248,4 @@ def bench(
     if as_json:
         print(json.dumps(result.to_dict(), indent=1))
     else:
-        console.print(result)
+        console.print(to_rich(result))

@@ -81,7 +81,8 @@ def paper_command(
     find_exhibit(name)  # before what takes seconds to import
     from refold.bench.command import progress
     from refold.bench.papers import paper, save_paper_plots, to_csv, to_markdown
-    from refold.bench.results import check_suffix, read_accuracies
+    from refold.bench.results import read_accuracies
+    from refold.bench.tables import check_suffix
     from refold.files import check_writable
 
     for path in output or ():

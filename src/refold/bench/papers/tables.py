@@ -18,8 +18,7 @@ from refold.bench.breakdown import KINDS
 from refold.bench.papers.measuring import PaperTable, Setting
 from refold.bench.papers.published import ACCURACIES, SIZES, TIMES, Column, Row
 from refold.bench.papers.values import Value, deviation, published_ratio, quartiles, values
-from refold.bench.results import check_suffix
-from refold.bench.tables import describe, failures
+from refold.bench.tables import check_suffix, describe, failures
 from refold.files import PathLike, write_text
 
 FORMAT = "refold paper 1"
