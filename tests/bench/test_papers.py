@@ -19,14 +19,17 @@ from refold.bench.papers import (
     list_papers,
     paper,
     save_paper_plots,
+    save_paper_table,
     to_csv,
     to_markdown,
 )
-from refold.bench.papers.measuring import Setting, count_size
+from refold.bench.papers.measuring import count_size
 from refold.bench.papers.networks import GhostOperators, build
 from refold.bench.papers.published import SIZES, TIMES, Column, Exhibit, Form
+from refold.bench.papers.results import TimingSetup
 from refold.bench.results import Benchmark
 from refold.bench.subjects import FORMS
+from refold.bench.timing import Timing
 from refold.blocks import GhostModule
 from refold.cli import app
 from refold.errors import InputError
@@ -188,16 +191,16 @@ def a_table() -> PaperTable:
         for line in exhibit.rows
         for size in (1, 2)
     ]
-    settings = (Setting("onnxruntime", 1, 1), Setting("onnxruntime", 1, 2))
-    return PaperTable(exhibit, {}, Benchmark({"a processor": a_machine()}, rows), settings)
+    setups = (TimingSetup("onnxruntime", 1, 1), TimingSetup("onnxruntime", 1, 2))
+    return PaperTable(exhibit, {}, Benchmark({"a processor": a_machine()}, rows), setups)
 
 
 def test_a_difference_is_taken_round_by_round() -> None:
     table = a_table()
     concatenation, add, _ = table.exhibit.rows
-    assert table.samples(concatenation, table.settings[0]) == (2.0, 3.0)
-    assert table.ratio(concatenation, table.settings[1]) == 2.5
-    assert table.ratio(add, table.settings[0]) is None
+    assert table.timing(concatenation, table.setups[0]) == Timing((2.0, 3.0))
+    assert table.ratio(concatenation, table.setups[1]) == 2.5
+    assert table.ratio(add, table.setups[0]) is None
     text = to_markdown(table)
     assert "| Concatenation | training | 1 | 5.2 (2.00) | 2.50 (2.50) |" in text
     # Batches of 8 and 32 were not measured: what stands for them is shown once.
@@ -231,7 +234,7 @@ def test_sizes_without_latency(tmp_path: Path) -> None:
         "accuracy-against-cost.png",
         "accuracy-against-cost.svg",
     }
-    table.save(tmp_path / "t.json")
+    save_paper_table(table, tmp_path / "t.json")
     content = json.loads((tmp_path / "t.json").read_text())
     deviations = [value["deviation"] for value in content["values"] if value["deviation"] is not None]
     assert len(deviations) == 4

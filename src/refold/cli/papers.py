@@ -79,8 +79,8 @@ def paper_command(
         _print_list(list_papers(), as_json)
         return
     find_exhibit(name)  # before what takes seconds to import
+    from refold.bench import papers
     from refold.bench.command import progress
-    from refold.bench.papers import paper, save_paper_plots, to_csv, to_markdown
     from refold.bench.results import read_accuracies
     from refold.bench.tables import check_suffix
     from refold.files import check_writable
@@ -91,7 +91,7 @@ def paper_command(
     is_plain = as_json or as_csv or as_markdown
     try:
         with progress(Console(stderr=True) if is_plain else console) as on_progress:
-            table = paper(
+            table = papers.paper(
                 name,
                 latency=not no_latency,
                 engine=engine or "onnxruntime",
@@ -112,15 +112,15 @@ def paper_command(
         print(f"refold: stopped; {advice}.", file=sys.stderr)
         raise typer.Exit(130) from None
     for path in output or ():
-        table.save(path)
+        papers.save_paper_table(table, path)
     if plots is not None:
-        save_paper_plots(table, plots)
+        papers.save_paper_plots(table, plots)
     if as_json:
-        print(json.dumps(table.to_dict(), indent=1))
+        print(json.dumps(papers.to_dict(table), indent=1))
     elif is_plain:
-        print((to_csv if as_csv else to_markdown)(table), end="")
+        print((papers.to_csv if as_csv else papers.to_markdown)(table), end="")
     else:
-        console.print(table)
+        console.print(papers.to_rich(table))
 
 
 def _print_list(exhibits: list[Exhibit], as_json: bool) -> None:

@@ -7,8 +7,9 @@ from refold.bench.papers.published import Exhibit, find_exhibit, list_papers
 
 if TYPE_CHECKING:
     from refold.bench.papers.figures import save_paper_plots
-    from refold.bench.papers.measuring import PaperTable, paper
-    from refold.bench.papers.tables import to_csv, to_markdown
+    from refold.bench.papers.measuring import paper
+    from refold.bench.papers.results import PaperTable
+    from refold.bench.papers.tables import save_paper_table, to_csv, to_dict, to_markdown, to_rich
 
 __all__ = [
     "Exhibit",
@@ -17,15 +18,21 @@ __all__ = [
     "list_papers",
     "paper",
     "save_paper_plots",
+    "save_paper_table",
     "to_csv",
+    "to_dict",
     "to_markdown",
+    "to_rich",
 ]
 
 # Loaded when first used: a list of names needs none of what measures.
 _HOME = {
     "save_paper_plots": "refold.bench.papers.figures",
-    **dict.fromkeys(("PaperTable", "paper"), "refold.bench.papers.measuring"),
-    **dict.fromkeys(("to_csv", "to_markdown"), "refold.bench.papers.tables"),
+    "paper": "refold.bench.papers.measuring",
+    "PaperTable": "refold.bench.papers.results",
+    **dict.fromkeys(
+        ("save_paper_table", "to_csv", "to_dict", "to_markdown", "to_rich"), "refold.bench.papers.tables"
+    ),
 }
 
 

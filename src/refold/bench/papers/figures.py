@@ -9,7 +9,7 @@ import matplotlib
 
 from refold.bench.drawings import STYLE, new_figure, pareto_front
 from refold.bench.labels import label_points
-from refold.bench.papers.measuring import PaperTable
+from refold.bench.papers.results import PaperTable
 from refold.bench.plots import Plot, save_plots
 from refold.files import PathLike, make_folder
 

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 from torch import Tensor, nn
 
 from refold.bench.papers.networks import build
 from refold.bench.papers.published import TIMES, Exhibit, Row, find_exhibit
-from refold.bench.results import Benchmark, Measurement
+from refold.bench.papers.results import PaperTable, TimingSetup
+from refold.bench.results import Benchmark
 from refold.bench.runner import Progress, benchmark
 from refold.bench.subjects import PLAIN, SHORTCUT_FOLDED, TRAINING, engine_names
 from refold.checkpoints import example_input
@@ -22,86 +21,6 @@ from refold.folding import Cost, count, fold
 from refold.models import list_models
 
 _FOLDED_PIXELS = 64
-
-
-@dataclass(frozen=True)
-class Setting:
-    """How a time is measured here: the engine, its threads, and the images of a call."""
-
-    engine: str
-    threads: int
-    batch_size: int
-
-
-@dataclass(frozen=True)
-class PaperTable:
-    """A published table or figure with our side of it.
-
-    `sizes` has the cost of one image by form for each row that is a network, under its `model`. `benchmark` holds the
-    measured times (empty without), `settings` how they were measured. `accuracies` are those of networks trained here,
-    by network.
-    """
-
-    exhibit: Exhibit
-    sizes: Mapping[str, Mapping[str, Cost]]
-    benchmark: Benchmark = field(default_factory=Benchmark)
-    settings: tuple[Setting, ...] = ()
-    accuracies: Mapping[str, float] = field(default_factory=dict)
-
-    def measurement(self, row: Row, setting: Setting) -> Measurement | None:
-        """What was measured of a row, on the machine that was added last; None where nothing was."""
-        found = [
-            measured
-            for measured in self.benchmark.measured
-            if (key := measured.configuration).model == row.subject
-            and (key.form, key.engine, key.threads) == (row.timed, setting.engine, setting.threads)
-            and key.batch_size == setting.batch_size
-            and row.pixels in (None, key.input_size[-1])
-        ]
-        machines = list(self.benchmark.machines)
-        return max(found, key=lambda measured: machines.index(measured.machine), default=None)
-
-    def samples(self, row: Row, setting: Setting) -> tuple[float, ...]:
-        """Milliseconds a call, of a row with `minus` less that row's; empty where it was not measured."""
-        own = self.measurement(row, setting)
-        if own is None or row.minus is None:
-            return own.samples if own else ()
-        other = self.measurement(self.exhibit.row(row.minus), setting)
-        if other is None:
-            return ()
-        if other.run == own.run and len(other.samples) == len(own.samples):
-            return tuple(mine - its for mine, its in zip(own.samples, other.samples, strict=True))
-        return (median(own.samples) - median(other.samples),)
-
-    def ratio(self, row: Row, setting: Setting) -> float | None:
-        """The time of a row relative to that of the row it is compared with; None without one."""
-        if row.against is None:
-            return None
-        reference = self.exhibit.row(row.against)
-        own, its = self.measurement(row, setting), self.measurement(reference, setting)
-        if own is None or its is None:
-            return None
-        if row.minus is None and own.run == its.run and len(own.samples) == len(its.samples):
-            return own.latency.ratio_to(its.latency)
-        mine, other = self.samples(row, setting), self.samples(reference, setting)
-        return median(mine) / median(other) if mine and other and median(other) > 0 else None
-
-    def to_dict(self) -> dict[str, Any]:
-        """The same as plain JSON-able values."""
-        from refold.bench.papers.tables import to_dict
-
-        return to_dict(self)
-
-    def save(self, path: PathLike) -> None:
-        """Write the table; the suffix says how: .json, .csv or .md. Raises `InputError` for another."""
-        from refold.bench.papers.tables import save
-
-        save(self, path)
-
-    def __rich__(self) -> Any:
-        from refold.bench.papers.tables import to_rich
-
-        return to_rich(self)
 
 
 def paper(
@@ -157,8 +76,8 @@ def paper(
         time_limit=time_limit,
         on_progress=lambda text, share: report(text, 0.1 + 0.9 * share),
     )
-    settings = [Setting(e, t, b) for b in batch_sizes for t in threads for e in engine_names(engine)]
-    return PaperTable(exhibit, sizes, measured, tuple(settings), accuracies or {})
+    setups = [TimingSetup(e, t, b) for b in batch_sizes for t in threads for e in engine_names(engine)]
+    return PaperTable(exhibit, sizes, measured, tuple(setups), accuracies or {})
 
 
 def _times(exhibit: Exhibit, *, output: PathLike | None, **arguments: Any) -> Benchmark:

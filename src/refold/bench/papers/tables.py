@@ -6,7 +6,6 @@ import csv
 import io
 import json
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -15,9 +14,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from refold.bench.breakdown import KINDS
-from refold.bench.papers.measuring import PaperTable, Setting
 from refold.bench.papers.published import ACCURACIES, SIZES, TIMES, Column, Row
-from refold.bench.papers.values import Value, deviation, published_ratio, quartiles, values
+from refold.bench.papers.results import PaperTable, TimingSetup
+from refold.bench.papers.values import Value, deviation, published_ratio, values
 from refold.bench.tables import check_suffix, describe, failures
 from refold.files import PathLike, write_text
 
@@ -108,7 +107,7 @@ def _time_grid(table: PaperTable) -> Grid:
     exhibit = table.exhibit
     columns = exhibit.columns_of(*TIMES)
     devices = list(dict.fromkeys((column.on, column.quantity, column.unit) for _, column in columns))
-    runs = list(dict.fromkeys((setting.engine, setting.threads) for setting in table.settings))
+    runs = list(dict.fromkeys((setup.engine, setup.threads) for setup in table.setups))
     batches = list(dict.fromkeys(column.batch_size for _, column in columns))
     several = len({threads for _, threads in runs}) > 1
     is_rate = any(column.quantity == "throughput" for _, column in columns)
@@ -138,7 +137,7 @@ def _time_grid(table: PaperTable) -> Grid:
 
 
 def _used_batch(table: PaperTable, batch: int) -> int:
-    return max((s.batch_size for s in table.settings if s.batch_size <= batch), default=batch)
+    return max((s.batch_size for s in table.setups if s.batch_size <= batch), default=batch)
 
 
 def _printed_time(table: PaperTable, row: Row, place: int | None) -> str:
@@ -151,15 +150,15 @@ def _printed_time(table: PaperTable, row: Row, place: int | None) -> str:
 def _here(table: PaperTable, row: Row, batch: int, runs: list[tuple[str, int]], is_rate: bool) -> list[str]:
     cells: list[str] = []
     for engine, threads in runs:
-        setting = Setting(engine, threads, batch)
-        samples = table.samples(row, setting)
-        if not samples:
+        setup = TimingSetup(engine, threads, batch)
+        timing = table.timing(row, setup)
+        if timing is None:
             cells += [""] * (1 + is_rate)
             continue
-        ratio = table.ratio(row, setting)
-        cells.append(f"{median(samples):.2f}" + ("" if ratio is None else f" ({ratio:.2f})"))
+        ratio = table.ratio(row, setup)
+        cells.append(f"{timing.median:.2f}" + ("" if ratio is None else f" ({ratio:.2f})"))
         if is_rate:
-            rate = 1000 * batch / median(samples)
+            rate = 1000 * batch / timing.median
             cells.append(f"{rate:.1f}" + ("" if ratio is None else f" ({1 / ratio:.2f})"))
     return cells
 
@@ -167,16 +166,16 @@ def _here(table: PaperTable, row: Row, batch: int, runs: list[tuple[str, int]], 
 def _operator_grid(table: PaperTable) -> Grid:
     found = []
     for row in table.exhibit.rows:
-        for setting in table.settings:
-            measured = table.measurement(row, setting)
+        for setup in table.setups:
+            measured = table.measurement(row, setup)
             if measured is not None and measured.breakdown:
-                found.append((row, setting, measured.breakdown))
+                found.append((row, setup, measured.breakdown))
     kinds = [kind for kind in KINDS if any(times.get(kind) for *_, times in found)]
     rows = []
-    for row, setting, times in found:
+    for row, setup, times in found:
         total = sum(times.values())
         shares = [f"{times.get(kind, 0.0) / total:.1%}" for kind in kinds]
-        rows.append([row.model, setting.engine, str(setting.batch_size), f"{total:.2f}", *shares])
+        rows.append([row.model, setup.engine, str(setup.batch_size), f"{total:.2f}", *shares])
     return Grid(
         "Share of the time in operators, from the engine's own profile",
         ["model", "engine", "batch", "ms", *kinds],
@@ -205,7 +204,7 @@ def remarks(table: PaperTable) -> list[str]:
     lines += [f"{row.model}: {row.note}" for row in exhibit.rows if row.note]
     if foreign := [row.model for row in exhibit.rows if not row.note and _is_other(table, row)]:
         lines.append(f"as timm or torchvision has them and by our counting: {', '.join(foreign)}")
-    if table.settings:
+    if table.setups:
         lines.append(_spread(table))
         lines += [describe(name, machine) for name, machine in table.benchmark.machines.items()]
     lines += [f"not measured: {name}: {reason}" for name, reason in failures(table.benchmark)]
@@ -225,12 +224,12 @@ def _is_other(table: PaperTable, row: Row) -> bool:
 def _spread(table: PaperTable) -> str:
     widths, rounds = [], set()
     for row in table.exhibit.rows:
-        for setting in table.settings:
-            samples = table.samples(row, setting)
-            if len(samples) > 1:
-                first, third = quartiles(samples)
-                widths.append((third - first) / abs(median(samples)))
-                rounds.add(len(samples))
+        for setup in table.setups:
+            timing = table.timing(row, setup)
+            if timing is not None and len(timing.samples) > 1:
+                first, third = timing.quartiles
+                widths.append((third - first) / abs(timing.median))
+                rounds.add(len(timing.samples))
     if not widths:
         return ""
     return (
@@ -283,13 +282,13 @@ def to_dict(table: PaperTable) -> dict[str, Any]:
         "title": exhibit.title,
         "settings": exhibit.settings,
         "values": [asdict(value) for value in values(table)],
-        "benchmark": table.benchmark.to_dict() if table.settings else None,
+        "benchmark": table.benchmark.to_dict() if table.setups else None,
     }
 
 
-def save(table: PaperTable, path: PathLike) -> None:
+def save_paper_table(table: PaperTable, path: PathLike) -> None:
     """Write the table by its file's suffix: .json, .csv or .md. Raises `InputError` for another."""
-    suffix = check_suffix(Path(path))
+    suffix = check_suffix(path)
     if suffix == ".json":
         write_text(path, json.dumps(to_dict(table), indent=1))
     else:

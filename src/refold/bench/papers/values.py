@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from statistics import median, quantiles
 from typing import Any
 
-from refold.bench.papers.measuring import PaperTable, Setting
 from refold.bench.papers.published import ACCURACIES, SIZES, TIMES, Column, Row
+from refold.bench.papers.results import PaperTable, TimingSetup
 
 
 @dataclass(frozen=True)
@@ -54,8 +53,8 @@ def values(table: PaperTable) -> list[Value]:
             elif text:
                 ratio = published_ratio(table, row, place)
                 found.append(_value(row, column, row.timed, published=text, published_ratio=ratio))
-        for setting in table.settings:
-            found += _time_values(table, row, setting)
+        for setup in table.setups:
+            found += _time_values(table, row, setup)
     return found
 
 
@@ -91,30 +90,22 @@ def _size_values(table: PaperTable, row: Row, column: Column, text: str) -> Iter
         )
 
 
-def _time_values(table: PaperTable, row: Row, setting: Setting) -> Iterator[Value]:
-    samples = table.samples(row, setting)
-    if not samples:
+def _time_values(table: PaperTable, row: Row, setup: TimingSetup) -> Iterator[Value]:
+    timing = table.timing(row, setup)
+    if timing is None:
         return
-    first, third = quartiles(samples)
-    column = Column("latency", "ms", on="here", batch_size=setting.batch_size)
+    first, third = timing.quartiles
+    column = Column("latency", "ms", on="here", batch_size=setup.batch_size)
     yield _value(
         row,
         column,
         row.timed,
-        **asdict(setting),
-        here=median(samples),
+        **asdict(setup),
+        here=timing.median,
         first_quartile=first,
         third_quartile=third,
-        ratio=table.ratio(row, setting),
+        ratio=table.ratio(row, setup),
     )
-
-
-def quartiles(samples: tuple[float, ...]) -> tuple[float, float]:
-    """Between which the middle half of the samples lies."""
-    if len(samples) < 2:
-        return samples[0], samples[0]
-    first, _, third = quantiles(samples, n=4, method="inclusive")
-    return first, third
 
 
 def deviation(column: Column, text: str, count: float) -> float:
