@@ -15,8 +15,9 @@ from refold import cli
 from refold.bench import Benchmark, BenchmarkInterrupted, subjects
 from refold.bench import runner as runner_module
 from refold.bench.candidates import CandidateFailed
-from refold.bench.subjects import PRECISIONS, Files, Subject
+from refold.bench.subjects import Files, Subject
 from refold.errors import InputError
+from refold.export.request import PRECISIONS
 
 
 def small_net() -> nn.Module:

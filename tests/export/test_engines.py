@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import refold
 from refold.errors import InputError
 from refold.export import FORMATS, ExportReport, get_engine, installed_engines
+from refold.export import engines as engines_module
 from refold.folding import count
 
 IMAGE = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(1))
@@ -206,16 +207,10 @@ def test_ncnn_says_what_it_cannot(tmp_path: Path) -> None:
 
 
 def test_an_engine_that_is_not_installed_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(refold_export(), "find_spec", lambda name: None)
+    monkeypatch.setattr(engines_module, "find_spec", lambda name: None)
     assert installed_engines() == []
     with pytest.raises(InputError, match=r"ncnn and pnnx is not installed.*pip install 'refold\[ncnn\]'"):
         get_engine("ncnn")
-
-
-def refold_export() -> Any:
-    import sys
-
-    return sys.modules["refold.export"]
 
 
 def test_what_a_converter_says_is_passed_on(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import refold
 from refold.errors import InputError, NotEquivalent
-from refold.export import Contents, ExportReport, checked, get_engine
+from refold.export import Contents, ExportReport, Request, checked, get_engine
 from refold.folding import count
 
 IMAGE = torch.randn(1, 3, 48, 48, generator=torch.Generator().manual_seed(1))
@@ -112,9 +112,9 @@ class OtherEngine:
     def __init__(self, error: float) -> None:
         self.error = error
 
-    def write(self, model: nn.Module, arguments: Any, path: Path, **options: Any) -> list[str]:
-        path.write_text("something")
-        path.with_suffix(".more").write_text("something beside it")
+    def write(self, model: nn.Module, request: Request) -> list[str]:
+        request.path.write_text("something")
+        request.path.with_suffix(".more").write_text("something beside it")
         self.model = model
         return ["a note"]
 

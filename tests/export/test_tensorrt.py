@@ -24,7 +24,7 @@ from torch import nn
 
 import refold
 from refold.errors import InputError
-from refold.export import checked
+from refold.export import checked, engines
 
 IMAGE = torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(1))
 
@@ -184,10 +184,6 @@ def card(monkeypatch: pytest.MonkeyPatch) -> list[Config]:
     sys.modules.pop("refold.export.tensorrt")
 
 
-def export_module_of() -> Any:
-    return sys.modules["refold.export"]  # the name in the package is the function
-
-
 def network() -> nn.Module:
     torch.manual_seed(0)
     layers = [nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
@@ -232,6 +228,6 @@ def test_without_a_card_it_says_how_to_build_elsewhere(
 
 
 def test_without_tensorrt_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(export_module_of(), "find_spec", lambda name: None)
+    monkeypatch.setattr(engines, "find_spec", lambda name: None)
     with pytest.raises(InputError, match=r"pip install 'refold\[tensorrt\]' \(it needs an NVIDIA card"):
-        export_module_of().get_engine("tensorrt")
+        engines.get_engine("tensorrt")

@@ -19,7 +19,7 @@ from refold.bench.subjects import engine_names
 from refold.bench.timing import Timing
 from refold.bench.worker import PYTORCH
 from refold.errors import InputError, first_line
-from refold.export import FORMATS, get_engine
+from refold.export import FORMATS, Request, get_engine
 from refold.folding import Decision
 from refold.folding import fold as fold_without_measuring
 from refold.folding.rewrites import Alternative
@@ -245,7 +245,7 @@ def _written(network: nn.Module, folder: Path, engine: str, example: Tensor) -> 
         if engine == PYTORCH:
             torch.save(network, path)
         else:
-            get_engine(engine).write(network, (example,), path, dynamic_batch=False, half=False, metadata={})
+            get_engine(engine).write(network, Request((example,), path))
     except Exception as error:  # converters and pickle raise what they like; the part is left as it was
         raise CandidateFailed(f"it cannot be written for {engine}: {first_line(error)}") from error
     return path

@@ -13,6 +13,8 @@ from typing import Any
 from refold.bench.machine import Machine
 from refold.bench.timing import Timing
 from refold.errors import InputError
+from refold.export import Precision
+from refold.export.request import FLOAT32
 from refold.files import PathLike, write_text
 
 FORMAT = "refold benchmark 1"
@@ -28,10 +30,10 @@ class Configuration:
     batch_size: int
     threads: int
     input_size: tuple[int, ...]
-    precision: str = "float32"
+    precision: Precision = FLOAT32
 
     def __str__(self) -> str:
-        precision = "" if self.precision == "float32" else f", {self.precision}"
+        precision = "" if self.precision == FLOAT32 else f", {self.precision}"
         return f"{self.model}, {self.form}, {self.engine}{precision}, batch {self.batch_size}, threads {self.threads}"
 
 

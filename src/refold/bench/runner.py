@@ -18,18 +18,11 @@ from refold.bench.candidates import CandidateFailed, WorkerProcess, interleave, 
 from refold.bench.machine import Roof, this_machine
 from refold.bench.results import Benchmark, Configuration, Measurement, parse_baseline
 from refold.bench.roofline import least_work
-from refold.bench.subjects import (
-    FLOAT32,
-    PRECISIONS,
-    TRAINING,
-    Files,
-    Forms,
-    Subject,
-    engine_names,
-    subjects_of,
-)
+from refold.bench.subjects import TRAINING, Files, Forms, Subject, engine_names, subjects_of
 from refold.bench.worker import PYTORCH
 from refold.errors import InputError, RefoldError, first_line
+from refold.export import Precision
+from refold.export.request import FLOAT32, precision_named
 from refold.files import PathLike, check_writable
 
 # Called with what happens now, and the share of the work that is done.
@@ -94,9 +87,7 @@ def benchmark(
     for name, values in (("batch_sizes", batch_sizes), ("threads", threads)):
         if not values or min(values) < 1:
             raise InputError(f"{name} is {list(values)}; give one or more numbers from 1 on.")
-    unknown = next((precision for precision in precisions if precision not in PRECISIONS), None)
-    if unknown is not None or not precisions:
-        raise InputError(f"There is no precision '{unknown or ''}'; choose among: {', '.join(PRECISIONS)}.")
+    wanted = tuple(precision_named(name) for name in precisions or [""])  # none is as wrong as an unknown one
     if output is not None and Path(output).suffix.lower() != ".json":
         raise InputError(f"The results are kept in a .json file as the run goes, not in '{output}'.")
     if output is not None:
@@ -107,7 +98,7 @@ def benchmark(
         )
     subjects = subjects_of(models, forms)
     size = None if input_size is None else tuple(input_size)
-    plan = _Plan(subjects, engine_names(engine), tuple(precisions), tuple(batch_sizes), tuple(threads), size)
+    plan = _Plan(subjects, engine_names(engine), wanted, tuple(batch_sizes), tuple(threads), size)
     result = (
         Benchmark.load(output) if resume and output is not None and Path(output).exists() else Benchmark()
     )
@@ -140,7 +131,7 @@ def benchmark(
 class _Plan:
     subjects: list[Subject]
     engines: list[str]
-    precisions: tuple[str, ...]
+    precisions: tuple[Precision, ...]
     batch_sizes: tuple[int, ...]
     threads: tuple[int, ...]
     input_size: tuple[int, ...] | None

@@ -17,16 +17,16 @@ from refold.bench.candidates import CandidateFailed
 from refold.bench.worker import PYTORCH
 from refold.checkpoints import example_input
 from refold.errors import InputError, RefoldError, first_line
-from refold.export import FORMATS, export, installed_engines
-from refold.export.preparing import HalfInside
+from refold.export import FORMATS, Precision, Request, installed_engines
+from refold.export.checked import export_checked
+from refold.export.preparing import in_precision
+from refold.export.request import FLOAT32
 from refold.folding import Cost, count, fold
 from refold.models import create_model
 
 TRAINING, PLAIN, SHORTCUT_FOLDED = "training", "plain", "shortcut-folded"
 FORMS = (TRAINING, PLAIN, SHORTCUT_FOLDED)
 DEFAULT_FORMS = (TRAINING, PLAIN)
-FLOAT32, FLOAT16 = "float32", "float16"
-PRECISIONS = (FLOAT32, FLOAT16)
 # Of all models, or of each by its name.
 Forms = Sequence[str] | Mapping[str, Sequence[str]] | None
 
@@ -151,7 +151,7 @@ class Files:
         self._folder.cleanup()
 
     def path(
-        self, subject: Subject, form: str, engine: str, images: Tensor, precision: str = FLOAT32
+        self, subject: Subject, form: str, engine: str, images: Tensor, precision: Precision = FLOAT32
     ) -> Path:
         """The file of a model for an engine; raises `CandidateFailed` where it cannot be made, every time."""
         # PyTorch takes any batch; the engines get the one they are measured with, as they would be deployed.
@@ -172,17 +172,16 @@ class Files:
 
 
 def write_for_engine(
-    model: nn.Module, folder: Path, engine: str, images: Tensor, precision: str = FLOAT32
+    model: nn.Module, folder: Path, engine: str, images: Tensor, precision: Precision = FLOAT32
 ) -> Path:
     """The file, in `folder`, of an eval-mode model for an engine; raises `CandidateFailed` where it cannot be made."""
-    half = precision == FLOAT16
     try:
         if engine == PYTORCH:
             path = folder / "net.pt"
-            torch.save(HalfInside(copy.deepcopy(model)).eval() if half else model, path)
+            torch.save(in_precision(model, precision), path)
             return path
         path = folder / f"net{FORMATS[engine].suffix}"
-        export(model, path, images, engine=engine, dynamic_batch=False, half=half, fold=False)
+        export_checked(model, Request((images,), path, precision=precision), engine=engine, folding=False)
         return path
     except Exception as error:  # converters and pickle raise what they like; the rest of the run goes on
         raise CandidateFailed(f"it cannot be written for {engine}: {first_line(error)}") from error

@@ -2,35 +2,23 @@
 
 from __future__ import annotations
 
-import copy
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from refold.errors import InputError, first_line
-from refold.export import Contents
 from refold.export.comparing import tensors_in
 from refold.export.converting import quiet
-from refold.export.preparing import HalfInside, with_batch_axis
+from refold.export.engines import Contents, Session
+from refold.export.preparing import in_precision, with_batch_axis
+from refold.export.request import Request
 
-if TYPE_CHECKING:
-    from refold.export import Session
 
-
-def write(
-    model: nn.Module,
-    arguments: tuple[Tensor, ...],
-    path: Path,
-    *,
-    dynamic_batch: bool,
-    half: bool,
-    metadata: Mapping[str, str],
-) -> Sequence[str]:
+def write(model: nn.Module, request: Request) -> Sequence[str]:
     """Write one package of compiled code and weights for this machine's processor.
 
     Raises `InputError` where there is no C++ compiler or the model cannot be exported or compiled.
@@ -40,18 +28,15 @@ def write(
         raise InputError(
             f"AOTInductor needs a C++ compiler and finds no '{compiler}'; install one, or set CXX."
         )
-    if half:
-        model = HalfInside(copy.deepcopy(model))
-    shapes = None
-    if dynamic_batch:
-        arguments, shapes = with_batch_axis(model, arguments)
+    model = in_precision(model, request.precision)
+    inputs, shapes = with_batch_axis(model, request)
     try:
         with quiet(), torch.no_grad():
-            program = torch.export.export(model, arguments, dynamic_shapes=shapes)
+            program = torch.export.export(model, inputs, dynamic_shapes=shapes)
             torch._inductor.aoti_compile_and_package(
                 program,
-                package_path=str(path),
-                inductor_configs={"aot_inductor.metadata": dict(metadata)},
+                package_path=str(request.path),
+                inductor_configs={"aot_inductor.metadata": dict(request.metadata)},
             )
     except Exception as error:
         raise InputError(f"AOTInductor cannot compile the model: {first_line(error)}.") from error

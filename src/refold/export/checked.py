@@ -4,22 +4,20 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from dataclasses import replace
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from refold.errors import NotEquivalent
-from refold.export import FORMATS, CannotRun, ExportReport, get_engine
 from refold.export.comparing import Case, compare, make_cases, spread_of
+from refold.export.engines import FORMATS, CannotRun, get_engine
 from refold.export.placing import check_destination, files_of, placed_together
 from refold.export.preparing import choose_normalization, describe, known_preprocessing, prepare
+from refold.export.report import ExportReport
+from refold.export.request import FLOAT16, Normalization, Precision, Request
 from refold.export.running import run_apart, start
-from refold.files import PathLike
 from refold.folding import fold
-
-if TYPE_CHECKING:
-    from refold.export import Normalization
 
 # Parts of the outputs' spread.
 _TOLERANCE = {torch.float16: 5e-2, torch.bfloat16: 1e-1, torch.float32: 1e-3, torch.float64: 1e-9}
@@ -27,52 +25,47 @@ _TOLERANCE = {torch.float16: 5e-2, torch.bfloat16: 1e-1, torch.float32: 1e-3, to
 
 def export_checked(
     model: nn.Module,
-    path: PathLike,
-    arguments: tuple[Tensor, ...],
+    request: Request,
     *,
     engine: str,
-    dynamic_batch: bool,
-    half: bool,
-    normalize: bool | Normalization,
-    softmax: bool,
-    class_names: Sequence[str] | None,
-    folding: bool,
-    tolerance: float | None,
+    normalize: bool | Normalization = False,
+    softmax: bool = False,
+    class_names: Sequence[str] | None = None,
+    folding: bool = True,
+    tolerance: float | None = None,
 ) -> ExportReport:
-    """Do what `refold.export` promises."""
+    """Do what `refold.export` promises; the metadata are put together here."""
     backend = get_engine(engine)
     start()
     kind = FORMATS[engine]
-    check_destination(path, kind)
+    check_destination(request.path, kind)
     preprocessing = known_preprocessing(model)
     if class_names is None:
         class_names = getattr(getattr(model, "card", None), "class_names", None)
     normalization = choose_normalization(normalize, preprocessing)
     # In another layout than this one, converters write transpositions into the file, or files that are wrong.
-    arguments = tuple(argument.detach().cpu().contiguous() for argument in arguments)
+    inputs = tuple(tensor.detach().cpu().contiguous() for tensor in request.inputs)
     form = "plain" if folding or hasattr(model, "fold_report") else "training"
     if folding and not hasattr(model, "fold_report"):
         device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-        model = fold(model, tuple(argument.to(device) for argument in arguments))
+        model = fold(model, tuple(tensor.to(device) for tensor in inputs))
     metadata = describe(model, preprocessing, class_names, normalization, softmax=softmax, form=form)
     # The user's module keeps its mode and device.
-    model = prepare(copy.deepcopy(model).cpu().eval(), arguments, normalization, softmax=softmax)
-    cases = make_cases(model, arguments, dynamic_batch=dynamic_batch)
-    allowed = _default_tolerance(cases, half) if tolerance is None else tolerance
-    with placed_together(path, kind) as aside:
-        notes = list(
-            backend.write(model, arguments, aside, dynamic_batch=dynamic_batch, half=half, metadata=metadata)
-        )
+    model = prepare(copy.deepcopy(model).cpu().eval(), inputs, normalization, softmax=softmax)
+    cases = make_cases(model, inputs, dynamic_batch=request.dynamic_batch)
+    allowed = _default_tolerance(cases, request.precision) if tolerance is None else tolerance
+    with placed_together(request.path, kind) as aside:
+        notes = list(backend.write(model, replace(request, inputs=inputs, path=aside, metadata=metadata)))
         contents = backend.contents(aside)
         try:
             trials = compare(run_apart(engine, aside, [case.arguments for case in cases]), cases)
         except CannotRun as error:
             trials, notes = [], [*notes, str(error)]
         report = ExportReport(
-            path=str(path),
+            path=str(request.path),
             engine=engine,
             form=form,
-            half=half,
+            precision=request.precision,
             bytes=sum(file.stat().st_size for file in files_of(aside)),
             contents=contents,
             trials=trials,
@@ -82,15 +75,15 @@ def export_checked(
         )
         if report.checked and not report.relative_difference <= allowed:  # NaN is a difference too
             raise NotEquivalent(
-                f"The export to '{path}' was discarded: {kind.title} differs from PyTorch by "
+                f"The export to '{request.path}' was discarded: {kind.title} differs from PyTorch by "
                 f"{report.relative_difference:.3g} of the outputs' spread, {allowed:.3g} is allowed.",
                 report,
             )
     return report
 
 
-def _default_tolerance(cases: list[Case], half: bool) -> float:
+def _default_tolerance(cases: list[Case], precision: Precision) -> float:
     dtypes = {tensor.dtype for case in cases for tensor in case.expected}
-    if half:
+    if precision == FLOAT16:
         dtypes.add(torch.float16)
     return max((_TOLERANCE.get(dtype, 1e-3) for dtype in dtypes), default=1e-3)

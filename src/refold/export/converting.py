@@ -1,4 +1,4 @@
-"""What the engines' converters have in common: an ONNX file to start from, own processes, short errors."""
+"""What the engines' converters have in common: own processes, silence, short errors."""
 
 from __future__ import annotations
 
@@ -7,44 +7,15 @@ import logging
 import os
 import signal
 import subprocess
-import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 
-from torch import Tensor, nn
-
 from refold.errors import InputError
 
 # Long enough for the largest network on a slow machine; a converter that takes longer hangs.
 _TIME_LIMIT = 1800
-
-
-@contextmanager
-def as_onnx(
-    model: nn.Module,
-    arguments: tuple[Tensor, ...],
-    *,
-    dynamic_batch: bool,
-    half: bool = False,
-    opset_version: int | None = None,
-) -> Iterator[Path]:
-    """Write the model to a temporary ONNX file for the block; raises `InputError` where that fails."""
-    from refold.export import onnxruntime
-
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "network.onnx"
-        onnxruntime.write(
-            model,
-            arguments,
-            path,
-            dynamic_batch=dynamic_batch,
-            half=half,
-            metadata={},
-            opset_version=opset_version,
-        )
-        yield path
 
 
 def run_converter(command: Sequence[str], title: str, written: Path) -> None:

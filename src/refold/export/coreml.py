@@ -4,61 +4,49 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from refold.errors import InputError, first_line
-from refold.export import CannotRun, Contents
 from refold.export.converting import muted
+from refold.export.engines import CannotRun, Contents, Session
 from refold.export.preparing import with_batch_axis
+from refold.export.request import FLOAT16, Request
 
 with muted():
     import coremltools
-
-if TYPE_CHECKING:
-    from refold.export import Session
 
 _NO_OPERATORS = {"const", "cast", "reshape"}
 # The range of a free axis is part of the package.
 LARGEST_BATCH = 32
 
 
-def write(
-    model: nn.Module,
-    arguments: tuple[Tensor, ...],
-    path: Path,
-    *,
-    dynamic_batch: bool,
-    half: bool,
-    metadata: Mapping[str, str],
-) -> Sequence[str]:
+def write(model: nn.Module, request: Request) -> Sequence[str]:
     """Write one package for iOS 16, macOS 13 and newer; raises `InputError` where it cannot be converted."""
-    shapes = None
-    if dynamic_batch:
-        largest = max(LARGEST_BATCH, *(len(argument) + 2 for argument in arguments if argument.dim()))
-        arguments, shapes = with_batch_axis(model, arguments, most=largest)
+    largest = max([LARGEST_BATCH, *(len(tensor) + 2 for tensor in request.inputs if tensor.dim())])
+    inputs, shapes = with_batch_axis(model, request, most=largest)
     precision = coremltools.precision
     try:
         with muted():
-            program = torch.export.export(model, arguments, dynamic_shapes=shapes).run_decompositions({})
+            program = torch.export.export(model, inputs, dynamic_shapes=shapes).run_decompositions({})
             package = coremltools.convert(
                 program,
                 minimum_deployment_target=coremltools.target.iOS16,
-                compute_precision=precision.FLOAT16 if half else precision.FLOAT32,
+                compute_precision=precision.FLOAT16 if request.precision == FLOAT16 else precision.FLOAT32,
                 skip_model_load=True,
             )
-            package.user_defined_metadata.update(metadata)
-            package.save(str(path))
+            package.user_defined_metadata.update(request.metadata)
+            package.save(str(request.path))
     except OSError:
         raise
     except Exception as error:
-        hint = "; a fixed batch size (dynamic_batch=False) may help" if dynamic_batch else ""
+        hint = "; a fixed batch size (dynamic_batch=False) may help" if request.dynamic_batch else ""
         raise InputError(f"coremltools cannot convert the model: {first_line(error)}{hint}.") from error
-    return [f"Batches of up to {largest} images are allowed."] if dynamic_batch else []
+    return [f"Batches of up to {largest} images are allowed."] if request.dynamic_batch else []
 
 
 def contents(path: Path) -> Contents:

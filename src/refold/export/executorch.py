@@ -2,61 +2,47 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from refold.errors import InputError, first_line
-from refold.export import Contents
 from refold.export.comparing import tensors_in
 from refold.export.converting import quiet
-from refold.export.preparing import HalfInside, with_batch_axis
-
-if TYPE_CHECKING:
-    from refold.export import Session
+from refold.export.engines import Contents, Session
+from refold.export.preparing import in_precision, with_batch_axis
+from refold.export.request import Request
 
 # Memory is planned ahead for the largest batch.
 LARGEST_BATCH = 32
 
 
-def write(
-    model: nn.Module,
-    arguments: tuple[Tensor, ...],
-    path: Path,
-    *,
-    dynamic_batch: bool,
-    half: bool,
-    metadata: Mapping[str, str],
-) -> Sequence[str]:
+def write(model: nn.Module, request: Request) -> Sequence[str]:
     """Write one program; every entry of the metadata is a method that returns it.
 
     Raises `InputError` where the model cannot be lowered.
     """
-    if half:
-        model = HalfInside(copy.deepcopy(model))
-    shapes = None
-    if dynamic_batch:
-        largest = max(LARGEST_BATCH, *(len(argument) + 2 for argument in arguments if argument.dim()))
-        arguments, shapes = with_batch_axis(model, arguments, most=largest)
+    model = in_precision(model, request.precision)
+    largest = max([LARGEST_BATCH, *(len(tensor) + 2 for tensor in request.inputs if tensor.dim())])
+    inputs, shapes = with_batch_axis(model, request, most=largest)
     try:
         with quiet(), torch.no_grad():
             from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
             from executorch.exir import to_edge_transform_and_lower
 
-            program = torch.export.export(model, arguments, dynamic_shapes=shapes)
+            program = torch.export.export(model, inputs, dynamic_shapes=shapes)
             lowered = to_edge_transform_and_lower(
-                program, partitioner=[XnnpackPartitioner()], constant_methods=dict(metadata)
+                program, partitioner=[XnnpackPartitioner()], constant_methods=dict(request.metadata)
             ).to_executorch()
-        path.write_bytes(lowered.buffer)
+        request.path.write_bytes(lowered.buffer)
     except OSError:
         raise
     except Exception as error:
         raise InputError(f"ExecuTorch cannot lower the model: {first_line(error)}.") from error
-    return [f"Batches of up to {largest} images fit the planned memory."] if dynamic_batch else []
+    return [f"Batches of up to {largest} images fit the planned memory."] if request.dynamic_batch else []
 
 
 def contents(path: Path) -> Contents:

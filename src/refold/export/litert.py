@@ -6,7 +6,7 @@ import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import flatbuffers
 import torch
@@ -15,12 +15,10 @@ from ai_edge_litert.interpreter import Interpreter
 from torch import Tensor, nn
 
 from refold.errors import InputError, first_line
-from refold.export import Contents
 from refold.export.converting import muted
+from refold.export.engines import Contents, Session
+from refold.export.request import FLOAT16, Request
 from refold.export.resizing import resizes_as_choices
-
-if TYPE_CHECKING:
-    from refold.export import Session
 
 _ENTRY = "refold"
 _NO_OPERATORS = {"RESHAPE", "TRANSPOSE"}
@@ -37,30 +35,23 @@ _FLOAT16_WEIGHTS = {
 }
 
 
-def write(
-    model: nn.Module,
-    arguments: tuple[Tensor, ...],
-    path: Path,
-    *,
-    dynamic_batch: bool,
-    half: bool,
-    metadata: Mapping[str, str],
-) -> Sequence[str]:
+def write(model: nn.Module, request: Request) -> Sequence[str]:
     """Write one LiteRT file, the metadata in an entry of its own.
 
     Raises `InputError` where the model cannot be converted.
     """
-    if dynamic_batch:
-        arguments = tuple(argument[:1] if argument.dim() else argument for argument in arguments)
+    half, path, inputs = request.precision == FLOAT16, request.path, request.inputs
+    if request.dynamic_batch:
+        inputs = tuple(tensor[:1] if tensor.dim() else tensor for tensor in inputs)
     try:
         with muted():
             import litert_torch
 
             # Its own nearest-neighbour resize has half-pixel centres, PyTorch's has not.
-            model = resizes_as_choices(model, arguments)
-            litert_torch.convert(model, arguments).export(str(path))
+            model = resizes_as_choices(model, inputs)
+            litert_torch.convert(model, inputs).export(str(path))
             # The quantizer puts the weights behind the flatbuffer, where packing it anew would lose them.
-            _add_metadata(path, metadata)
+            _add_metadata(path, request.metadata)
             if half:
                 _halve_weights(path)
     except OSError:
@@ -68,7 +59,7 @@ def write(
     except Exception as error:
         raise InputError(f"LiteRT cannot convert the model: {first_line(error)}.") from error
     notes = ["The weights are float16; LiteRT computes in float32 on this processor."] if half else []
-    if dynamic_batch:
+    if request.dynamic_batch:
         notes.append("The file takes one image a call; a batch is run image by image.")
     return notes
 

@@ -5,24 +5,23 @@ from __future__ import annotations
 import json
 import sys
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from refold.errors import InputError
-from refold.export import Contents
-from refold.export.converting import as_onnx, run_converter, silent_stdout
+from refold.export.converting import run_converter, silent_stdout
+from refold.export.engines import Contents, Session
+from refold.export.onnx_file import as_onnx
 from refold.export.preparing import rounded_to_half
+from refold.export.request import FLOAT16, Request
 
 with silent_stdout():
     import MNN
-
-if TYPE_CHECKING:
-    from refold.export import Session
 
 # MNN's own command line reports its use to a server and installs a package for that; the converter under it
 # does neither.
@@ -32,25 +31,16 @@ _OPSET_WITHOUT_GELU = 18
 _NO_OPERATORS = {"Const", "ConvertTensor", "Input", "Reshape", "Squeeze", "Unsqueeze"}
 
 
-def write(
-    model: nn.Module,
-    arguments: tuple[Tensor, ...],
-    path: Path,
-    *,
-    dynamic_batch: bool,
-    half: bool,
-    metadata: Mapping[str, str],
-) -> Sequence[str]:
+def write(model: nn.Module, request: Request) -> Sequence[str]:
     """Write one MNN file; the metadata is its ``bizCode``, the text that the format has room for.
 
     Raises `InputError` where the model cannot be converted.
     """
-    flag = json.dumps(dict(metadata) | {"precision": "float16" if half else "float32"})
+    half, path = request.precision == FLOAT16, request.path
+    flag = json.dumps(dict(request.metadata) | {"precision": request.precision})
     if half:
         model = rounded_to_half(model)
-    with as_onnx(
-        model, arguments, dynamic_batch=dynamic_batch, opset_version=_OPSET_WITHOUT_GELU
-    ) as onnx_file:
+    with as_onnx(model, request, opset_version=_OPSET_WITHOUT_GELU) as onnx_file:
         command = [*_CONVERT, "-f", "ONNX", "--modelFile", str(onnx_file), "--MNNModel", str(path)]
         run_converter([*command, "--bizCode", flag, *(["--fp16"] if half else [])], "MNN", path)
     return []
@@ -84,7 +74,7 @@ def read_metadata(path: Path) -> dict[str, str]:
 
 def open(path: Path, *, threads: int | None = None) -> Session:
     """Load a file in MNN, with ``threads`` threads if given; raises `InputError` where MNN cannot."""
-    half = read_metadata(path).get("precision") == "float16"
+    half = read_metadata(path).get("precision") == FLOAT16
     settings: dict[str, Any] = {"backend": "CPU", "precision": "low" if half else "high"}
     if threads is not None:
         settings["numThread"] = threads

@@ -5,11 +5,12 @@ from __future__ import annotations
 import re
 import sys
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import ncnn
 import numpy
@@ -17,33 +18,25 @@ import torch
 from torch import Tensor, nn
 
 from refold.errors import InputError
-from refold.export import Contents
-from refold.export.converting import as_onnx, run_converter
+from refold.export.converting import run_converter
+from refold.export.engines import Contents, Session
+from refold.export.onnx_file import as_onnx
 from refold.export.placing import read_beside, write_beside
 from refold.export.preparing import rounded_to_half
-
-if TYPE_CHECKING:
-    from refold.export import Session
+from refold.export.request import FLOAT16, Request
 
 _NO_OPERATORS = {"Input", "MemoryData", "Noop", "Reshape", "Split"}
 # Stands before the weights of a layer that are float16; as a weight it would be 3e-38.
 _HALF = 0x01306B47
 
 
-def write(
-    model: nn.Module,
-    arguments: tuple[Tensor, ...],
-    path: Path,
-    *,
-    dynamic_batch: bool,
-    half: bool,
-    metadata: Mapping[str, str],
-) -> Sequence[str]:
-    """Write ``path``, and beside it the weights and the metadata, for which the format has no room.
+def write(model: nn.Module, request: Request) -> Sequence[str]:
+    """Write the layers, and beside it the weights and the metadata, for which the format has no room.
 
     Raises `InputError` where an input is not float32 with a batch axis or the model cannot be converted.
     """
-    for argument in arguments:
+    half, path = request.precision == FLOAT16, request.path
+    for argument in request.inputs:
         if argument.dtype != torch.float32 or not 1 < argument.dim() < 5:
             raise InputError(
                 f"ncnn takes float32 inputs of two to four axes, batch first; one is {argument.dtype} of shape "
@@ -51,9 +44,10 @@ def write(
             )
     if half:
         model = rounded_to_half(model, subnormal=False)
-    single = tuple(argument[:1] for argument in arguments)
+    single = tuple(argument[:1] for argument in request.inputs)
     shapes = ",".join(f"[{','.join(map(str, argument.shape))}]f32" for argument in single)
-    with as_onnx(model, single, dynamic_batch=False) as onnx_file, TemporaryDirectory() as folder:
+    one_image = replace(request, inputs=single, dynamic_batch=False)
+    with as_onnx(model, one_image) as onnx_file, TemporaryDirectory() as folder:
         unused = {
             name: Path(folder) / name for name in ("pnnxparam", "pnnxbin", "pnnxpy", "pnnxonnx", "ncnnpy")
         }
@@ -73,7 +67,7 @@ def write(
     unknown = [kind for kind in _layers(path) if "." in kind or "::" in kind]
     if unknown:
         raise InputError(f"ncnn has no layer for {', '.join(sorted(set(unknown)))}; choose another engine.")
-    write_beside(path, metadata)
+    write_beside(path, request.metadata)
     return ["An ncnn file takes one image a call; a batch is run image by image."]
 
 

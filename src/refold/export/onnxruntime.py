@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import copy
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import onnx
 import onnxruntime
@@ -15,12 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from refold.errors import InputError, first_line
-from refold.export import Contents
-from refold.export.converting import quiet
-from refold.export.preparing import HalfInside, with_batch_axis
-
-if TYPE_CHECKING:
-    from refold.export import Session
+from refold.export.engines import Contents, Session
+from refold.export.onnx_file import write_onnx
+from refold.export.request import Request
 
 _FLOATING = {
     onnx.TensorProto.FLOAT,
@@ -31,51 +27,12 @@ _FLOATING = {
 _RELABELLING = {"Constant", "Flatten", "Identity", "Reshape", "Squeeze", "Unsqueeze"}
 
 
-def write(
-    model: nn.Module,
-    arguments: tuple[Tensor, ...],
-    path: Path,
-    *,
-    dynamic_batch: bool,
-    half: bool,
-    metadata: Mapping[str, str],
-    opset_version: int | None = None,
-) -> Sequence[str]:
-    """Write one self-contained ONNX file; with ``dynamic_batch`` the first axis of every input is ``batch``.
+def write(model: nn.Module, request: Request) -> Sequence[str]:
+    """Write one self-contained ONNX file; with a dynamic batch the first axis of every input is ``batch``.
 
-    ``opset_version`` is that of ONNX's operators, PyTorch's choice if not given.
     Raises `InputError` where the model cannot be converted.
     """
-    if half:
-        model = HalfInside(copy.deepcopy(model))
-    shapes: tuple[Any, ...] | None = None
-    if dynamic_batch:
-        arguments, shapes = with_batch_axis(model, arguments)
-    names = ["image"] if len(arguments) == 1 else [f"input_{index}" for index in range(len(arguments))]
-    try:
-        with quiet():
-            torch.onnx.export(
-                model,
-                arguments,
-                path,
-                dynamo=True,
-                verbose=False,
-                input_names=names,
-                dynamic_shapes=shapes,
-                external_data=False,
-                opset_version=opset_version,
-            )
-        written = onnx.load(str(path))
-        onnx.helper.set_model_props(written, dict(metadata))
-        onnx.checker.check_model(written, full_check=True)
-        onnx.save(written, str(path))
-    except OSError:
-        raise
-    except Exception as error:
-        hint = "; a fixed batch size (dynamic_batch=False) may help" if dynamic_batch else ""
-        raise InputError(
-            f"{type(model).__name__} cannot be converted to ONNX: {first_line(error)}{hint}."
-        ) from error
+    write_onnx(model, request)
     return []
 
 

@@ -3,43 +3,33 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import openvino
 import torch
 from torch import Tensor, nn
 
 from refold.errors import InputError, first_line
-from refold.export import Contents
-from refold.export.converting import as_onnx
-
-if TYPE_CHECKING:
-    from refold.export import Session
+from refold.export.engines import Contents, Session
+from refold.export.onnx_file import as_onnx
+from refold.export.request import FLOAT16, Request
 
 _NO_OPERATORS = {"Constant", "Convert", "Parameter", "Reshape", "Result", "Squeeze", "Unsqueeze"}
 _SECTION = "refold"
 
 
-def write(
-    model: nn.Module,
-    arguments: tuple[Tensor, ...],
-    path: Path,
-    *,
-    dynamic_batch: bool,
-    half: bool,
-    metadata: Mapping[str, str],
-) -> Sequence[str]:
-    """Write ``path`` and the weights beside it; raises `InputError` where the model cannot be converted."""
-    with as_onnx(model, arguments, dynamic_batch=dynamic_batch) as onnx_file:
+def write(model: nn.Module, request: Request) -> Sequence[str]:
+    """Write the graph and the weights beside it; raises `InputError` where the model cannot be converted."""
+    with as_onnx(model, request) as onnx_file:
         try:
             converted = openvino.convert_model(onnx_file)
-            for key, value in metadata.items():
+            for key, value in request.metadata.items():
                 converted.set_rt_info(value, [_SECTION, key])
-            converted.set_rt_info("float16" if half else "float32", [_SECTION, "precision"])
-            openvino.save_model(converted, path, compress_to_fp16=half)
+            converted.set_rt_info(request.precision, [_SECTION, "precision"])
+            openvino.save_model(converted, request.path, compress_to_fp16=request.precision == FLOAT16)
         except Exception as error:
             raise InputError(f"OpenVINO cannot convert the model: {first_line(error)}.") from error
     return []
@@ -118,4 +108,4 @@ def _has_half(core: Any) -> bool:
 
 def _wants_half(model: Any) -> bool:
     key = [_SECTION, "precision"]
-    return bool(model.has_rt_info(key)) and model.get_rt_info(key).value == "float16"
+    return bool(model.has_rt_info(key)) and model.get_rt_info(key).value == FLOAT16

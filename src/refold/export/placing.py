@@ -8,13 +8,10 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from refold.errors import InputError
+from refold.export.engines import Format
 from refold.files import PathLike, check_writable
-
-if TYPE_CHECKING:
-    from refold.export import Format
 
 
 def check_destination(path: PathLike, form: Format) -> Path:

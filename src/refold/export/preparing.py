@@ -6,15 +6,13 @@ import copy
 import json
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from refold.errors import InputError
-
-if TYPE_CHECKING:
-    from refold.export import Normalization
+from refold.export.request import FLOAT16, Arguments, Normalization, Precision, Request
 
 _PREPROCESSING = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
 
@@ -58,6 +56,11 @@ class HalfInside(nn.Module):
     def forward(self, *arguments: Tensor) -> Any:
         """Call the network with its floating point arguments in float16."""
         return _cast(self.model(*_cast(arguments, torch.float16)), torch.float32)
+
+
+def in_precision(model: nn.Module, precision: Precision) -> nn.Module:
+    """A model that computes in a precision, its inputs and outputs as before; the given one is untouched."""
+    return HalfInside(copy.deepcopy(model)).eval() if precision == FLOAT16 else model
 
 
 def rounded_to_half(model: nn.Module, *, subnormal: bool = True) -> nn.Module:
@@ -177,13 +180,16 @@ def describe(
 
 
 def with_batch_axis(
-    model: nn.Module, arguments: tuple[Tensor, ...], most: int | None = None
-) -> tuple[tuple[Tensor, ...], tuple[Any, ...]]:
-    """Arguments and ``dynamic_shapes`` for `torch.export` that leave the first axis of every input free."""
+    model: nn.Module, request: Request, most: int | None = None
+) -> tuple[Arguments, tuple[Any, ...] | None]:
+    """Inputs and ``dynamic_shapes`` for `torch.export`.
+
+    With a dynamic batch they leave the first axis of every input free, up to ``most``; else no shapes are given.
+    """
+    if not request.dynamic_batch:
+        return request.inputs, None
     batch = torch.export.Dim("batch") if most is None else torch.export.Dim("batch", min=1, max=most)
     # An axis that has one element in the example would be taken for a constant.
-    arguments = tuple(
-        torch.cat([argument, argument]) if argument.dim() else argument for argument in arguments
-    )
-    shapes: tuple[Any, ...] = tuple({0: batch} if argument.dim() else None for argument in arguments)
-    return arguments, (shapes,) if isinstance(model, HalfInside) else shapes
+    inputs = tuple(torch.cat([tensor, tensor]) if tensor.dim() else tensor for tensor in request.inputs)
+    shapes: tuple[Any, ...] = tuple({0: batch} if tensor.dim() else None for tensor in inputs)
+    return inputs, (shapes,) if isinstance(model, HalfInside) else shapes

@@ -7,17 +7,14 @@ import threading
 from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from refold.errors import InputError, RefoldError
-from refold.export import FORMATS, CannotRun, get_engine
 from refold.export.apart import Apart, ProcessFailed, serve
-
-if TYPE_CHECKING:
-    from refold.export import Arguments
+from refold.export.engines import FORMATS, CannotRun, get_engine
+from refold.export.request import Arguments
 
 # Long enough for a few calls of the largest network on a slow machine; an engine that takes longer hangs.
 TIME_LIMIT = 600.0

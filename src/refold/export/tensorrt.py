@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import tensorrt
 import torch
 from torch import Tensor, nn
 
 from refold.errors import InputError, first_line
-from refold.export import CannotRun, Contents
-from refold.export.converting import as_onnx
+from refold.export.engines import CannotRun, Contents, Session
+from refold.export.onnx_file import as_onnx, input_names
 from refold.export.placing import read_beside, write_beside
-
-if TYPE_CHECKING:
-    from refold.export import Session
+from refold.export.request import Arguments, Request
 
 # The range of a free axis is part of the engine.
 LARGEST_BATCH = 32
@@ -30,30 +28,22 @@ _DTYPES = {
 }
 
 
-def write(
-    model: nn.Module,
-    arguments: tuple[Tensor, ...],
-    path: Path,
-    *,
-    dynamic_batch: bool,
-    half: bool,
-    metadata: Mapping[str, str],
-) -> Sequence[str]:
+def write(model: nn.Module, request: Request) -> Sequence[str]:
     """Write an engine for this machine's card, and the metadata beside it.
 
     Raises `InputError` where there is no card or the model cannot be converted.
     """
-    batch = max(len(argument) for argument in arguments if argument.dim())
-    batches = (1, batch, max(LARGEST_BATCH, batch + 2)) if dynamic_batch else None
+    batch = max(len(argument) for argument in request.inputs if argument.dim())
+    batches = (1, batch, max(LARGEST_BATCH, batch + 2)) if request.dynamic_batch else None
     if not _has_card():
         raise InputError(
             "TensorRT builds an engine on the card that is to run it, and PyTorch finds no NVIDIA card here; "
             "export for onnxruntime here, and build where the card is: "
-            f"{_build_command(arguments, batches)}"
+            f"{_build_command(request.inputs, batches)}"
         )
-    with as_onnx(model, arguments, dynamic_batch=dynamic_batch, half=half) as onnx_file:
-        path.write_bytes(_build(onnx_file, batches))
-    write_beside(path, metadata)
+    with as_onnx(model, request, precision=request.precision) as onnx_file:
+        request.path.write_bytes(_build(onnx_file, batches))
+    write_beside(request.path, request.metadata)
     notes = ["The engine is for this kind of card and this version of TensorRT."]
     return [*notes, f"Batches of up to {batches[-1]} images are allowed."] if batches else notes
 
@@ -62,13 +52,12 @@ def _has_card() -> bool:
     return torch.cuda.is_available()
 
 
-def _build_command(arguments: tuple[Tensor, ...], batches: Sequence[int] | None) -> str:
+def _build_command(inputs: Arguments, batches: Sequence[int] | None) -> str:
     shapes = ""
-    names = ["image"] if len(arguments) == 1 else [f"input_{index}" for index in range(len(arguments))]
     for kind, batch in zip(("min", "opt", "max"), batches or (), strict=False):
         sizes = [
             f"{name}:{'x'.join(map(str, (batch, *argument.shape[1:])))}"
-            for name, argument in zip(names, arguments, strict=True)
+            for name, argument in zip(input_names(inputs), inputs, strict=True)
             if argument.dim()
         ]
         shapes += f" --{kind}Shapes={','.join(sizes)}"

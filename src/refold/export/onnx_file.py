@@ -1,0 +1,75 @@
+"""ONNX files: what ONNX Runtime opens, and where the converters of other engines start."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from refold.errors import InputError, first_line
+from refold.export.converting import quiet
+from refold.export.preparing import in_precision, with_batch_axis
+from refold.export.request import FLOAT32, Arguments, Precision, Request
+
+
+def write_onnx(model: nn.Module, request: Request, *, opset_version: int | None = None) -> None:
+    """Write one self-contained ONNX file; with a dynamic batch the first axis of every input is ``batch``.
+
+    ``opset_version`` is that of ONNX's operators, PyTorch's choice if not given.
+    Raises `InputError` where the model cannot be converted.
+    """
+    import onnx  # here, for a process that only runs another engine's file needs none of it
+
+    model = in_precision(model, request.precision)
+    inputs, shapes = with_batch_axis(model, request)
+    path = request.path
+    try:
+        with quiet():
+            torch.onnx.export(
+                model,
+                inputs,
+                path,
+                dynamo=True,
+                verbose=False,
+                input_names=input_names(inputs),
+                dynamic_shapes=shapes,
+                external_data=False,
+                opset_version=opset_version,
+            )
+        written = onnx.load(str(path))
+        onnx.helper.set_model_props(written, dict(request.metadata))
+        onnx.checker.check_model(written, full_check=True)
+        onnx.save(written, str(path))
+    except OSError:
+        raise
+    except Exception as error:
+        hint = "; a fixed batch size (dynamic_batch=False) may help" if request.dynamic_batch else ""
+        raise InputError(
+            f"{type(model).__name__} cannot be converted to ONNX: {first_line(error)}{hint}."
+        ) from error
+
+
+def input_names(inputs: Arguments) -> list[str]:
+    """What the inputs are called in the file."""
+    return ["image"] if len(inputs) == 1 else [f"input_{index}" for index in range(len(inputs))]
+
+
+@contextmanager
+def as_onnx(
+    model: nn.Module, request: Request, *, precision: Precision = FLOAT32, opset_version: int | None = None
+) -> Iterator[Path]:
+    """Write the model to a temporary ONNX file for the block; raises `InputError` where that fails.
+
+    Its ``precision`` is float32 unless given, whatever the request's: most converters lower it themselves.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "network.onnx"
+        write_onnx(
+            model, replace(request, path=path, precision=precision, metadata={}), opset_version=opset_version
+        )
+        yield path

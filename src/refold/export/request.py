@@ -1,0 +1,47 @@
+"""What an engine is asked to write, besides the model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Final, Literal, TypeAlias, get_args
+
+from refold.errors import InputError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+# Strings, for naming them must not import torch, which takes seconds.
+Arguments: TypeAlias = "tuple[Tensor, ...]"
+
+# One value a channel each, in the units of the image: mean and standard deviation.
+Normalization = tuple[Sequence[float], Sequence[float]]
+
+Precision = Literal["float32", "float16"]
+FLOAT32: Final = "float32"
+FLOAT16: Final = "float16"
+PRECISIONS: tuple[Precision, ...] = get_args(Precision)
+
+
+def precision_named(name: str) -> Precision:
+    """The precision of a name; raises `InputError` where there is none."""
+    for precision in PRECISIONS:
+        if precision == name:
+            return precision
+    raise InputError(f"There is no precision '{name}'; choose among: {', '.join(PRECISIONS)}.")
+
+
+@dataclass(frozen=True)
+class Request:
+    """A file to write: for these inputs, batch first, at ``path``, with ``metadata`` in it or beside it.
+
+    With ``dynamic_batch`` it takes any batch size, or as many as its format can. ``precision`` is what it holds and,
+    where the engine can, computes in; its inputs and outputs keep their dtypes.
+    """
+
+    inputs: Arguments
+    path: Path
+    dynamic_batch: bool = False
+    precision: Precision = FLOAT32
+    metadata: Mapping[str, str] = field(default_factory=dict)
