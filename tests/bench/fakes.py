@@ -1,10 +1,10 @@
-"""Benchmarks made of chosen numbers, and candidates whose clock is a list."""
+"""Benchmarks made of chosen numbers, and networks whose clock is a list."""
 
 from collections.abc import Sequence
 
-from refold.bench.candidates import CandidateFailed
 from refold.bench.machine import Machine, Roof
 from refold.bench.results import Benchmark, Configuration, Measurement, Work
+from refold.bench.turns import TimingFailed
 
 ROOF = Roof(1e11, ((1000, 4e10), (1_000_000, 1e10)))
 
@@ -62,7 +62,7 @@ def a_benchmark() -> Benchmark:
     return Benchmark({"a processor": a_machine()}, rows, "training")
 
 
-class FakeCandidate:
+class FakeNetwork:
     """Takes the next number of a list for every turn; writes what it does into a journal."""
 
     def __init__(
@@ -78,7 +78,7 @@ class FakeCandidate:
     def sample(self) -> float:
         self.journal.append(self.name)
         if self.turns == self.fails_at:
-            raise CandidateFailed("it broke")
+            raise TimingFailed("it broke")
         self.turns += 1
         time = self.times.pop(0)
         if time < 0:

@@ -7,15 +7,15 @@ from typing import Any
 
 import pytest
 import torch
-from fakes import FakeCandidate
+from fakes import FakeNetwork
 from torch import Tensor, nn
 
 import refold
 from refold import cli
 from refold.bench import Benchmark, BenchmarkInterrupted, subjects
 from refold.bench import runner as runner_module
-from refold.bench.candidates import CandidateFailed
 from refold.bench.subjects import Files, Subject
+from refold.bench.turns import TimingFailed
 from refold.errors import InputError
 from refold.export.request import PRECISIONS
 
@@ -25,7 +25,7 @@ def small_net() -> nn.Module:
     return nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)).eval()
 
 
-class FakeWorker(FakeCandidate):
+class FakeWorker(FakeNetwork):
     """A process that answers from a list."""
 
     def ask(self, do: str, **_: Any) -> Any:
@@ -39,7 +39,7 @@ def journal(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     def open_fake(engine: str, path: Path, *, shape: tuple[int, ...], **_: Any) -> FakeWorker:
         if shape[0] == 13:
-            raise CandidateFailed("its process ended with SIGSEGV")
+            raise TimingFailed("its process ended with SIGSEGV")
         return FakeWorker(f"{engine} {shape[0]}", [float(turn + 1) for turn in range(50)], turns)
 
     monkeypatch.setattr(runner_module, "open_worker", open_fake)

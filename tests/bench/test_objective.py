@@ -13,9 +13,9 @@ from rich.console import Console
 from torch import Tensor, fx, nn
 
 import refold
-from refold.bench.candidates import CandidateFailed
 from refold.bench.objective import fold, fold_by_latency
 from refold.bench.timing import Timing
+from refold.bench.turns import TimingFailed
 from refold.errors import InputError
 from refold.folding import count
 
@@ -144,7 +144,7 @@ def test_all_is_undone_where_the_whole_network_is_not_faster() -> None:
 
 def test_what_cannot_be_measured_is_left_with_the_reason() -> None:
     def clock(networks: Sequence[nn.Module], example: Tensor) -> tuple[Timing, ...]:
-        raise CandidateFailed("no answer within 120 s; its process was ended")
+        raise TimingFailed("no answer within 120 s; its process was ended")
 
     plain: Any = fold_by_latency(network().eval(), IMAGE, clock, "onnxruntime")
     assert not any(each.kept for each in plain.fold_report.decisions)

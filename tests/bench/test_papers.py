@@ -25,7 +25,7 @@ from refold.bench.papers import (
 )
 from refold.bench.papers.measuring import count_size
 from refold.bench.papers.networks import GhostOperators, build
-from refold.bench.papers.published import SIZES, TIMES, Column, Exhibit, Form
+from refold.bench.papers.published import SIZES, TIMES, Exhibit, PaperColumn, PaperForm
 from refold.bench.papers.results import TimingSetup
 from refold.bench.results import Benchmark
 from refold.bench.subjects import FORMS
@@ -67,7 +67,7 @@ def test_the_tables_of_all_five_papers_are_there() -> None:
     assert [exhibit.name for exhibit in list_papers("repnext/*")] == [
         n for n in names if n.startswith("repnext/")
     ]
-    assert set(get_args(Form)) == set(FORMS)
+    assert set(get_args(PaperForm)) == set(FORMS)
 
 
 @pytest.mark.parametrize("exhibit", EXHIBITS, ids=lambda exhibit: exhibit.name)
@@ -103,7 +103,7 @@ def test_the_values_are_those_of_the_paper(exhibit: Exhibit) -> None:
     [("7.3", 7_358_820, True), ("7.4", 7_358_820, True), ("7.2", 7_358_820, False), ("7", 6_999_999, True)],
 )
 def test_a_printed_size_is_rounded_or_cut_off(printed: str, count: int, expected: bool) -> None:
-    assert Column("parameters", "M").is_printed_as(count, printed) == expected
+    assert PaperColumn("parameters", "M").is_printed_as(count, printed) == expected
 
 
 def test_a_column_has_a_unit_of_its_quantity_and_a_time_its_device() -> None:
@@ -114,7 +114,7 @@ def test_a_column_has_a_unit_of_its_quantity_and_a_time_its_device() -> None:
         ("macs", "B", "phone"),
     ):
         with pytest.raises(ValueError, match=r"unit|device"):
-            Column(wrong[0], wrong[1], on=wrong[2])  # type: ignore[arg-type]
+            PaperColumn(wrong[0], wrong[1], on=wrong[2])  # type: ignore[arg-type]
 
 
 def test_our_networks_have_the_printed_sizes_where_no_note_says_how_not() -> None:

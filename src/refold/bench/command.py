@@ -22,7 +22,7 @@ from refold.files import check_writable
 
 
 @dataclass(frozen=True)
-class Settings:
+class BenchmarkOptions:
     """What a run may be told besides what is measured: files to read, and files to write by their suffix."""
 
     outputs: Sequence[Path] = ()
@@ -35,21 +35,21 @@ class Settings:
     measuring: Mapping[str, Any] = field(default_factory=dict)
 
 
-def run(models: Mapping[str, nn.Module], settings: Settings, console: Console) -> Benchmark:
+def run(models: Mapping[str, nn.Module], options: BenchmarkOptions, console: Console) -> Benchmark:
     """Measure `models`, merge in earlier results, write everything, and return all of it.
 
     Without models the earlier results alone are merged and written. Raises `InputError` before anything is
     measured where a file cannot be used, and `BenchmarkInterrupted` on Ctrl-C after writing what there is.
     """
-    for path in settings.outputs:
+    for path in options.outputs:
         check_suffix(check_writable(path))
-    if settings.html is not None:
-        check_writable(settings.html)
-    earlier = [Benchmark.load(path) for path in settings.merge]
-    accuracies = {} if settings.accuracies is None else read_accuracies(settings.accuracies)
+    if options.html is not None:
+        check_writable(options.html)
+    earlier = [Benchmark.load(path) for path in options.merge]
+    accuracies = {} if options.accuracies is None else read_accuracies(options.accuracies)
     if not models and not earlier:
         raise InputError("There is nothing to show; name a model to measure or a result to --merge.")
-    kept = next((path for path in settings.outputs if path.suffix.lower() == ".json"), None)
+    kept = next((path for path in options.outputs if path.suffix.lower() == ".json"), None)
     interrupted = False
     result = Benchmark()
     if models:
@@ -57,25 +57,25 @@ def run(models: Mapping[str, nn.Module], settings: Settings, console: Console) -
             with progress(console) as on_progress:
                 result = benchmark(
                     models,
-                    baseline=settings.baseline,
+                    baseline=options.baseline,
                     output=kept,
-                    resume=settings.resume,
+                    resume=options.resume,
                     on_progress=on_progress,
-                    **settings.measuring,
+                    **options.measuring,
                 )
         except BenchmarkInterrupted as stopped:
             result, interrupted = stopped.result, True
     result = result.merged(*earlier)
     result.accuracies |= accuracies
-    if settings.baseline is not None:
-        parse_baseline(settings.baseline, [row.configuration for row in result.rows])
-        result.baseline = settings.baseline
-    for path in settings.outputs:
+    if options.baseline is not None:
+        parse_baseline(options.baseline, [row.configuration for row in result.rows])
+        result.baseline = options.baseline
+    for path in options.outputs:
         save_benchmark(result, path)
-    if settings.html is not None:
-        write_page(result, settings.html)
-    if settings.plots is not None:
-        save_plots(result, settings.plots)
+    if options.html is not None:
+        write_page(result, options.html)
+    if options.plots is not None:
+        save_plots(result, options.plots)
     if interrupted:
         raise BenchmarkInterrupted(result)
     return result

@@ -14,9 +14,9 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor, fx, nn
 
-from refold.bench.candidates import Candidate, CandidateFailed, WorkerProcess, interleave
 from refold.bench.subjects import engine_names
 from refold.bench.timing import Timing
+from refold.bench.turns import TimedNetwork, TimingFailed, WorkerProcess, interleave
 from refold.bench.worker import PYTORCH
 from refold.errors import InputError, first_line
 from refold.export import FORMATS, Request, get_engine
@@ -38,7 +38,7 @@ class Stopwatch(Protocol):
     """Times networks side by side."""
 
     def __call__(self, networks: Sequence[nn.Module], example: Tensor) -> tuple[Timing, ...]:
-        """One timing for each; raises `CandidateFailed` where one cannot be written for the engine or run."""
+        """One timing for each; raises `TimingFailed` where one cannot be written for the engine or run."""
 
 
 class EngineStopwatch:
@@ -70,16 +70,18 @@ class EngineStopwatch:
                 files.append(_written(network, place, self.engine, example))
             while len(self._workers) < len(networks):
                 self._workers.append(WorkerProcess(self.threads, self._time_limit))
-            workers: dict[int, Candidate] = dict(enumerate(self._workers[: len(networks)]))
+            workers: dict[int, TimedNetwork] = dict(enumerate(self._workers[: len(networks)]))
             try:
                 return self._timed(workers, files, example)
-            except CandidateFailed:
+            except TimingFailed:
                 for worker in self._workers:  # some may have ended
                     worker.close()
                 self._workers.clear()
                 raise
 
-    def _timed(self, workers: dict[int, Candidate], files: list[Path], example: Tensor) -> tuple[Timing, ...]:
+    def _timed(
+        self, workers: dict[int, TimedNetwork], files: list[Path], example: Tensor
+    ) -> tuple[Timing, ...]:
         shape, dtype = list(example.shape), str(example.dtype).removeprefix("torch.")
         for worker, path in zip(self._workers, files, strict=False):
             given = {"path": str(path), "threads": self.threads, "shape": shape, "dtype": dtype}
@@ -88,7 +90,7 @@ class EngineStopwatch:
         failures: dict[int, str] = {}
         interleave(workers, rounds=self._rounds, warm_up=_WARM_UP, samples=samples, failures=failures)
         if failures:
-            raise CandidateFailed(next(iter(failures.values())))
+            raise TimingFailed(next(iter(failures.values())))
         return tuple(Timing(tuple(samples[index])) for index in workers)
 
 
@@ -129,7 +131,7 @@ class LatencyJudge:
         if key not in self._known:
             try:
                 self._known[key] = self.time(networks, _random(alternative.shape, alternative.dtype))
-            except CandidateFailed as error:
+            except TimingFailed as error:
                 self._known[key] = str(error)
         return self._known[key]
 
@@ -247,14 +249,14 @@ def _written(network: nn.Module, folder: Path, engine: str, example: Tensor) -> 
         else:
             get_engine(engine).write(network, Request((example,), path))
     except Exception as error:  # converters and pickle raise what they like; the part is left as it was
-        raise CandidateFailed(f"it cannot be written for {engine}: {first_line(error)}") from error
+        raise TimingFailed(f"it cannot be written for {engine}: {first_line(error)}") from error
     return path
 
 
 def _whole(time: Stopwatch, networks: Sequence[nn.Module], image: Tensor, change: str) -> Decision:
     try:
         before, after = time(networks, image)
-    except CandidateFailed as error:
+    except TimingFailed as error:
         return Decision("", "whole network", change, kept=False, note=str(error))
     kept = after.ratio_to(before) < 1 and after.pays(before, margin=0.0)
     return Decision("", "whole network", change, kept, *_figures(before, after))

@@ -29,7 +29,7 @@ _EXPLAINED = {
 
 
 @dataclass(frozen=True)
-class Cell:
+class PageCell:
     """A table cell: what is shown, and what it is sorted by."""
 
     text: str
@@ -38,13 +38,13 @@ class Cell:
 
 
 @dataclass(frozen=True)
-class Table:
+class PageTable:
     """A table of the page; `numbers` tells which columns sort as numbers."""
 
     title: str
     headings: list[str]
     numbers: list[bool]
-    rows: list[list[Cell]]
+    rows: list[list[PageCell]]
 
 
 def to_html(benchmark: Benchmark, title: str = "Benchmark") -> str:
@@ -86,16 +86,16 @@ def _labelled(plot: Plot) -> str:
     return f'{attributes} role="img" aria-label="{Markup.escape(plot.summary)}">{body}'
 
 
-def _results(benchmark: Benchmark) -> Table:
+def _results(benchmark: Benchmark) -> PageTable:
     chosen = tables.columns(benchmark)
     rows = [
         [_cell(tables.cell(benchmark, row, column), column.number) for column in chosen]
         for row in benchmark.measured
     ]
-    return Table("All results", [c.heading for c in chosen], [c.number for c in chosen], rows)
+    return PageTable("All results", [c.heading for c in chosen], [c.number for c in chosen], rows)
 
 
-def _breakdown(benchmark: Benchmark) -> Table:
+def _breakdown(benchmark: Benchmark) -> PageTable:
     known = [(row, row.breakdown) for row in benchmark.measured if row.breakdown]
     kinds = [kind for kind in KINDS if any(kind in times for _, times in known)]
     identity = [c for c in tables.columns(benchmark) if c in tables.IDENTITY]
@@ -104,12 +104,12 @@ def _breakdown(benchmark: Benchmark) -> Table:
         cells = [_cell(tables.cell(benchmark, row, column), column.number) for column in identity]
         rows.append(cells + [_cell(f"{times[kind]:.3f}" if kind in times else "", True) for kind in kinds])
     headings = [column.heading for column in identity] + kinds
-    return Table(
+    return PageTable(
         "Milliseconds by kind of operator", headings, [c.number for c in identity] + [True] * len(kinds), rows
     )
 
 
-def _roofs(benchmark: Benchmark) -> Table:
+def _roofs(benchmark: Benchmark) -> PageTable:
     rows = []
     for name, machine in benchmark.machines.items():
         for threads, roof in sorted(machine.roofs.items()):
@@ -117,9 +117,9 @@ def _roofs(benchmark: Benchmark) -> Table:
                 figures = (str(threads), f"{roof.flops / 1e9:.1f}", f"{size / 2**20:g}", f"{rate / 1e9:.1f}")
                 rows.append([_cell(name, False), *(_cell(figure, True) for figure in figures)])
     headings = ["machine", "threads", "matrix product GFLOP/s", "copy MiB", "copy GB/s"]
-    return Table("Roofs of the machine", headings, [False, True, True, True, True], rows)
+    return PageTable("Roofs of the machine", headings, [False, True, True, True, True], rows)
 
 
-def _cell(text: str, number: bool) -> Cell:
+def _cell(text: str, number: bool) -> PageCell:
     first = text.split()[0] if text.split() else ""
-    return Cell(text, first.rstrip("%") if number else text, number)
+    return PageCell(text, first.rstrip("%") if number else text, number)

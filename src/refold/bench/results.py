@@ -152,14 +152,14 @@ class Benchmark:
         Machines are the same where all facts but the measured roofs are; another machine, or the same after an
         update, of a name that is taken gets a number behind it.
         """
-        candidate, number = name, 1
-        while candidate in self.machines and self.machines[candidate] != machine:
+        entered, number = name, 1
+        while entered in self.machines and self.machines[entered] != machine:
             number += 1
-            candidate = f"{name} ({number})"
-        known = self.machines.get(candidate)
+            entered = f"{name} ({number})"
+        known = self.machines.get(entered)
         roofs = {**(known.roofs if known else {}), **machine.roofs}
-        self.machines[candidate] = dataclasses.replace(machine, roofs=roofs)
-        return candidate
+        self.machines[entered] = dataclasses.replace(machine, roofs=roofs)
+        return entered
 
     def accuracy(self, row: Measurement) -> float | None:
         """The accuracy given for a row's model in its form, else for its model."""

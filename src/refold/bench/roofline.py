@@ -26,7 +26,7 @@ _COPIED = tuple(2**exponent for exponent in range(16, 29, 2))
 def measure_roof(seconds: float = 0.15) -> Roof:
     """Measure the peak rate of float32 matrix products and of copies, with the threads that PyTorch has now.
 
-    Each of the candidates runs for about `seconds`, and the best call counts. Products are tried in PyTorch, in
+    Each product and each copy runs for about `seconds`, and the best call counts. Products are tried in PyTorch, in
     NumPy and as 1x1 convolutions, because their libraries differ in which processors they know well: with weights in
     the layout of oneDNN, which inference engines use too, convolutions were twice as fast as matrix products.
     """

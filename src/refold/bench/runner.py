@@ -14,11 +14,11 @@ from pathlib import Path
 from torch import nn
 
 from refold.bench.breakdown import PROFILERS
-from refold.bench.candidates import CandidateFailed, WorkerProcess, interleave, open_worker
 from refold.bench.machine import Roof, this_machine
 from refold.bench.results import Benchmark, Configuration, Measurement, parse_baseline
 from refold.bench.roofline import least_work
 from refold.bench.subjects import TRAINING, Files, Forms, Subject, engine_names, subjects_of
+from refold.bench.turns import TimingFailed, WorkerProcess, interleave, open_worker
 from refold.bench.worker import PYTORCH
 from refold.errors import InputError, RefoldError, first_line
 from refold.export import Precision
@@ -26,7 +26,7 @@ from refold.export.request import FLOAT32, precision_named
 from refold.files import PathLike, check_writable
 
 # Called with what happens now, and the share of the work that is done.
-Progress = Callable[[str, float], None]
+BenchmarkProgress = Callable[[str, float], None]
 
 # Every process holds an engine of its own; more at a time would crowd the memory.
 _MOST_AT_ONCE = 24
@@ -60,7 +60,7 @@ def benchmark(
     machine: str | None = None,
     note: str = "",
     time_limit: float = 120.0,
-    on_progress: Progress | None = None,
+    on_progress: BenchmarkProgress | None = None,
 ) -> Benchmark:
     """Measure models x forms x engines x precisions x batch sizes x threads, each in its own process, taking turns.
 
@@ -150,7 +150,7 @@ class _Run:
     roofline: bool
     output: PathLike | None
     time_limit: float
-    report: Progress
+    report: BenchmarkProgress
 
     def named(self) -> list[Configuration]:
         """Models, forms, engines and precisions of this run and of what was measured before, for their names."""
@@ -300,7 +300,7 @@ class _Group:
     def _guarded(self, key: Configuration, action: Callable[[Configuration], None]) -> None:
         try:
             action(key)
-        except CandidateFailed as error:
+        except TimingFailed as error:
             self._failures.setdefault(key, str(error))
         except (RefoldError, RuntimeError, MemoryError) as error:
             self._failures.setdefault(key, f"it cannot be prepared: {first_line(error)}")

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from refold.bench.candidates import CandidateFailed
+from refold.bench.turns import TimingFailed
 from refold.bench.worker import PYTORCH
 from refold.checkpoints import example_input
 from refold.errors import InputError, RefoldError, first_line
@@ -51,12 +51,12 @@ class Subject:
         return self._models[""]
 
     def model(self, form: str, input_size: Sequence[int] | None) -> nn.Module:
-        """The eval-mode model on the CPU in a form; raises `CandidateFailed` where there is no such form."""
+        """The eval-mode model on the CPU in a form; raises `TimingFailed` where there is no such form."""
         try:
             if form not in self._models:
                 self._models[form] = self._make(form, input_size)
         except (RefoldError, RuntimeError, MemoryError) as error:
-            raise CandidateFailed(f"the form '{form}' cannot be made: {first_line(error)}") from error
+            raise TimingFailed(f"the form '{form}' cannot be made: {first_line(error)}") from error
         return self._models[form]
 
     def _make(self, form: str, input_size: Sequence[int] | None) -> nn.Module:
@@ -140,7 +140,7 @@ class Files:
 
     def __init__(self) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="refold-bench-")
-        self._made: dict[tuple[str, ...], Path | CandidateFailed] = {}
+        self._made: dict[tuple[str, ...], Path | TimingFailed] = {}
 
     def __enter__(self) -> Files:
         return self
@@ -153,7 +153,7 @@ class Files:
     def path(
         self, subject: Subject, form: str, engine: str, images: Tensor, precision: Precision = FLOAT32
     ) -> Path:
-        """The file of a model for an engine; raises `CandidateFailed` where it cannot be made, every time."""
+        """The file of a model for an engine; raises `TimingFailed` where it cannot be made, every time."""
         # PyTorch takes any batch; the engines get the one they are measured with, as they would be deployed.
         sizes = () if engine == PYTORCH else tuple(map(str, images.shape))
         key = (subject.name, form, engine, precision, *sizes)
@@ -163,10 +163,10 @@ class Files:
             try:
                 model = subject.model(form, images.shape[1:])
                 self._made[key] = write_for_engine(model, folder, engine, images, precision)
-            except CandidateFailed as error:
+            except TimingFailed as error:
                 self._made[key] = error
         made = self._made[key]
-        if isinstance(made, CandidateFailed):
+        if isinstance(made, TimingFailed):
             raise made
         return made
 
@@ -174,7 +174,7 @@ class Files:
 def write_for_engine(
     model: nn.Module, folder: Path, engine: str, images: Tensor, precision: Precision = FLOAT32
 ) -> Path:
-    """The file, in `folder`, of an eval-mode model for an engine; raises `CandidateFailed` where it cannot be made."""
+    """The file, in `folder`, of an eval-mode model for an engine; raises `TimingFailed` where it cannot be made."""
     try:
         if engine == PYTORCH:
             path = folder / "net.pt"
@@ -184,7 +184,7 @@ def write_for_engine(
         export_checked(model, Request((images,), path, precision=precision), engine=engine, folding=False)
         return path
     except Exception as error:  # converters and pickle raise what they like; the rest of the run goes on
-        raise CandidateFailed(f"it cannot be written for {engine}: {first_line(error)}") from error
+        raise TimingFailed(f"it cannot be written for {engine}: {first_line(error)}") from error
 
 
 def _title(model: str | nn.Module) -> str:

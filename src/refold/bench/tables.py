@@ -17,15 +17,15 @@ from refold.bench.results import Benchmark, Measurement
 from refold.errors import InputError
 from refold.files import PathLike, write_text
 
-Value = str | float | int | None
+CellValue = str | float | int | None
 
 
 @dataclass(frozen=True)
-class Column:
+class PrintedColumn:
     """One column: its heading, the value of a row (None: nothing), and how a value is shown."""
 
     heading: str
-    value: Callable[[Benchmark, Measurement], Value]
+    value: Callable[[Benchmark, Measurement], CellValue]
     show: Callable[[Any], str] = str
     number: bool = True
 
@@ -41,27 +41,27 @@ def _sampled(value: Callable[[Measurement], float]) -> Callable[[Benchmark, Meas
 
 # What tells rows apart; on the terminal and in Markdown one that is the same in all rows goes into the caption.
 IDENTITY = (
-    Column("machine", lambda _, row: row.machine, number=False),
-    Column("model", lambda _, row: row.configuration.model, number=False),
-    Column("form", lambda _, row: row.configuration.form, number=False),
-    Column("engine", lambda _, row: row.configuration.engine, number=False),
-    Column("precision", lambda _, row: row.configuration.precision, number=False),
-    Column("batch", lambda _, row: row.configuration.batch_size),
-    Column("threads", lambda _, row: row.configuration.threads),
-    Column("image", lambda _, row: "x".join(map(str, row.configuration.input_size)), number=False),
+    PrintedColumn("machine", lambda _, row: row.machine, number=False),
+    PrintedColumn("model", lambda _, row: row.configuration.model, number=False),
+    PrintedColumn("form", lambda _, row: row.configuration.form, number=False),
+    PrintedColumn("engine", lambda _, row: row.configuration.engine, number=False),
+    PrintedColumn("precision", lambda _, row: row.configuration.precision, number=False),
+    PrintedColumn("batch", lambda _, row: row.configuration.batch_size),
+    PrintedColumn("threads", lambda _, row: row.configuration.threads),
+    PrintedColumn("image", lambda _, row: "x".join(map(str, row.configuration.input_size)), number=False),
 )
 _FIGURES = (
-    Column("ms", _sampled(lambda row: row.latency.median), lambda ms: f"{ms:.2f}"),
-    Column("middle half", lambda _, row: _quartiles(row)),
-    Column("ratio", _ratio),
-    Column("images/s", _sampled(lambda row: row.throughput), lambda rate: f"{rate:.1f}"),
-    Column("top-1", lambda benchmark, row: benchmark.accuracy(row), lambda value: f"{value:g}"),
-    Column("params M", lambda _, row: row.parameters, lambda n: f"{n / 1e6:.2f}"),
-    Column("MACs M", lambda _, row: row.macs, lambda n: f"{n / 1e6:.1f}"),
-    Column("operators", lambda _, row: row.operators),
-    Column("peak MB", lambda _, row: row.peak_memory, lambda n: f"{n / 1e6:.0f}"),
-    Column("floor ms", lambda _, row: row.floor, lambda ms: f"{ms:.2f}"),
-    Column("of roof", lambda _, row: row.of_roof, lambda share: f"{share:.0%}"),
+    PrintedColumn("ms", _sampled(lambda row: row.latency.median), lambda ms: f"{ms:.2f}"),
+    PrintedColumn("middle half", lambda _, row: _quartiles(row)),
+    PrintedColumn("ratio", _ratio),
+    PrintedColumn("images/s", _sampled(lambda row: row.throughput), lambda rate: f"{rate:.1f}"),
+    PrintedColumn("top-1", lambda benchmark, row: benchmark.accuracy(row), lambda value: f"{value:g}"),
+    PrintedColumn("params M", lambda _, row: row.parameters, lambda n: f"{n / 1e6:.2f}"),
+    PrintedColumn("MACs M", lambda _, row: row.macs, lambda n: f"{n / 1e6:.1f}"),
+    PrintedColumn("operators", lambda _, row: row.operators),
+    PrintedColumn("peak MB", lambda _, row: row.peak_memory, lambda n: f"{n / 1e6:.0f}"),
+    PrintedColumn("floor ms", lambda _, row: row.floor, lambda ms: f"{ms:.2f}"),
+    PrintedColumn("of roof", lambda _, row: row.of_roof, lambda share: f"{share:.0%}"),
 )
 
 
@@ -72,7 +72,7 @@ def _quartiles(row: Measurement) -> str | None:
     return f"{first:.2f} … {third:.2f}"
 
 
-def columns(benchmark: Benchmark, *, all_identity: bool = False) -> list[Column]:
+def columns(benchmark: Benchmark, *, all_identity: bool = False) -> list[PrintedColumn]:
     """The columns that say something: identities that differ (or all), figures that some row has."""
     chosen = [
         column
@@ -82,7 +82,7 @@ def columns(benchmark: Benchmark, *, all_identity: bool = False) -> list[Column]
     return chosen + [column for column in _FIGURES if _values(benchmark, column) - {None}]
 
 
-def cell(benchmark: Benchmark, row: Measurement, column: Column) -> str:
+def cell(benchmark: Benchmark, row: Measurement, column: PrintedColumn) -> str:
     """What stands in one cell."""
     value = column.value(benchmark, row)
     return "" if value is None else column.show(value)
@@ -181,9 +181,9 @@ def to_csv(benchmark: Benchmark) -> str:
     return text.getvalue()
 
 
-def _plain(benchmark: Benchmark, row: Measurement) -> list[Value]:
+def _plain(benchmark: Benchmark, row: Measurement) -> list[CellValue]:
     ratio = benchmark.ratio(row)
-    measured: list[Value] = [None] * 3
+    measured: list[CellValue] = [None] * 3
     if row.samples:
         measured = [row.latency.median, *row.latency.quartiles]
     return [
@@ -239,5 +239,5 @@ def save_benchmark(benchmark: Benchmark, path: PathLike) -> None:
         write_text(path, to_csv(benchmark) if suffix == ".csv" else to_markdown(benchmark))
 
 
-def _values(benchmark: Benchmark, column: Column) -> set[Value]:
+def _values(benchmark: Benchmark, column: PrintedColumn) -> set[CellValue]:
     return {column.value(benchmark, row) for row in benchmark.rows}

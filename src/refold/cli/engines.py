@@ -208,7 +208,7 @@ def bench(
     as_json: AsJson = False,
 ) -> None:
     """Measure models side by side: forms, engines, batch sizes and threads, taking turns."""
-    from refold.bench.command import Settings, run
+    from refold.bench.command import BenchmarkOptions, run
     from refold.bench.runner import BenchmarkInterrupted
     from refold.bench.tables import to_rich
 
@@ -232,11 +232,11 @@ def bench(
         "note": note,
         "time_limit": time_limit,
     }
-    settings = Settings(
+    options = BenchmarkOptions(
         output or [], merge or [], accuracy, baseline, resume, html=html, plots=plots, measuring=measuring
     )
     try:
-        result = run(models, settings, Console(stderr=True) if as_json else console)
+        result = run(models, options, Console(stderr=True) if as_json else console)
     except BenchmarkInterrupted as stopped:
         console.print(to_rich(stopped.result))
         kept = [str(path) for path in output or () if path.suffix.lower() == ".json"]

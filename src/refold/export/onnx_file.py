@@ -14,7 +14,7 @@ from torch import nn
 from refold.errors import InputError, first_line
 from refold.export.converting import quiet
 from refold.export.preparing import in_precision, with_batch_axis
-from refold.export.request import FLOAT32, Arguments, Precision, Request
+from refold.export.request import FLOAT32, Inputs, Precision, Request
 
 
 def write_onnx(model: nn.Module, request: Request, *, opset_version: int | None = None) -> None:
@@ -54,7 +54,7 @@ def write_onnx(model: nn.Module, request: Request, *, opset_version: int | None 
         ) from error
 
 
-def input_names(inputs: Arguments) -> list[str]:
+def input_names(inputs: Inputs) -> list[str]:
     """What the inputs are called in the file."""
     return ["image"] if len(inputs) == 1 else [f"input_{index}" for index in range(len(inputs))]
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from refold.errors import InputError
-from refold.export.request import FLOAT16, Arguments, Normalization, Precision, Request
+from refold.export.request import FLOAT16, Inputs, Normalization, Precision, Request
 
 _PREPROCESSING = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
 
@@ -181,7 +181,7 @@ def describe(
 
 def with_batch_axis(
     model: nn.Module, request: Request, most: int | None = None
-) -> tuple[Arguments, tuple[Any, ...] | None]:
+) -> tuple[Inputs, tuple[Any, ...] | None]:
     """Inputs and ``dynamic_shapes`` for `torch.export`.
 
     With a dynamic batch they leave the first axis of every input free, up to ``most``; else no shapes are given.

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 # Strings, for naming them must not import torch, which takes seconds.
-Arguments: TypeAlias = "tuple[Tensor, ...]"
+Inputs: TypeAlias = "tuple[Tensor, ...]"
 
 # One value a channel each, in the units of the image: mean and standard deviation.
 Normalization = tuple[Sequence[float], Sequence[float]]
@@ -40,7 +40,7 @@ class Request:
     where the engine can, computes in; its inputs and outputs keep their dtypes.
     """
 
-    inputs: Arguments
+    inputs: Inputs
     path: Path
     dynamic_batch: bool = False
     precision: Precision = FLOAT32

@@ -14,7 +14,7 @@ from torch import Tensor
 from refold.errors import InputError, RefoldError
 from refold.export.apart import Apart, ProcessFailed, serve
 from refold.export.engines import FORMATS, CannotRun, get_engine
-from refold.export.request import Arguments
+from refold.export.request import Inputs
 
 # Long enough for a few calls of the largest network on a slow machine; an engine that takes longer hangs.
 TIME_LIMIT = 600.0
@@ -24,7 +24,7 @@ _lock = threading.Lock()
 _kept: list[Apart] = []
 
 
-def run_apart(engine: str, path: Path, calls: Sequence[Arguments]) -> list[list[Tensor]]:
+def run_apart(engine: str, path: Path, calls: Sequence[Inputs]) -> list[list[Tensor]]:
     """The outputs of a file for several calls.
 
     Raises `CannotRun` where this machine cannot run such files, and `InputError` where the engine refuses the

@@ -14,7 +14,7 @@ from refold.errors import InputError, first_line
 from refold.export.engines import CannotRun, Contents, Session
 from refold.export.onnx_file import as_onnx, input_names
 from refold.export.placing import read_beside, write_beside
-from refold.export.request import Arguments, Request
+from refold.export.request import Inputs, Request
 
 # The range of a free axis is part of the engine.
 LARGEST_BATCH = 32
@@ -52,7 +52,7 @@ def _has_card() -> bool:
     return torch.cuda.is_available()
 
 
-def _build_command(inputs: Arguments, batches: Sequence[int] | None) -> str:
+def _build_command(inputs: Inputs, batches: Sequence[int] | None) -> str:
     shapes = ""
     for kind, batch in zip(("min", "opt", "max"), batches or (), strict=False):
         sizes = [

@@ -9,10 +9,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from refold.bench.papers.networks import build
-from refold.bench.papers.published import TIMES, Exhibit, Row, find_exhibit
+from refold.bench.papers.published import TIMES, Exhibit, PaperRow, find_exhibit
 from refold.bench.papers.results import PaperTable, TimingSetup
 from refold.bench.results import Benchmark
-from refold.bench.runner import Progress, benchmark
+from refold.bench.runner import BenchmarkProgress, benchmark
 from refold.bench.subjects import PLAIN, SHORTCUT_FOLDED, TRAINING, engine_names
 from refold.checkpoints import example_input
 from refold.errors import InputError
@@ -38,7 +38,7 @@ def paper(
     machine: str | None = None,
     note: str = "",
     time_limit: float = 120.0,
-    on_progress: Progress | None = None,
+    on_progress: BenchmarkProgress | None = None,
 ) -> PaperTable:
     """Measure our side of a published table or figure, such as "repghost/table-4" (`list_papers` names them).
 
@@ -82,7 +82,7 @@ def paper(
 
 def _times(exhibit: Exhibit, *, output: PathLike | None, **arguments: Any) -> Benchmark:
     """The rows that are measured at the same image size take turns; the result holds none but theirs."""
-    groups: dict[int | None, dict[str, Row]] = {}
+    groups: dict[int | None, dict[str, PaperRow]] = {}
     forms: dict[str, list[str]] = {}
     for row in exhibit.rows:
         if row.network is not None:
@@ -103,7 +103,7 @@ def _times(exhibit: Exhibit, *, output: PathLike | None, **arguments: Any) -> Be
     return measured
 
 
-def _sizes(exhibit: Exhibit, report: Progress) -> dict[str, dict[str, Cost]]:
+def _sizes(exhibit: Exhibit, report: BenchmarkProgress) -> dict[str, dict[str, Cost]]:
     rows = [row for row in exhibit.rows if row.has_size]
     own = set(list_models())
     known: dict[tuple[str, int | None, str], Cost] = {}
@@ -120,7 +120,7 @@ def _sizes(exhibit: Exhibit, report: Progress) -> dict[str, dict[str, Cost]]:
     return sizes
 
 
-def count_size(row: Row, form: str) -> Cost:
+def count_size(row: PaperRow, form: str) -> Cost:
     """The cost of one image of a row's network in a form."""
     size = None if row.pixels is None else (3, row.pixels, row.pixels)
     if form == TRAINING:

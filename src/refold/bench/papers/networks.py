@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import adaptive_avg_pool2d
 
-from refold.bench.papers.published import Row
+from refold.bench.papers.published import PaperRow
 from refold.checkpoints import example_input
 from refold.errors import InputError
 from refold.folding import fold
@@ -18,7 +18,7 @@ from refold.models.ghostnet import GHOST_ROWS
 _TORCHVISION, _OPERATORS = "torchvision/", "refold/ghost_operators"
 
 
-def build(row: Row, *, device: str = "cpu") -> nn.Module:
+def build(row: PaperRow, *, device: str = "cpu") -> nn.Module:
     """The eval-mode network of a row, in training form; with `linear` it is folded.
 
     On the meta device it has no weights, which suffices for its size.

@@ -26,7 +26,7 @@ Quantity = Literal[
     "top-5",
 ]
 # The forms that `refold.benchmark` knows; its module takes seconds to import.
-Form = Literal["training", "plain", "shortcut-folded"]
+PaperForm = Literal["training", "plain", "shortcut-folded"]
 SIZES: tuple[Quantity, ...] = ("parameters", "macs", "activations", "winograd_multiplications")
 TIMES: tuple[Quantity, ...] = ("latency", "throughput")
 ACCURACIES: tuple[Quantity, ...] = ("top-1", "top-5")
@@ -50,7 +50,7 @@ class Paper:
 
 
 @dataclass(frozen=True)
-class Column:
+class PaperColumn:
     """What one value of each row is: a quantity in a unit, for a time also the device and the batch size."""
 
     quantity: Quantity
@@ -78,7 +78,7 @@ class Column:
 
 
 @dataclass(frozen=True)
-class Row:
+class PaperRow:
     """One line of a table: its printed values, one a column ("" where nothing is printed), and our network.
 
     `network` is None where it cannot be built here. The printed sizes are those of `form`, the printed times those of
@@ -91,8 +91,8 @@ class Row:
     values: tuple[str, ...]
     network: str | None = None
     arguments: Mapping[str, Any] = field(default_factory=dict)
-    form: Form = "training"
-    timed: Form = "plain"
+    form: PaperForm = "training"
+    timed: PaperForm = "plain"
     linear: bool = False
     against: str | None = None
     minus: str | None = None
@@ -121,8 +121,8 @@ class Exhibit:
     paper: Paper
     number: str
     title: str
-    columns: tuple[Column, ...]
-    rows: tuple[Row, ...]
+    columns: tuple[PaperColumn, ...]
+    rows: tuple[PaperRow, ...]
     settings: str = ""
     breakdown: bool = False
 
@@ -136,7 +136,7 @@ class Exhibit:
         """Where its values are printed, such as "RepGhost, table 4"."""
         return f"{self.paper.name}, {self.number}"
 
-    def columns_of(self, *quantities: Quantity) -> list[tuple[int, Column]]:
+    def columns_of(self, *quantities: Quantity) -> list[tuple[int, PaperColumn]]:
         """The columns of some quantities, each with its place among the values of a row."""
         return [(place, column) for place, column in enumerate(self.columns) if column.quantity in quantities]
 
@@ -152,7 +152,7 @@ class Exhibit:
             found.append("accuracy (quoted)")
         return found
 
-    def row(self, model: str) -> Row:
+    def row(self, model: str) -> PaperRow:
         """The row of this name."""
         return next(row for row in self.rows if row.model == model)
 
@@ -197,10 +197,10 @@ def _exhibit(papers: Mapping[str, Paper], entry: dict[str, Any]) -> Exhibit:
     entry = dict(entry)
     shared = {key: entry.pop(key) for key in ("form", "timed", "pixels") if key in entry}
     rows = tuple(
-        Row(**{**shared, **row, "values": tuple(row["values"])})  # a row's own go before
+        PaperRow(**{**shared, **row, "values": tuple(row["values"])})  # a row's own go before
         for row in entry.pop("rows")
     )
-    columns = tuple(Column(**column) for column in entry.pop("columns"))
+    columns = tuple(PaperColumn(**column) for column in entry.pop("columns"))
     exhibit = Exhibit(papers[entry.pop("paper")], columns=columns, rows=rows, **entry)
     _check(exhibit)
     return exhibit
@@ -214,8 +214,8 @@ def _check(exhibit: Exhibit) -> None:
             raise ValueError(f"{where}: two rows have this name")
         if len(row.values) != len(exhibit.columns):
             raise ValueError(f"{where}: {len(row.values)} values for {len(exhibit.columns)} columns")
-        if not {row.form, row.timed} <= set(get_args(Form)):
-            raise ValueError(f"{where}: its forms are not of {', '.join(get_args(Form))}")
+        if not {row.form, row.timed} <= set(get_args(PaperForm)):
+            raise ValueError(f"{where}: its forms are not of {', '.join(get_args(PaperForm))}")
         for other in (row.against, row.minus):
             if other is not None and exhibit.row(other).network is None:
                 raise ValueError(f"{where}: '{other}' is not measured")

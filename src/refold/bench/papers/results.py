@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from refold.bench.papers.published import Exhibit, Row
+from refold.bench.papers.published import Exhibit, PaperRow
 from refold.bench.results import Benchmark, Measurement
 from refold.bench.timing import Timing
 from refold.folding import Cost
@@ -35,7 +35,7 @@ class PaperTable:
     setups: tuple[TimingSetup, ...] = ()
     accuracies: Mapping[str, float] = field(default_factory=dict)
 
-    def measurement(self, row: Row, setup: TimingSetup) -> Measurement | None:
+    def measurement(self, row: PaperRow, setup: TimingSetup) -> Measurement | None:
         """What was measured of a row, on the machine that was added last; None where nothing was."""
         found = [
             measured
@@ -48,7 +48,7 @@ class PaperTable:
         machines = list(self.benchmark.machines)
         return max(found, key=lambda measured: machines.index(measured.machine), default=None)
 
-    def timing(self, row: Row, setup: TimingSetup) -> Timing | None:
+    def timing(self, row: PaperRow, setup: TimingSetup) -> Timing | None:
         """The time of a row, of one with `minus` less that row's; None where it was not measured."""
         own = self.measurement(row, setup)
         if own is None or row.minus is None:
@@ -60,7 +60,7 @@ class PaperTable:
             return own.latency.less(other.latency)
         return Timing((own.latency.median - other.latency.median,))
 
-    def ratio(self, row: Row, setup: TimingSetup) -> float | None:
+    def ratio(self, row: PaperRow, setup: TimingSetup) -> float | None:
         """The time of a row relative to that of the row it is compared with; None without one."""
         if row.against is None:
             return None

@@ -14,9 +14,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from refold.bench.breakdown import KINDS
-from refold.bench.papers.published import ACCURACIES, SIZES, TIMES, Column, Row
+from refold.bench.papers.published import ACCURACIES, SIZES, TIMES, PaperColumn, PaperRow
 from refold.bench.papers.results import PaperTable, TimingSetup
-from refold.bench.papers.values import Value, deviation, published_ratio, values
+from refold.bench.papers.values import PaperValue, deviation, published_ratio, values
 from refold.bench.tables import check_suffix, describe, failures
 from refold.files import PathLike, write_text
 
@@ -56,7 +56,7 @@ def _size_grid(table: PaperTable) -> Grid:
     exhibit = table.exhibit
     columns = exhibit.columns_of(*SIZES)
     if not columns:  # nothing printed, but ours is worth knowing
-        columns = [(-1, Column("parameters", "M")), (-1, Column("macs", "M"))]
+        columns = [(-1, PaperColumn("parameters", "M")), (-1, PaperColumn("macs", "M"))]
     accuracies = exhibit.columns_of(*ACCURACIES)
     headings = ["model", "network here"]
     for place, column in columns:
@@ -85,7 +85,7 @@ def _size_grid(table: PaperTable) -> Grid:
     )
 
 
-def _size_cells(table: PaperTable, row: Row, place: int, column: Column) -> list[str]:
+def _size_cells(table: PaperTable, row: PaperRow, place: int, column: PaperColumn) -> list[str]:
     sizes = table.sizes.get(row.model, {})
     text = row.values[place] if place >= 0 else ""
     digits = max(
@@ -140,14 +140,16 @@ def _used_batch(table: PaperTable, batch: int) -> int:
     return max((s.batch_size for s in table.setups if s.batch_size <= batch), default=batch)
 
 
-def _printed_time(table: PaperTable, row: Row, place: int | None) -> str:
+def _printed_time(table: PaperTable, row: PaperRow, place: int | None) -> str:
     if place is None or not row.values[place]:
         return ""
     ratio = published_ratio(table, row, place)
     return row.values[place] + ("" if ratio is None else f" ({ratio:.2f})")
 
 
-def _here(table: PaperTable, row: Row, batch: int, runs: list[tuple[str, int]], is_rate: bool) -> list[str]:
+def _here(
+    table: PaperTable, row: PaperRow, batch: int, runs: list[tuple[str, int]], is_rate: bool
+) -> list[str]:
     cells: list[str] = []
     for engine, threads in runs:
         setup = TimingSetup(engine, threads, batch)
@@ -211,7 +213,7 @@ def remarks(table: PaperTable) -> list[str]:
     return [line for line in lines if line]
 
 
-def _is_other(table: PaperTable, row: Row) -> bool:
+def _is_other(table: PaperTable, row: PaperRow) -> bool:
     """Whether some printed size of a row is not ours, rounded or cut off."""
     size = table.sizes.get(row.model, {}).get(row.form)
     columns = table.exhibit.columns_of(*SIZES)
@@ -265,7 +267,7 @@ def to_csv(table: PaperTable) -> str:
     """Every value in a line of its own."""
     text = io.StringIO()
     source = {"exhibit": table.exhibit.name, "source": table.exhibit.source}
-    writer = csv.DictWriter(text, [*source, *Value.__dataclass_fields__], lineterminator="\n")
+    writer = csv.DictWriter(text, [*source, *PaperValue.__dataclass_fields__], lineterminator="\n")
     writer.writeheader()
     writer.writerows({**source, **asdict(value)} for value in values(table))
     return text.getvalue()

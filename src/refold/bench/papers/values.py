@@ -6,12 +6,12 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from refold.bench.papers.published import ACCURACIES, SIZES, TIMES, Column, Row
+from refold.bench.papers.published import ACCURACIES, SIZES, TIMES, PaperColumn, PaperRow
 from refold.bench.papers.results import PaperTable, TimingSetup
 
 
 @dataclass(frozen=True)
-class Value:
+class PaperValue:
     """One published or measured value, in the unit of its column, for CSV and JSON.
 
     `ratio` is the time (or rate) relative to that of the row it is compared with. `deviation` is ours relative to the
@@ -38,9 +38,9 @@ class Value:
     note: str = ""
 
 
-def values(table: PaperTable) -> list[Value]:
+def values(table: PaperTable) -> list[PaperValue]:
     """Everything that is published or measured, one by one: sizes by form, times by device or engine, accuracies."""
-    found: list[Value] = []
+    found: list[PaperValue] = []
     for row in table.exhibit.rows:
         for place, column in enumerate(table.exhibit.columns):
             text = row.values[place]
@@ -58,9 +58,9 @@ def values(table: PaperTable) -> list[Value]:
     return found
 
 
-def _value(row: Row, column: Column, form: str, **others: Any) -> Value:
+def _value(row: PaperRow, column: PaperColumn, form: str, **others: Any) -> PaperValue:
     known: dict[str, Any] = {"batch_size": column.batch_size if column.quantity in TIMES else None, **others}
-    return Value(
+    return PaperValue(
         row.model,
         row.network and row.subject,
         column.quantity,
@@ -72,7 +72,7 @@ def _value(row: Row, column: Column, form: str, **others: Any) -> Value:
     )
 
 
-def _size_values(table: PaperTable, row: Row, column: Column, text: str) -> Iterator[Value]:
+def _size_values(table: PaperTable, row: PaperRow, column: PaperColumn, text: str) -> Iterator[PaperValue]:
     sizes = table.sizes.get(row.model, {})
     if text and row.form not in sizes:
         yield _value(row, column, row.form, published=text)
@@ -90,12 +90,12 @@ def _size_values(table: PaperTable, row: Row, column: Column, text: str) -> Iter
         )
 
 
-def _time_values(table: PaperTable, row: Row, setup: TimingSetup) -> Iterator[Value]:
+def _time_values(table: PaperTable, row: PaperRow, setup: TimingSetup) -> Iterator[PaperValue]:
     timing = table.timing(row, setup)
     if timing is None:
         return
     first, third = timing.quartiles
-    column = Column("latency", "ms", on="here", batch_size=setup.batch_size)
+    column = PaperColumn("latency", "ms", on="here", batch_size=setup.batch_size)
     yield _value(
         row,
         column,
@@ -108,12 +108,12 @@ def _time_values(table: PaperTable, row: Row, setup: TimingSetup) -> Iterator[Va
     )
 
 
-def deviation(column: Column, text: str, count: float) -> float:
+def deviation(column: PaperColumn, text: str, count: float) -> float:
     """How far a measured size is from the printed one, in percent."""
     return 100 * (column.scaled(count) / float(text) - 1)
 
 
-def published_ratio(table: PaperTable, row: Row, place: int) -> float | None:
+def published_ratio(table: PaperTable, row: PaperRow, place: int) -> float | None:
     """A printed time relative to that of the row it is compared with; None where either is not printed."""
     if row.against is None or not row.values[place]:
         return None

@@ -14,21 +14,21 @@ from refold.export.apart import Apart, ProcessFailed
 _TURN_MILLISECONDS = 10.0
 _MOST_CALLS = 100
 
-Key = TypeVar("Key")
+Name = TypeVar("Name")
 
 
-class CandidateFailed(RefoldError):
+class TimingFailed(RefoldError):
     """A model could not be prepared, opened or run; the message is the reason."""
 
 
-class Candidate(Protocol):
+class TimedNetwork(Protocol):
     """Something that can be timed in turn with others."""
 
     def warm_up(self) -> None:
-        """Run once, untimed; raises `CandidateFailed` where that fails."""
+        """Run once, untimed; raises `TimingFailed` where that fails."""
 
     def sample(self) -> float:
-        """Milliseconds of one call; raises `CandidateFailed` where it fails."""
+        """Milliseconds of one call; raises `TimingFailed` where it fails."""
 
     def close(self) -> None:
         """Free what it holds; harmless when called again."""
@@ -43,11 +43,11 @@ class WorkerProcess(Apart):
         self._calls = 1
 
     def ask(self, do: str, **arguments: Any) -> Any:
-        """The answer to one request; raises `CandidateFailed` for an error, a crash or silence."""
+        """The answer to one request; raises `TimingFailed` for an error, a crash or silence."""
         try:
             return super().ask(do, **arguments)
         except ProcessFailed as error:
-            raise CandidateFailed(str(error)) from None
+            raise TimingFailed(str(error)) from None
 
     def warm_up(self) -> None:
         """Run once, and choose how many calls make up a turn."""
@@ -62,7 +62,7 @@ class WorkerProcess(Apart):
 def open_worker(
     engine: str, path: Path, *, threads: int, shape: tuple[int, ...], dtype: str, time_limit: float
 ) -> WorkerProcess:
-    """Open a model's file in a process of its own; raises `CandidateFailed` where that fails."""
+    """Open a model's file in a process of its own; raises `TimingFailed` where that fails."""
     worker = WorkerProcess(threads, time_limit)
     try:
         worker.ask("open", engine=engine, path=str(path), threads=threads, shape=list(shape), dtype=dtype)
@@ -73,27 +73,27 @@ def open_worker(
 
 
 def interleave(
-    candidates: Mapping[Key, Candidate],
+    networks: Mapping[Name, TimedNetwork],
     *,
     rounds: int,
     warm_up: int,
-    samples: dict[Key, list[float]],
-    failures: dict[Key, str],
+    samples: dict[Name, list[float]],
+    failures: dict[Name, str],
     on_round: Callable[[], None] = lambda: None,
 ) -> None:
-    """Let candidates take turns (A B C, A B C, …): `warm_up` rounds untimed, then `rounds` rounds into `samples`.
+    """Let networks take turns (A B C, A B C, …): `warm_up` rounds untimed, then `rounds` rounds into `samples`.
 
-    `samples` may hold rounds of before, the same number for all. A candidate that fails is closed, its samples go,
+    `samples` may hold rounds of before, the same number for all. A network that fails is closed, its samples go,
     and its reason stands in `failures`. However this ends, all have the same number of samples: those of whole
     rounds.
     """
-    running = dict(candidates)
+    running = dict(networks)
 
-    def turn(action: Callable[[Key, Candidate], None]) -> None:
-        for key, candidate in list(running.items()):
+    def turn(action: Callable[[Name, TimedNetwork], None]) -> None:
+        for key, network in list(running.items()):
             try:
-                action(key, candidate)
-            except CandidateFailed as error:
+                action(key, network)
+            except TimingFailed as error:
                 failures[key] = str(error)
                 samples[key].clear()
                 running.pop(key).close()
@@ -101,9 +101,9 @@ def interleave(
 
     try:
         for _ in range(warm_up):
-            turn(lambda _, candidate: candidate.warm_up())
+            turn(lambda _, network: network.warm_up())
         for _ in range(rounds):
-            turn(lambda key, candidate: samples[key].append(candidate.sample()))
+            turn(lambda key, network: samples[key].append(network.sample()))
     finally:
         complete = min((len(samples[key]) for key in running), default=0)
         for key in running:

@@ -1,4 +1,4 @@
-"""Candidates take turns, and a process that breaks costs nothing but itself."""
+"""Networks take turns, and a process that breaks costs nothing but itself."""
 
 import os
 import signal
@@ -6,19 +6,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from fakes import FakeCandidate
+from fakes import FakeNetwork
 from torch import nn
 
-from refold.bench.candidates import CandidateFailed, WorkerProcess, interleave, open_worker
+from refold.bench.turns import TimingFailed, WorkerProcess, interleave, open_worker
 
 
 def test_turns_are_interleaved() -> None:
     journal: list[str] = []
-    candidates = {name: FakeCandidate(name, [1.0, 2.0], journal) for name in "AB"}
+    networks = {name: FakeNetwork(name, [1.0, 2.0], journal) for name in "AB"}
     samples: dict[str, list[float]] = {"A": [], "B": []}
     rounds: list[int] = []
     interleave(
-        candidates,
+        networks,
         rounds=2,
         warm_up=2,
         samples=samples,
@@ -32,15 +32,15 @@ def test_turns_are_interleaved() -> None:
 
 def test_one_that_fails_leaves_the_others() -> None:
     journal: list[str] = []
-    bad = FakeCandidate("B", [5.0] * 3, journal, fails_at=1)
-    candidates = {
-        "A": FakeCandidate("A", [1.0] * 3, journal),
+    bad = FakeNetwork("B", [5.0] * 3, journal, fails_at=1)
+    networks = {
+        "A": FakeNetwork("A", [1.0] * 3, journal),
         "B": bad,
-        "C": FakeCandidate("C", [2.0] * 3, journal),
+        "C": FakeNetwork("C", [2.0] * 3, journal),
     }
-    samples: dict[str, list[float]] = {name: [] for name in candidates}
+    samples: dict[str, list[float]] = {name: [] for name in networks}
     failures: dict[str, str] = {}
-    interleave(candidates, rounds=3, warm_up=0, samples=samples, failures=failures)
+    interleave(networks, rounds=3, warm_up=0, samples=samples, failures=failures)
     assert failures == {"B": "it broke"}
     assert bad.closed
     assert samples == {"A": [1.0] * 3, "B": [], "C": [2.0] * 3}
@@ -49,13 +49,13 @@ def test_one_that_fails_leaves_the_others() -> None:
 
 def test_an_interruption_leaves_whole_rounds() -> None:
     journal: list[str] = []
-    candidates = {
-        "A": FakeCandidate("A", [1.0] * 9, journal),
-        "B": FakeCandidate("B", [2.0, 2.0, -1.0], journal),
+    networks = {
+        "A": FakeNetwork("A", [1.0] * 9, journal),
+        "B": FakeNetwork("B", [2.0, 2.0, -1.0], journal),
     }
     samples = {"A": [7.0], "B": [8.0]}  # of a run before
     with pytest.raises(KeyboardInterrupt):
-        interleave(candidates, rounds=9, warm_up=0, samples=samples, failures={})
+        interleave(networks, rounds=9, warm_up=0, samples=samples, failures={})
     assert samples == {"A": [7.0, 1.0, 1.0], "B": [8.0, 2.0, 2.0]}
 
 
@@ -88,9 +88,9 @@ def test_a_process_answers_until_it_is_closed(tmp_path: Path) -> None:
     assert worker.sample() > 0
     assert worker.ask("memory") is None or worker.ask("memory") >= 0
     assert set(worker.ask("breakdown")) == {"multiply"}
-    with pytest.raises(CandidateFailed, match="nonsense"):
+    with pytest.raises(TimingFailed, match="nonsense"):
         worker.ask("nonsense")
-    with pytest.raises(CandidateFailed, match="cannot load"):
+    with pytest.raises(TimingFailed, match="cannot load"):
         worker.ask("open", engine="onnxruntime", path="no.onnx", threads=1, shape=[1], dtype="float32")
     worker.close()
     worker.close()
@@ -104,13 +104,13 @@ def test_crash_and_error_are_told_apart(tmp_path: Path) -> None:
     for worker, reason in zip(
         opened, ("RuntimeError: too large for the memory", "its process ended with SIGSEGV"), strict=True
     ):
-        with pytest.raises(CandidateFailed, match=reason):
+        with pytest.raises(TimingFailed, match=reason):
             worker.warm_up()
         worker.close()
 
 
 def test_silence_has_a_limit() -> None:
     worker = WorkerProcess(threads=1, time_limit=0.01)  # PyTorch alone takes longer to import
-    with pytest.raises(CandidateFailed, match=r"no answer within 0\.01 s"):
+    with pytest.raises(TimingFailed, match=r"no answer within 0\.01 s"):
         worker.ask("memory")
     worker.close()
