@@ -27,7 +27,7 @@ from refold import folding
 from refold.bench.objective import EngineStopwatch, fingerprint, fold_by_latency
 from refold.bench.timing import Timing
 from refold.files import write_text
-from refold.folding.rewrites import SINK, Alternative
+from refold.folding.alternatives import SINK, Alternative
 
 # Each network beside the RepGhostNet of its width.
 NETWORKS = {

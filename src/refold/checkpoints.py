@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from refold.errors import CheckpointError, InputError
 from refold.files import PathLike, written_aside
-from refold.folding import fold
+from refold.folding import FoldReport, apply_record, fold
 from refold.models import create_model, load_checkpoint
 from refold.models.images import example_input
 from refold.unfolding import UnfoldReport, original_state_dict, rebuild
@@ -120,8 +120,7 @@ def load(
         raise CheckpointError(_wrong_form(path, card, form))
     model = _build(card, architecture, arguments, path)
     model.card = card  # type: ignore[assignment]  # nn.Module types its attributes as tensors and modules
-    folded = None if card.form == "training" else (card.fold or {}).get("options", {})
-    model = _reshaped(model, card.unfold, folded)
+    model = _reshaped(model, card.unfold, None if card.form == "training" else card.fold or {})
     _fill(model, path, card)
     return model.eval()
 
@@ -189,9 +188,7 @@ def _describe(
     report = getattr(model, "fold_report", None)
     folded = None
     if report is not None:
-        # A network that was rebuilt from a plain file keeps the report, and the proof, of the fold that made
-        # it.
-        folded = known.fold if known is not None and known.form == "plain" else report.to_dict()
+        folded = report.to_dict()
     unfolded = getattr(model, "unfold_report", None)
     if known is not None:
         class_names = known.class_names if class_names is None else class_names
@@ -234,7 +231,13 @@ def _reshaped(model: nn.Module, unfolded: Any, folded: Any) -> nn.Module:
     if unfolded is not None:
         before = unfolded["before"]
         model = rebuild(_reshaped(model, before["unfold"], before["fold"]) if before else model, unfolded)
-    return model if folded is None else fold(model, example_input(model), prove=False, **folded)
+    if folded is None:
+        return model
+    if not folded.get("record"):  # written before folds were recorded, or one that cannot be: search again
+        return fold(model, example_input(model), prove=False, **folded.get("options", folded))
+    plain = apply_record(model, folded["record"])
+    plain.fold_report = FoldReport.from_dict(folded)  # type: ignore[assignment]  # nn.Module types its attributes as tensors and modules
+    return plain
 
 
 def _fill(model: nn.Module, path: PathLike, card: Card) -> None:

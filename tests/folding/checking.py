@@ -44,8 +44,8 @@ class Parallel(nn.Module):
         return self.act(y)
 
 
-class Untraceable(nn.Module):
-    """Calls `body` from code that depends on the data, so that no tracer sees through it."""
+class Deciding(nn.Module):
+    """Calls `body` from code that depends on the data, so that nothing may be folded across it."""
 
     def __init__(self, body: nn.Module) -> None:
         super().__init__()

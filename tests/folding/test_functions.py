@@ -326,7 +326,7 @@ def test_flattening_another_way_is_no_identity() -> None:
 
 
 def test_branches_over_tokens_and_over_sequences() -> None:
-    """Channels last for linear layers, channels first for the norm: what agrees merges, what does not stays."""
+    """Channels last for linear layers, channels first for the norm, which the linear layers take up across the transposition."""
 
     def forward(net: Net, x: Tensor) -> Tensor:
         y = net.a(x) + net.b(x) * net.scale
@@ -339,17 +339,17 @@ def test_branches_over_tokens_and_over_sequences() -> None:
         scale=nn.Parameter(torch.randn(6)),
         bn=nn.BatchNorm1d(6),
     )
-    plain = check_fold(model, [normal(2, 6, 4), normal(3, 5, 4)], batch_norms=1, left=["transpose"])
+    plain = check_fold(model, [normal(2, 6, 4), normal(3, 5, 4)])
     assert plain.fold_report.after.operators["linear"] == 1
 
 
 def test_a_branch_that_is_multiplied_by_zero() -> None:
-    """Its norm's shift cannot be divided by nothing."""
+    """Its norm's shift cannot be divided by nothing: the branch that is left takes it."""
     model = Net(
         lambda net, x: net.bn(0.0 * net.a(x.relu()) + net.b(x.sigmoid())).relu(),
         a=nn.Conv2d(4, 4, 3, padding=1),
         b=nn.Conv2d(4, 4, 1),
         bn=nn.BatchNorm2d(4),
     )
-    plain = check_fold(model, images(4), batch_norms=None, left=["not next to a convolution"])
+    plain = check_fold(model, images(4), convolutions=2)
     assert all(torch.isfinite(parameter).all() for parameter in plain.parameters())

@@ -52,8 +52,7 @@ def test_a_value_read_before_and_after_a_change_in_place() -> None:
     check_fold(
         Net(forward, a=conv_bn(4, 4, 3), b=nn.Conv2d(4, 4, 1)),
         images(4),
-        batch_norms=None,
-        left=["changed in place"],
+        convolutions=1,
     )
 
 
@@ -103,7 +102,7 @@ class InPlaceStart(nn.Module):
 
 
 class ReadsAfterwards(nn.Module):
-    """Reads a value after a child has changed it in place, in code that no tracer sees through."""
+    """Reads a value after a child has changed it in place, in code that decides by values."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -114,8 +113,8 @@ class ReadsAfterwards(nn.Module):
         return self.child(x) + x if float(x.sum()) >= 0 else x
 
 
-def test_an_input_changed_in_place_by_a_child_of_untraceable_code() -> None:
-    check_fold(ReadsAfterwards(), images(4), left=["cannot be traced"])
+def test_an_input_changed_in_place_by_a_child_of_deciding_code() -> None:
+    check_fold(ReadsAfterwards(), images(4), left=["looks at the values"])
 
 
 def test_the_callers_tensor_is_not_changed_by_folding() -> None:

@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 from checking import (
     LARGEST,
+    Deciding,
     Net,
     Parallel,
-    Untraceable,
     call,
     check_fold,
     conv_bn,
@@ -144,10 +144,10 @@ def test_norms_alone_do_not_become_a_convolution() -> None:
 
 
 def test_a_batch_norm_alone() -> None:
-    """Nothing to fold: the norm is named with a reason, be it the model itself or in code that cannot be traced."""
+    """Nothing to fold: the norm is named with a reason, be it the model itself or in code that decides by values."""
     for model in (
         nn.BatchNorm2d(4),
-        Untraceable(nn.BatchNorm2d(4)),
+        Deciding(nn.BatchNorm2d(4)),
         nn.Sequential(nn.ReLU(), nn.BatchNorm2d(4)),
     ):
         plain = refold.fold(trained(model.double()), images(4)[0])

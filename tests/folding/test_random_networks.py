@@ -5,7 +5,7 @@ from math import gcd
 from typing import Any
 
 import torch
-from checking import LARGEST, Net, Parallel, Untraceable, call, distance, normal, trained
+from checking import LARGEST, Deciding, Net, Parallel, call, distance, normal, trained
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -136,7 +136,7 @@ def body(draw: st.DrawFn, c: int, to: int, depth: int) -> nn.Module:
     elif kind == "residual":
         made = Net(lambda net, x: x + net.body(x), body=inner(c, c))
     elif kind == "untraceable":
-        made = Untraceable(inner(c, to))
+        made = Deciding(inner(c, to))
     elif kind == "hook":
         made = inner(c, to)
         made.register_forward_hook(lambda _, given, result: result * 2)

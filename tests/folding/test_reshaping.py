@@ -10,7 +10,7 @@ from checking import LARGEST, Net, distance, normal
 from torch import Tensor, nn
 
 import refold
-from refold.folding.rewrites import RESHAPE, Alternative
+from refold.folding.alternatives import RESHAPE, Alternative
 
 
 def reshaped(model: nn.Module, x: Tensor) -> Any:

@@ -4,9 +4,9 @@ import pytest
 import torch
 from checking import (
     LARGEST,
+    Deciding,
     Net,
     Parallel,
-    Untraceable,
     call,
     check_fold,
     conv_bn,
@@ -144,28 +144,28 @@ def test_a_block_shared_by_two_parents_under_two_names() -> None:
     assert plain[0] is plain[1][1]
 
 
-def test_a_block_shared_with_code_that_cannot_be_traced() -> None:
-    """One user of the block sees a plain chain, the other cannot be looked into: both must keep computing the same."""
+def test_a_block_shared_with_code_that_looks_at_values() -> None:
+    """One user of the block decides by values, the other does not: inside of the block both see the same chain."""
     shared = conv_bn(4, 4)
-    model = nn.Sequential(Untraceable(shared), nn.ReLU(), shared, nn.ReLU())
-    check_fold(
-        model, images(4), convolutions=2, batch_norms=None, left=["cannot be traced", "is shared with"]
-    )
+    model = nn.Sequential(Deciding(shared), nn.ReLU(), shared, nn.ReLU())
+    check_fold(model, images(4), convolutions=2, left=["looks at the values"])
 
 
-def test_a_layer_shared_with_code_that_cannot_be_traced() -> None:
-    """A bare convolution, called by code that is not looked into, and elsewhere with a norm behind it."""
+def test_a_layer_shared_with_code_that_looks_at_values() -> None:
+    """A bare convolution, called by code that decides by values, and elsewhere with a norm behind it."""
     conv = nn.Conv2d(4, 4, 3, padding=1)
-    model = nn.Sequential(Untraceable(conv), nn.ReLU(), conv, nn.BatchNorm2d(4))
-    check_fold(model, images(4), convolutions=2, batch_norms=None, left=["cannot be traced", "shared with"])
-    scaled = nn.Sequential(Untraceable(conv), conv, Net(lambda net, x: x.mul_(0.5)))
-    check_fold(scaled, images(4), convolutions=2, left=["cannot be traced"])
+    model = nn.Sequential(Deciding(conv), nn.ReLU(), conv, nn.BatchNorm2d(4))
+    check_fold(
+        model, images(4), convolutions=2, batch_norms=None, left=["looks at the values", "is called 2 times"]
+    )
+    scaled = nn.Sequential(Deciding(conv), conv, Net(lambda net, x: x.mul_(0.5)))
+    check_fold(scaled, images(4), convolutions=2, left=["looks at the values"])
 
 
-def test_a_block_shared_by_two_untraceable_parents() -> None:
+def test_a_block_shared_by_two_parents_that_look_at_values() -> None:
     shared = Parallel(conv_bn(4, 4, 3), conv_bn(4, 4, 1))
-    model = nn.Sequential(Untraceable(shared), nn.Sigmoid(), Untraceable(shared))
-    check_fold(model, images(4), convolutions=2, left=["cannot be traced"])
+    model = nn.Sequential(Deciding(shared), nn.Sigmoid(), Deciding(shared))
+    check_fold(model, images(4), convolutions=2, left=["looks at the values"])
 
 
 class Switched(nn.Module):
@@ -180,8 +180,8 @@ class Switched(nn.Module):
         return y.relu() if act else y.sigmoid()
 
 
-class UntraceableTwice(nn.Module):
-    """Calls a block with and without its flag from code that cannot be traced."""
+class DecidingTwice(nn.Module):
+    """Calls a block with and without its flag from code that decides by values."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -193,8 +193,8 @@ class UntraceableTwice(nn.Module):
 
 @pytest.mark.parametrize(
     "model",
-    [Net(lambda net, x: net.block(net.block(x), True), block=Switched()), UntraceableTwice()],
-    ids=["traced", "untraceable"],
+    [Net(lambda net, x: net.block(net.block(x), True), block=Switched()), DecidingTwice()],
+    ids=["plain", "deciding"],
 )
 def test_a_block_called_with_two_values_of_a_flag(model: nn.Module) -> None:
     """The two calls run different code; a block rewritten for one must not stand for the other."""

@@ -1,4 +1,4 @@
-"""Models of every build: containers, several inputs and outputs, code that cannot be traced, odd modules inside."""
+"""Models of every build: containers, several inputs and outputs, code that decides by values, odd modules inside."""
 
 from typing import Any, NamedTuple
 
@@ -7,9 +7,9 @@ import timm
 import torch
 from checking import (
     LARGEST,
+    Deciding,
     Net,
     Parallel,
-    Untraceable,
     call,
     check_fold,
     conv_bn,
@@ -25,7 +25,7 @@ from torchvision.ops import StochasticDepth
 import refold
 from refold.errors import InputError
 
-TRACED = "cannot be traced"
+LOOKED_AT = "its code looks at the values"
 
 
 def branches(in_channels: int = 4, out_channels: int = 4) -> Parallel:
@@ -73,8 +73,8 @@ def test_lists_and_dictionaries_of_modules() -> None:
     assert list(call(plain, images(4)[0])) == ["boxes", "scores"]
 
 
-def test_lists_and_dictionaries_of_modules_in_untraceable_code() -> None:
-    check_fold(Untraceable(Untraceable(Containers())), images(4), convolutions=6, left=[TRACED])
+def test_lists_and_dictionaries_of_modules_in_deciding_code() -> None:
+    check_fold(Deciding(Deciding(Containers())), images(4), convolutions=6, left=[LOOKED_AT])
 
 
 class Chooses(nn.Module):
@@ -96,7 +96,7 @@ class Chooses(nn.Module):
 
 def test_the_children_of_data_dependent_code_fold() -> None:
     """USERS: models that do not trace as a whole. Each part that does is folded, the rest named with the reason."""
-    plain = check_fold(Chooses(), images(4), convolutions=3, left=[TRACED, "does not run"])
+    plain = check_fold(Chooses(), images(4), convolutions=3, left=[LOOKED_AT, "does not run"])
     assert {"the whole model", "never.branches.0.1", "never.branches.1.1"} == {
         n for n, _ in plain.fold_report.left
     }
@@ -109,11 +109,11 @@ def test_a_part_that_does_not_run_on_the_example_still_works() -> None:
     assert distance(call(model, large), call(plain, large)) <= LARGEST
 
 
-def test_untraceable_layers_inside_a_traceable_network() -> None:
+def test_deciding_layers_inside_a_network() -> None:
     model = nn.Sequential(
-        branches(), Untraceable(branches()), branches(), Untraceable(nn.Sigmoid()), *conv_bn(4, 4)
+        branches(), Deciding(branches()), branches(), Deciding(nn.Sigmoid()), *conv_bn(4, 4)
     )
-    check_fold(model, images(4), convolutions=4, left=[TRACED])
+    check_fold(model, images(4), convolutions=4, left=[LOOKED_AT])
 
 
 def test_code_that_asks_for_the_size_of_the_image() -> None:
@@ -125,7 +125,7 @@ def test_code_that_asks_for_the_size_of_the_image() -> None:
             y = y * 2
         return nn.functional.adaptive_avg_pool2d(y, (x.shape[-2] // 2, x.size(3) // 2))
 
-    check_fold(Net(forward, block=branches()), images(4), convolutions=1, left=[TRACED])
+    check_fold(Net(forward, block=branches()), images(4), convolutions=1)
     check_fold(
         Net(lambda net, x: net.block(x).view(x.size(0), -1, x.shape[2] * x.shape[3]), block=branches()),
         images(4),
@@ -146,7 +146,7 @@ class AsksForType(nn.Module):
 
 
 def test_a_forward_that_asks_for_the_type_of_its_input() -> None:
-    plain = check_fold(AsksForType(), images(4), left=["cannot be run on the example", "does not run"])
+    plain = check_fold(AsksForType(), images(4), left=["does not run"])
     assert plain.fold_report.after.convolutions == 1
     pairs = [[x[:, :2], x[:, 2:]] for x in images(4)]
     check_fold(AsksForType(), pairs, convolutions=1, left=["does not run"])
@@ -154,7 +154,7 @@ def test_a_forward_that_asks_for_the_type_of_its_input() -> None:
     def forward(net: Net, x: Tensor) -> Tensor:
         return net.a(x) + x if isinstance(x, Tensor) else net.b(x) - x
 
-    check_fold(Net(forward, a=branches(), b=branches()), images(4), left=["another way", "does not run"])
+    check_fold(Net(forward, a=branches(), b=branches()), images(4), left=["does not run"])
 
 
 class OwnIdentity(nn.Module):
@@ -223,7 +223,7 @@ def test_several_inputs(masked: bool) -> None:
 
 def test_an_optional_argument_is_not_ignored() -> None:
     """What was not in the example either works or is refused, but never silently dropped."""
-    for wrap in (nn.Identity(), Untraceable(nn.Identity())):
+    for wrap in (nn.Identity(), Deciding(nn.Identity())):
         model = trained(Optional(wrap).double())
         (x, *_) = images(4)
         plain: Any = refold.fold(model, x)
@@ -305,12 +305,12 @@ class Variadic(nn.Module):
 
 def test_any_number_of_arguments() -> None:
     examples = [(normal(2, 4, 8, 9), normal(1, 4, 5, 6)), (normal(1, 4, 7, 6), normal(3, 4, 3, 8))]
-    check_fold(Variadic(), examples, convolutions=2, left=[TRACED])
+    check_fold(Variadic(), examples, convolutions=2)
 
 
 def test_a_wrapper_for_several_devices() -> None:
     """DataParallel, which adds `module.` to every name, and a wrapper of a user."""
-    plain = check_fold(nn.DataParallel(branches()), images(4), convolutions=1, left=[TRACED])
+    plain = check_fold(nn.DataParallel(branches()), images(4), convolutions=1)
     assert isinstance(plain, nn.DataParallel)
     assert all(name.startswith("module.") for name in plain.state_dict())
 
@@ -322,7 +322,7 @@ def test_a_wrapper_for_several_devices() -> None:
         def forward(self, *inputs: Any, **options: Any) -> Any:
             return self.module(*inputs, **options)
 
-    check_fold(Wrapper(branches()), images(4), convolutions=1, left=[TRACED])
+    check_fold(Wrapper(branches()), images(4), convolutions=1)
 
 
 def test_a_model_without_a_batch_axis() -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from checking import Net, Parallel, Untraceable, call, conv_bn, distance, images, normal, trained
+from checking import Deciding, Net, Parallel, call, conv_bn, distance, images, normal, trained
 from torch import Tensor, nn
 
 import refold
@@ -34,7 +34,7 @@ def test_a_fold_is_proved_and_verified(dtype: torch.dtype) -> None:
     assert proof.regions == len(plain.fold_report.regions) == 2
     assert proof.worst_region <= 1e-12
     assert proof.distance_float64 <= 1e-12
-    assert proof.inputs == ("2×3×12×12", "2×3×9×12")
+    assert proof.inputs == ("2×3×12×12", "1×3×9×9")
     again = refold.verify(model, plain, x)
     if dtype == torch.float64:
         assert proof.original_distance is proof.folded_distance is None
@@ -194,7 +194,9 @@ def test_a_region_whose_proof_fails_is_undone_and_reported(monkeypatch: pytest.M
     model = trained(
         nn.Sequential(*conv_bn(4, 4), nn.ReLU(), nn.Linear(12, 6), nn.Linear(6, 12, bias=False)).double()
     )
-    monkeypatch.setattr(operations, "scale_outputs", without_shift(operations.scale_outputs))
+    regions = importlib.import_module("refold.folding.regions")
+    for module in (operations, regions):
+        monkeypatch.setattr(module, "scale_outputs", without_shift(operations.scale_outputs))
     (x, *_) = images(4)
     plain: Any = refold.fold(model, x)
     assert dict(plain.fold_report.left)["1"].startswith("the proof failed: the results differ by")
@@ -205,9 +207,9 @@ def test_a_region_whose_proof_fails_is_undone_and_reported(monkeypatch: pytest.M
 
 def test_a_network_whose_proof_fails_is_never_returned(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where every local proof is fooled, the proof of the whole network still stands."""
-    module = importlib.import_module("refold.folding.regions")
+    module = importlib.import_module("refold.folding.rewrite")
     monkeypatch.setattr(operations, "scale_outputs", without_shift(operations.scale_outputs))
-    monkeypatch.setattr(module, "prove_region", lambda *_: 0.0)
+    monkeypatch.setattr(module, "_prove", lambda *_: 0.0)
     model = network().double()
     state = {name: value.clone() for name, value in model.state_dict().items()}
     with pytest.raises(NotEquivalent) as caught:
@@ -292,8 +294,8 @@ def test_a_network_that_is_not_finite_in_its_dtype_is_no_false_alarm() -> None:
     assert math.isinf(proof.original_distance)
 
 
-def test_untraceable_parts_are_proved_with_the_whole() -> None:
-    model = trained(nn.Sequential(Untraceable(conv_bn(3, 4)), nn.ReLU(), *conv_bn(4, 4)).double())
+def test_deciding_parts_are_proved_with_the_whole() -> None:
+    model = trained(nn.Sequential(Deciding(conv_bn(3, 4)), nn.ReLU(), *conv_bn(4, 4)).double())
     plain: Any = refold.fold(model, images(3)[0])
     assert plain.fold_report.proof.regions == 2
     assert plain.fold_report.proof.distance_float64 <= 1e-12

@@ -2,13 +2,16 @@
 
 from refold.algebra.convolution import (
     Convolution,
+    Padding,
     affine,
     average_pool,
     batch_norm,
     batch_norm_affine,
+    constant_padding,
     identity,
     pointwise,
     with_groups,
+    with_spatial_axes,
     zero_padding,
 )
 from refold.algebra.operations import (
@@ -27,12 +30,14 @@ from refold.algebra.shortcut import fold_shortcut
 
 __all__ = [
     "Convolution",
+    "Padding",
     "affine",
     "align",
     "average_pool",
     "batch_norm",
     "batch_norm_affine",
     "concatenate",
+    "constant_padding",
     "fold_batch_norm",
     "fold_shortcut",
     "identity",
@@ -45,5 +50,6 @@ __all__ = [
     "sum_branches",
     "widen_inputs",
     "with_groups",
+    "with_spatial_axes",
     "zero_padding",
 ]

@@ -187,3 +187,39 @@ def with_groups(convolution: Convolution, groups: int) -> Convolution:
         convolution.dilation,
         groups,
     )
+
+
+def with_spatial_axes(convolution: Convolution, spatial_axes: int) -> Convolution:
+    """The same function of channels in another layout: a linear layer as a convolution with one tap, or back.
+
+    Raises NotFoldable where the convolution has more than one tap, a stride or padding.
+    """
+    if convolution.spatial_axes == spatial_axes:
+        return convolution
+    still = all(step == 1 for step in convolution.stride) and not any(map(any, convolution.padding))
+    if convolution.weight[0, 0].numel() > 1 or not still:
+        raise NotFoldable("the channels of its inputs lie along different axes")
+    matrix = convolution.weight.flatten(1)
+    return pointwise(matrix, convolution.bias, spatial_axes, convolution.groups)
+
+
+def constant_padding(convolution: Convolution, padding: Padding, value: Tensor) -> Convolution:
+    """A convolution whose output gets a border that holds `value` (`[channels]`), as one convolution.
+
+    Exact where the border is what the convolution makes of zeros, its bias: a batch norm whose border is filled with
+    what it makes of zero (diverse branch block). Raises NotFoldable elsewhere, and for more than one tap.
+    """
+    still = all(step == 1 for step in convolution.stride) and not any(map(any, convolution.padding))
+    if convolution.weight[0, 0].numel() > 1 or not still:
+        raise NotFoldable("a border is put around a map of which each pixel sees more than one")
+    bias = value.new_zeros(len(value)) if convolution.bias is None else convolution.bias
+    if not bias.is_meta and not torch.allclose(bias, value.to(bias), rtol=1e-9, atol=1e-12):
+        raise NotFoldable("the border holds another value than the layer before it makes of zeros")
+    return Convolution(
+        convolution.weight,
+        convolution.bias,
+        convolution.stride,
+        padding,
+        convolution.dilation,
+        convolution.groups,
+    )

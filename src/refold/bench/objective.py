@@ -22,7 +22,7 @@ from refold.errors import InputError, first_line
 from refold.export import FORMATS, Request, get_engine
 from refold.folding import Decision
 from refold.folding import fold as fold_without_measuring
-from refold.folding.rewrites import Alternative
+from refold.folding.alternatives import Alternative
 
 Progress = Callable[[str], None]
 

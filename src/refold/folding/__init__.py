@@ -1,8 +1,20 @@
 """Fold any model into a plain one: find linear regions, plan, prove, rewrite and report."""
 
+from refold.folding.changes import apply_data as apply_record
 from refold.folding.cost import Cost, count
-from refold.folding.fold import fold, verify
+from refold.folding.fold import Objective, fold, verify
 from refold.folding.proof import Proof
 from refold.folding.report import Decision, FoldedRegion, FoldReport
 
-__all__ = ["Cost", "Decision", "FoldReport", "FoldedRegion", "Proof", "count", "fold", "verify"]
+__all__ = [
+    "Cost",
+    "Decision",
+    "FoldReport",
+    "FoldedRegion",
+    "Objective",
+    "Proof",
+    "apply_record",
+    "count",
+    "fold",
+    "verify",
+]

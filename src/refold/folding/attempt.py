@@ -1,159 +1,242 @@
-"""One attempt to fold: a copy of the model, what is planned and written in it, and the account of both."""
+"""Carry a fold out: choose and prove rewrites, write them into a copy, and give up those alone that do not work."""
 
 from __future__ import annotations
 
 import copy
-from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from torch import fx, nn
+import torch
+from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils._pytree import tree_leaves
 
-from refold.errors import NotFoldable
-from refold.folding.edits import Candidate, Edits, Extent, edits_of
-from refold.folding.layers import NewLayer
+from refold.errors import NotFoldable, first_line
+from refold.folding.answers import shared_copy
+from refold.folding.arguments import Arguments, copy_tensors, plain_mode, tensors_in
+from refold.folding.changes import Change, apply
+from refold.folding.cost import Cost, Counting
+from refold.folding.operators import is_batch_norm
 from refold.folding.planning import Planner
 from refold.folding.precision import release_memory
 from refold.folding.reasons import reason_left
-from refold.folding.recognition import is_batch_norm
-from refold.folding.report import FoldedRegion
-from refold.folding.rewriting import write
-from refold.folding.tracing import Arguments, Unit
-from refold.folding.units import Untraced, find_units
+from refold.folding.rewrite import Memory, NewLayer, Rewrite, make
+from refold.folding.writing import CannotWrite, changes_of
 
-Finder = Callable[[Planner], list[Candidate]]
+Pass = Callable[[Planner], list[Rewrite]]
+"""From a recorded model to what may be computed in another way in it."""
+
+_KEPT_BYTES = 96 * 2**20
 
 
 @dataclass
 class Attempt:
-    """One attempt to fold: the copy that is edited, and the account of it."""
+    """A fold of one recorded model: the rewrites that are in effect, the plain model, and what it answers and costs."""
 
-    model: nn.Module
-    arguments: Arguments
-    find: Finder
-    """What to fold in a unit."""
-    prove: bool
-    extent: Extent
-    proved: list[float] = field(default_factory=list)
-    folded: list[FoldedRegion] = field(default_factory=list)
-    left: list[tuple[str, str]] = field(default_factory=list)
-    made: list[NewLayer] = field(default_factory=list)
-    outcomes: list[tuple[Planner, Edits]] = field(default_factory=list)
+    planner: Planner
+    original: nn.Module
+    tolerance: float | None
+    """To which rewrites are proved; None for not at all."""
+    rewrites: list[Rewrite] = field(default_factory=list)
+    proved: dict[int, float] = field(default_factory=dict)
+    changes: list[Change] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    model: nn.Module = field(default_factory=nn.Identity)
+    answers: list[Tensor] = field(default_factory=list)
+    cost: Cost | None = None
+    _plan: tuple[Sequence[Rewrite], list[Change]] = field(default_factory=lambda: ((), []))
+    _made: dict[object, Rewrite] = field(default_factory=dict)
+    _memory: Memory = field(default_factory=lambda: Memory(_KEPT_BYTES))
 
-    def plan(self) -> None:
-        """Choose and prove the regions of every unit, and say what is left."""
-        units, untraced = find_units(self.model, self.arguments)
-        held = Counter(identity for unit in units for identity in unit.called_modules())
-        held.update(id(module) for module in _hidden(self.model, units, untraced))
-        shared = {identity for identity, times in held.items() if times > 1}
-        for unit in units:
-            planner = Planner(unit)
-            edits = edits_of(planner, self._made(planner), shared, self.extent)
-            self.made += edits.made
-            self.folded += [region for each in edits.applied for region in each.folded]
-            self.outcomes.append((planner, edits))
-        self.left = _left(self.outcomes, untraced) + _unseen(self.model, self.outcomes, untraced)
+    def carry_out(self, passes: Sequence[Pass], *, may_cost: bool) -> None:
+        """Put into effect as much of what the passes find as can be proved and written, runs, and costs no more."""
+        self.rewrites = self._writable(passes)
+        before = self.planner.recorded.cost
+        try:
+            self._write(self.rewrites, simplify=True)
+        except _DoesNotRun:
+            self.rewrites = self._running(self.rewrites)
+        if not may_cost and self.cost is not None and self.cost.macs > before.macs:
+            self.notes.append(
+                f"less was folded: it would have taken {self.cost.macs:,} multiply-accumulates, not {before.macs:,}"
+            )
+            self.rewrites = self._no_dearer(self.rewrites, before.macs)
 
-    def write(self) -> None:
-        """Put the edits into the copy."""
-        for planner, edits in self.outcomes:
-            self.model = write(self.model, planner.unit, edits)
-        self.outcomes.clear()
+    def layers(self) -> list[NewLayer]:
+        """All new layers that are in effect."""
+        return [layer for rewrite in self.rewrites for layer in rewrite.layers]
 
-    def settle(self, original: nn.Module) -> None:
-        """Give the copy a tensor of its own for every one that it still shares with the original."""
-        _restore_attributes(original, self)
-        shared = {id(parameter) for parameter in original.parameters()}
+    def settle(self) -> None:
+        """Give the plain model tensors of its own, new ones frozen and laid out in memory as those they replace."""
+        last = _channels_last(self.original)
+        for rewrite in self.rewrites:
+            frozen = _frozen(self.planner, rewrite)
+            for layer in rewrite.layers:
+                for value in layer.module.parameters():
+                    value.requires_grad_(not frozen)
+                    if last and value.dim() == 4:
+                        value.data = value.data.contiguous(memory_format=torch.channels_last)
+        shared = {id(parameter) for parameter in self.original.parameters()}
         copies: dict[int, nn.Parameter] = {}
         for module in self.model.modules():
             for name, parameter in module._parameters.items():
                 if parameter is not None and id(parameter) in shared:
                     module._parameters[name] = copies.setdefault(id(parameter), copy.deepcopy(parameter))
-        # Running the example may have changed what the forward pass itself keeps, a counter for example.
-        before = dict(original.named_buffers())
-        for name, buffer in self.model.named_buffers():
-            if name in before and before[name].shape == buffer.shape:
-                buffer.copy_(before[name])
 
-    def _made(self, planner: Planner) -> list[tuple[Candidate, list[NewLayer]]]:
-        """The candidates that hold their proof, with their layers."""
-        made = []
+    def left(self) -> list[tuple[str, str]]:
+        """Every batch norm that stays, and every module whose code is not looked across, with the reason."""
+        planner, recording = self.planner, self.planner.recording
+        reasons = [
+            (scope[-1].path or "the whole model", reason)
+            for scope, reason in recording.guarded.items()
+            if scope[-1].path or not scope[-1].hooks  # around the model nothing is folded anyway
+        ]
+        reasons += [
+            (str(n.target), "it is compiled (TorchScript)")
+            for n in planner.graph.nodes
+            if n.op == "call_module" and isinstance(planner.use(n).module, torch.jit.ScriptModule)
+        ]
+        folded = {node for rewrite in self.rewrites for node in rewrite.operators}
+        norms = [n for n in planner.graph.nodes if n in recording.varying and is_batch_norm(planner.use(n))]
+        reasons += [(_name(n), reason_left(n, planner)) for n in norms if n not in folded]
+        seen = {_name(node) for node in norms} | {
+            str(n.target) for n in planner.graph.nodes if n.op == "call_module"
+        }
+        for name, module in self.original.named_modules():
+            around = {name[:i] for i, letter in enumerate(name) if letter == "."}
+            if name and isinstance(module, _BatchNorm) and name not in seen and not around & seen:
+                reasons.append((name, "it does not run on the example input"))
+        reasons += [(n, "its weights are changed while the network runs") for n in self._written_layers()]
+        return list(dict.fromkeys(reasons))
+
+    def _written_layers(self) -> list[str]:
+        called = {str(node.target) for node in self.planner.graph.nodes if node.op == "call_module"}
+        owners = {name.rpartition(".")[0] for name in self.planner.recording.written}
+        return sorted(called & owners)
+
+    def _writable(self, passes: Sequence[Pass]) -> list[Rewrite]:
+        """The rewrites that hold their proof and can be written; where one is refused, the next best in its place."""
+        while True:
+            found, refused = self._proved([rewrite for find in passes for rewrite in find(self.planner)])
+            if not refused:
+                try:
+                    self._plan = (found, changes_of(self.planner, found, in_place=False, simplify=True))
+                    return found
+                except CannotWrite as error:
+                    refused = {rewrite.key: error.reason for rewrite in error.rewrites}
+                    for rewrite in error.rewrites:
+                        self._refuse(rewrite, error.reason)
+            if refused.keys() <= self.planner.excluded:
+                return [rewrite for rewrite in found if rewrite.key not in refused]
+            self.planner.excluded |= refused.keys()
+            self.planner.forget(refused)
+
+    def _proved(self, rewrites: list[Rewrite]) -> tuple[list[Rewrite], dict[object, str]]:
+        found, refused = list[Rewrite](), dict[object, str]()
         # From the end on, where layers are largest as a rule: little else is in memory then.
-        for candidate in reversed(self.find(planner)):
-            try:
-                layers, distances = candidate.make(self.prove)
-            except NotFoldable as refusal:
-                planner.refusals.update(dict.fromkeys(candidate.operators, str(refusal)))
+        for rewrite in reversed(rewrites):
+            place = (rewrite.key, tuple(rewrite.operators), tuple(rewrite.steps))
+            if place in self._made:
+                found.append(self._made[place])
                 continue
-            self.proved += distances
-            made.append((candidate, layers))
+            try:
+                distance = make(rewrite, self.planner.constants, self.tolerance, self._memory)
+            except NotFoldable as refusal:
+                refused[rewrite.key] = str(refusal)
+                self._refuse(rewrite, str(refusal))
+                continue
+            self._made[place] = rewrite
+            if distance is not None:
+                self.proved[id(rewrite)] = distance
+            found.append(rewrite)
             release_memory()
-        return made[::-1]
+        return found[::-1], refused
+
+    def _refuse(self, rewrite: Rewrite, reason: str) -> None:
+        self.planner.refusals.update(dict.fromkeys(rewrite.operators, reason))
+
+    def _write(self, rewrites: Sequence[Rewrite], *, simplify: bool, in_place: bool = False) -> None:
+        """Write rewrites into a fresh copy and run it. Raises _DoesNotRun, and CannotWrite."""
+        known, planned = self._plan
+        if not simplify or rewrites is not known:
+            planned = changes_of(self.planner, rewrites, in_place=in_place, simplify=simplify)
+        self.changes = planned
+        model = shared_copy(self.original).eval()
+        self.model = model = apply(model, self.changes)
+        self.answers, self.cost = run_counted(model, self.planner.recording.arguments)
+
+    def _running(self, rewrites: list[Rewrite]) -> list[Rewrite]:
+        """As many rewrites as leave a network that runs: code around a folded block may ask for what is gone."""
+        good: list[Rewrite] = []
+        waiting = [rewrites]
+        while waiting:
+            chunk = waiting.pop()
+            try:
+                self._write([*good, *chunk], simplify=False)
+                good += chunk
+            except (_DoesNotRun, CannotWrite) as error:
+                if len(chunk) > 1:
+                    waiting += [chunk[len(chunk) // 2 :], chunk[: len(chunk) // 2]]
+                elif chunk:
+                    self.notes.append(f"less was folded: the rewritten network did not run ({error})")
+                    self._refuse(chunk[0], f"the network does not run with it folded ({error})")
+        self._write(good, simplify=False)
+        return good
+
+    def _no_dearer(self, rewrites: list[Rewrite], macs: int) -> list[Rewrite]:
+        """Those rewrites, in their order, with which the network takes no more multiply-accumulates than before."""
+        good: list[Rewrite] = []
+        for rewrite in rewrites:
+            self._write([*good, rewrite], simplify=True)
+            assert self.cost is not None
+            if self.cost.macs <= macs:
+                good.append(rewrite)
+            else:
+                self._refuse(rewrite, "it would take more multiply-accumulates")
+        self._write(good, simplify=True)
+        return good
 
 
-def _hidden(model: nn.Module, units: list[Unit], untraced: list[Untraced]) -> list[nn.Module]:
-    """The modules that only code which cannot be traced calls."""
-    seen = [unit.path for unit in units if unit.path]
-    found = {}
-    for item in untraced:
-        for name, module in model.get_submodule(item.path).named_modules(prefix=item.path):
-            if name != item.path and not any(name == path or name.startswith(f"{path}.") for path in seen):
-                found[id(module)] = module
-    return list(found.values())
+class _DoesNotRun(Exception):
+    """The rewritten network does not run on the example."""
 
 
-def _restore_attributes(original: nn.Module, attempt: Attempt) -> None:
-    """Take back what tracing and running left in the attributes of modules: caches above all."""
-    made = {id(part) for layer in attempt.made for part in layer.module.modules()}
-    before = dict(original.named_modules())
-    for path, module in attempt.model.named_modules():
-        old = before.get(path)
-        if old is None or id(module) in made or not isinstance(module, type(old)):
-            continue
-        for name in set(vars(module)) - set(vars(old)):
-            delattr(module, name)
-        for name, value in vars(old).items():
-            plain = isinstance(value, (dict, list, set)) and not name.startswith("_")
-            if plain and not any(isinstance(leaf, nn.Module) for leaf in tree_leaves(value)):
-                setattr(module, name, copy.deepcopy(value))
+def run_counted(model: nn.Module, arguments: Arguments) -> tuple[list[Tensor], Cost]:
+    """What a copy of the model answers, and what that costs. Raises _DoesNotRun."""
+    counting = Counting()
+    copied = shared_copy(model).eval()
+    try:
+        with plain_mode(), torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            args, kwargs = copy_tensors(arguments)
+            with counting:
+                result = copied(*args, **kwargs)
+        return tensors_in(result), counting.cost(model)
+    except Exception as error:
+        raise _DoesNotRun(first_line(error)) from error
 
 
-def _left(outcomes: list[tuple[Planner, Edits]], untraced: list[Untraced]) -> list[tuple[str, str]]:
-    """Every batch norm that stays and every module that was not looked into, with the reason."""
-    replaced = {planner.unit.full_path(path) for planner, edits in outcomes for path in edits.slots}
-    left = [(item.path or "the whole model", item.reason) for item in untraced if item.path not in replaced]
-    for planner, edits in outcomes:
-        folded = {node for applied in edits.applied for node in applied.operators}
-        remaining = [node for node in _batch_norms(planner) if node not in folded]
-        left += [(_name(planner, node), reason_left(node, planner)) for node in remaining]
-    return list(dict.fromkeys(left))
+def _name(node: fx.Node) -> str:
+    return str(node.target) if node.op == "call_module" else node.meta["scope"][-1].path or "the whole model"
 
 
-def _unseen(
-    model: nn.Module, outcomes: list[tuple[Planner, Edits]], untraced: list[Untraced]
-) -> list[tuple[str, str]]:
-    """The batch norms that are in no graph, and why."""
-    seen = {_name(planner, node) for planner, _ in outcomes for node in _batch_norms(planner)}
-    opaque = {item.path for item in untraced}
-    found = []
-    for name, module in model.named_modules():
-        if isinstance(module, _BatchNorm) and name not in seen and name:
-            alone = name.rpartition(".")[0] in opaque
-            reason = (
-                "the code around it cannot be traced" if alone else "it does not run on the example input"
-            )
-            found.append((name, reason))
-    return found
+def _channels_last(model: nn.Module) -> bool:
+    maps = [value for value in model.parameters() if value.dim() == 4]
+    last = all(value.is_contiguous(memory_format=torch.channels_last) for value in maps)
+    return last and any(not value.is_contiguous() for value in maps)
 
 
-def _batch_norms(planner: Planner) -> list[fx.Node]:
-    constants = planner.constants
-    return [n for n in planner.unit.graph.nodes if constants.varies(n) and is_batch_norm(n, constants)]
-
-
-def _name(planner: Planner, node: fx.Node) -> str:
-    if node.op == "call_module":
-        return planner.unit.full_path(str(node.target))
-    return planner.unit.full_scope(node.meta["scope"])
+def _frozen(planner: Planner, rewrite: Rewrite) -> bool:
+    """Whether none of the parameters that a rewrite takes up was to be trained."""
+    recording, found = planner.recording, list[nn.Parameter]()
+    waiting, seen = list(rewrite.nodes | set(rewrite.steps)), set[fx.Node]()
+    while waiting:
+        node = waiting.pop()
+        if node.op == "call_module":
+            found += recording.attribute(str(node.target)).parameters()
+        elif node.op == "get_attr" and isinstance(recording.attribute(str(node.target)), nn.Parameter):
+            found.append(recording.attribute(str(node.target)))
+        for value in node.all_input_nodes:
+            if value not in recording.varying and value not in seen:
+                seen.add(value)
+                waiting.append(value)
+    return bool(found) and not any(value.requires_grad for value in found)

@@ -12,23 +12,10 @@ import torch
 from torch import fx
 
 from refold.algebra import Convolution
-from refold.folding.operators import Concatenation, Map, Same
+from refold.folding.linear import Concatenation, Map, Same
+from refold.folding.operators import is_batch_norm, name_of, operator_of
 from refold.folding.planning import Planner
-from refold.folding.recognition import is_batch_norm
-from refold.folding.tracing import has_hooks
 
-ELEMENTWISE = {
-    *("relu", "relu6", "leakyrelu", "elu", "celu", "selu", "silu", "mish", "gelu", "hardtanh", "hardswish"),
-    *("hardsigmoid", "sigmoid", "tanh", "softplus", "logsigmoid", "softsign", "tanhshrink", "hardshrink"),
-    *("softshrink", "threshold"),
-}
-"""Activations that treat every value alike: the names of their modules and functions, lower case, no underscores."""
-_SPATIAL = {
-    *(f"{kind}pool{axes}d" for kind in ("max", "avg", "adaptiveavg", "adaptivemax") for axes in (1, 2, 3)),
-    *("upsample", "interpolate", "contiguous", "zeropad2d"),
-}
-"""Operators, by name, that treat every channel alike and by itself."""
-_ARITHMETIC = {"add", "iadd", "sub", "isub", "mul", "imul", "truediv", "itruediv", "div"}
 _META = torch.device("meta")
 
 
@@ -58,21 +45,21 @@ class Channels:
 
     def __init__(self, planner: Planner) -> None:
         self.planner = planner
-        self._shapes = planner.unit.shapes
-        self.roles = {node: self._role(node) for node in planner.unit.graph.nodes}
+        self._shapes = planner.shapes
+        self.roles = {node: self._role(node) for node in planner.graph.nodes}
         self._parents: dict[fx.Node, fx.Node] = {}
         for node, role in self.roles.items():
             if role in (Role.KEEPS, Role.FILTERS):
                 for value in self.inputs(node):
                     self._parents[self._find(value)] = self._find(node)
         self.classes: dict[fx.Node, ChannelClass] = defaultdict(ChannelClass)
-        for node in planner.unit.graph.nodes:
+        for node in planner.graph.nodes:
             if len(self._shapes.get(node, ())) > 1:
                 own = self.classes[self._find(node)]
                 own.members.append(node)
                 own.channels = self._shapes[node][1]
         for own in self.classes.values():
-            own.readers = {u for m in own.members for u in m.users} - set(own.members) - planner.checks
+            own.readers = {u for m in own.members for u in m.users} - set(own.members)
 
     def of(self, node: fx.Node) -> ChannelClass | None:
         """The class of a value; None for what has no channels."""
@@ -92,7 +79,7 @@ class Channels:
     def parts(self, own: ChannelClass) -> tuple[int, ...] | None:
         """How many channels each part of a class has that its concatenations are made of; None where they differ,
         where there is none, or where the class cannot be computed in parts."""
-        roles, barriers = self.roles, self.planner.unit.barriers
+        roles, barriers = self.roles, self.planner.recording.barriers
         joins = [m for m in own.members if roles[m] is Role.CONCATENATES]
         sizes = {tuple(self._shapes[v][1] for v in self.joined(join)) for join in joins}
         if len(sizes) != 1 or barriers.intersection(own.members):
@@ -113,12 +100,12 @@ class Channels:
         roles, planner = self.roles, self.planner
         kept = (Role.MIXES, Role.KEEPS, Role.FILTERS, Role.CONCATENATES)
         for node in own.members:
-            divides = operator_name(node, planner) in ("truediv", "itruediv", "div")
-            norm = roles[node] is Role.FILTERS and is_batch_norm(node, planner.constants)
+            divides = name_of(node.target) in ("truediv", "div", "divide")
+            norm = roles[node] is Role.FILTERS and is_batch_norm(planner.use(node))
             if roles[node] not in kept or divides or norm or self._group(node) > 1:
                 return False
         measured = (Role.MIXES, Role.MEASURES)
-        barred = planner.unit.barriers.intersection(own.members)
+        barred = planner.recording.barriers.intersection(own.members)
         return not barred and all(roles[n] in measured or n in readers for n in own.readers)
 
     def touched(self, own: ChannelClass) -> set[fx.Node]:
@@ -133,7 +120,7 @@ class Channels:
 
     def _group(self, node: fx.Node) -> int:
         """The channels that a convolution of groups reads together."""
-        if self.roles[node] is not Role.FILTERS or is_batch_norm(node, self.planner.constants):
+        if self.roles[node] is not Role.FILTERS or is_batch_norm(self.planner.use(node)):
             return 1
         return self.convolution(node, _META).weight.shape[1]
 
@@ -144,12 +131,13 @@ class Channels:
         return node
 
     def _varying(self, node: fx.Node) -> bool:
-        return len(self._shapes.get(node, ())) > 1 and self.planner.constants.varies(node)
+        return len(self._shapes.get(node, ())) > 1 and node in self.planner.recording.varying
 
     def _role(self, node: fx.Node) -> Role:
         planner, shape = self.planner, self._shapes.get(node)
-        if _measures(node, self._shapes):
-            return Role.MEASURES
+        if "number" in node.meta:
+            side = node.args[1] if node.op == "call_method" and node.target == "size" else 0
+            return Role.MEASURES if isinstance(side, int) and side > 1 else Role.OTHER
         if shape is None or len(shape) < 2 or node.op not in ("call_module", "call_function", "call_method"):
             return Role.OTHER
         operator = planner.operators.get(node)
@@ -159,7 +147,7 @@ class Channels:
             return self._convolution_role(operator, shape)
         if isinstance(operator, Same):
             return Role.KEEPS
-        if isinstance(operator, Map) and is_batch_norm(node, planner.constants):
+        if isinstance(operator, Map) and is_batch_norm(planner.use(node)):
             return Role.FILTERS if len(shape) < 6 else Role.OTHER
         return Role.KEEPS if self._keeps_channels(node, shape) else Role.OTHER
 
@@ -172,38 +160,29 @@ class Channels:
         return Role.FILTERS if convolution.in_channels == convolution.out_channels else Role.OTHER
 
     def _keeps_channels(self, node: fx.Node, shape: tuple[int, ...]) -> bool:
-        name = operator_name(node, self.planner)
-        varying = [v for v in node.all_input_nodes if self.planner.constants.varies(v)]
-        tensors = [v for v in varying if v in self._shapes]
-        if not name or not tensors or any(len(self._shapes[v]) < 2 for v in tensors):
+        entry = operator_of(self.planner.use(node))
+        varying = self.planner.recording.varying
+        tensors = [v for v in node.all_input_nodes if v in varying and v in self._shapes]
+        if (
+            entry is None
+            or entry.channels is None
+            or not tensors
+            or any(len(self._shapes[v]) < 2 for v in tensors)
+        ):
             return False
-        if name in _ARITHMETIC:
+        if entry.word in ("add", "multiply"):
             alike = all(len(self._shapes[v]) == len(shape) for v in tensors)
             fits = all(self._shapes[v][1] in (1, shape[1]) for v in tensors)
             return alike and fits and set(node.all_input_nodes) == set(tensors) and not node.kwargs
         source = self._shapes[tensors[0]]
         if len(tensors) > 1 or node.args[:1] != (tensors[0],) or source[:2] != shape[:2]:
             return False
-        if name == "mean":
+        if name_of(node.target) == "mean":
             return _averages_space(node, len(source))
-        if name == "flatten":
-            return all(side == 1 for side in source[2:]) and len(shape) == 2
-        return name in ELEMENTWISE or name in _SPATIAL
-
-
-def operator_name(node: fx.Node, planner: Planner) -> str:
-    """The name of a module of torch, a function or a method, lower case without underscores; empty for all others.
-
-    What changes its input in place as a method does (`relu_`) is among the others.
-    """
-    if node.op == "call_module":
-        module = planner.unit.attribute(str(node.target))
-        ours = type(module).__module__.startswith("torch.nn.modules.") and not has_hooks(module)
-        return type(module).__name__.lower().replace("_", "") if ours else ""
-    name = str(getattr(node.target, "__name__", node.target))
-    home = str(getattr(node.target, "__module__", "") or "")
-    known = node.op == "call_method" or home.split(".")[0] in ("torch", "_operator", "")
-    return "" if name.endswith("_") or not known else name.lower().replace("_", "")
+        if entry.word == "reshape":
+            one_pixel = all(side == 1 for side in source[2:]) and len(shape) == 2
+            return entry.linear is not None and one_pixel
+        return entry.word not in ("permute", "copy") or node.target == "contiguous"
 
 
 def _averages_space(node: fx.Node, axes: int) -> bool:
@@ -213,25 +192,6 @@ def _averages_space(node: fx.Node, axes: int) -> bool:
     if not isinstance(along, (tuple, list)) or not along or not all(isinstance(a, int) for a in along):
         return False
     return all(a % axes > 1 for a in along)
-
-
-def _measures(node: fx.Node, shapes: dict[fx.Node, tuple[int, ...]]) -> bool:
-    """Whether the node is the shape of a map, of which only the sizes behind the channels are read."""
-    target, source = node.target, node.args[0] if node.args else None
-    axes = len(shapes.get(source, ())) if isinstance(source, fx.Node) else 0
-    if node.op == "call_method" and target == "size" and len(node.args) == 2:
-        return _behind_channels(node.args[1], axes)
-    whole = node.op == "call_function" and target is getattr and node.args[1] == "shape"
-    whole = whole or (node.op == "call_method" and target == "size" and len(node.args) == 1)
-    return bool(whole) and all(
-        getattr(user.target, "__name__", "") == "getitem" and _behind_channels(user.args[1], axes)
-        for user in node.users
-    )
-
-
-def _behind_channels(index: Any, axes: int) -> bool:
-    start = index.start if isinstance(index, slice) else index
-    return isinstance(start, int) and (start > 1 if start >= 0 else axes + start > 1)
 
 
 def connected(groups: list[set[fx.Node]]) -> Iterator[list[int]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from torch import Tensor, fx
@@ -12,6 +13,7 @@ from torch import Tensor, fx
 from refold.algebra import (
     Convolution,
     concatenate,
+    constant_padding,
     identity,
     scale_outputs,
     series,
@@ -19,9 +21,21 @@ from refold.algebra import (
     slice_outputs,
     sum_branches,
     widen_inputs,
+    with_spatial_axes,
 )
 from refold.errors import NotFoldable
-from refold.folding.operators import Flattened, Linear, Map, Restored, Same, Slice, Sum, inputs_of
+from refold.folding.linear import (
+    Bordered,
+    Flattened,
+    Linear,
+    Map,
+    Moved,
+    Restored,
+    Same,
+    Slice,
+    Sum,
+    inputs_of,
+)
 
 
 @dataclass(frozen=True)
@@ -32,6 +46,8 @@ class Branch:
     first: int = 0
     flattened: bool = False
     """Whether the axes before the channels, which are last, are one."""
+    moved: Literal["last", "first", "swapped"] | None = None
+    """Whether the channels were moved from where the source has them: to the end, or behind the batch."""
 
 
 class Composer:
@@ -42,6 +58,11 @@ class Composer:
         self._shapes = shapes
         self._order = {node: index for index, node in enumerate(operators)}
         self._structures: dict[tuple[fx.Node, fx.Node], Branch | NotFoldable] = {}
+
+    def add(self, node: fx.Node, meaning: Linear) -> None:
+        """Take in one more operator, which stands behind all others."""
+        self._operators[node] = meaning
+        self._order[node] = len(self._order)
 
     def between(self, source: fx.Node, root: fx.Node) -> list[fx.Node]:
         """The operators through which `root` depends on `source`, in the order they run."""
@@ -98,19 +119,30 @@ class Composer:
         """What an operator makes of its inputs, all of them given as convolutions of `source`."""
         if isinstance(operator, Same):
             return inner[0]
+        if isinstance(operator, Moved):
+            return self._moved(inner[0], operator, source)
         if isinstance(operator, Map):
             convolution = operator.build(device)
+            if inner[0].moved is not None:
+                convolution = with_spatial_axes(
+                    convolution, self._axes(inner[0], source, convolution.spatial_axes)
+                )
             if inner[0].convolution is not None:
                 convolution = series(inner[0].convolution, convolution)
             return replace(inner[0], convolution=convolution)
         like = torch.empty(0, dtype=torch.float64, device=device)
         if isinstance(operator, (Flattened, Restored)):
             return self._reshaped(inner[0], operator, source, like)
-        if len({branch.flattened for branch in inner}) > 1:
-            raise NotFoldable("only some of its inputs are flattened")
+        if len({(branch.flattened, branch.moved) for branch in inner}) > 1:
+            raise NotFoldable("only some of its inputs are flattened or have their channels moved")
+        if isinstance(operator, Bordered):
+            if inner[0].moved or inner[0].flattened:
+                raise NotFoldable("its border is put around moved channels")
+            known = self._explicit(inner[0], source, len(operator.padding), like)
+            return replace(inner[0], convolution=constant_padding(known, operator.padding, operator.value))
         if isinstance(operator, Sum):
             return self._sum(inner, operator, source, like)
-        axes = operator.spatial_axes
+        axes = self._axes(inner[0], source, operator.spatial_axes)
         known = [self._explicit(branch, source, axes, like) for branch in inner]
         if isinstance(operator, Slice):
             convolution, first = slice_outputs(known[0], operator.start, operator.stop)
@@ -131,6 +163,32 @@ class Composer:
                 raise NotFoldable("its axes are restored to those of another value")
         return replace(inner, convolution=convolution, flattened=isinstance(operator, Flattened))
 
+    def _moved(self, inner: Branch, operator: Moved, source: fx.Node) -> Branch:
+        if operator.last is None:
+            way: Literal["last", "first", "swapped"] = "swapped"
+        else:
+            way = "last" if operator.last else "first"
+        if inner.flattened or inner.moved == way != "swapped":
+            raise NotFoldable("its axes are moved in another way")
+        if inner.moved is not None:
+            return replace(inner, moved=None)
+        if inner.convolution is not None:
+            known: Literal["last", "first"] = "last" if inner.convolution.spatial_axes else "first"
+            if way not in (known, "swapped"):
+                raise NotFoldable("the channels of its inputs lie along different axes")
+            way = known
+        return replace(inner, moved=way)
+
+    def _axes(self, branch: Branch, source: fx.Node, own: int) -> int:
+        """The spatial axes, in the layout of the source, of a convolution that has `own` in the layout of `branch`."""
+        if branch.moved is None:
+            return own
+        last = own == 0 if branch.moved == "swapped" else branch.moved == "last"
+        axes = len(self._shapes[source]) - 2 if last else 0
+        if (own > 0) is (axes > 0):
+            raise NotFoldable("the channels of its inputs lie along different axes")
+        return axes
+
     def _explicit(self, branch: Branch, source: fx.Node, axes: int, like: Tensor) -> Convolution:
         """The branch with its identity written out, in a layout with so many spatial axes."""
         if branch.convolution is None:
@@ -142,7 +200,7 @@ class Composer:
 
     def _sum(self, inner: list[Branch], operator: Sum, source: fx.Node, like: Tensor) -> Branch:
         layouts = {b.convolution.spatial_axes for b in inner if b.convolution is not None}
-        axes = layouts.pop() if layouts else len(self._shapes[source]) - 2
+        axes = layouts.pop() if layouts else self._axes_of_identity(inner[0], source)
         if not 0 <= axes <= 3:
             raise NotFoldable("its input has more axes than a convolution")
         known = [self._explicit(branch, source, axes, like) for branch in inner]
@@ -153,6 +211,9 @@ class Composer:
         aligned, first = _common_inputs(scaled, [branch.first for branch in inner])
         merged = sum_branches(aligned) if len(aligned) > 1 else aligned[0]
         return replace(inner[0], convolution=merged, first=first)
+
+    def _axes_of_identity(self, branch: Branch, source: fx.Node) -> int:
+        return 0 if branch.moved == "first" else len(self._shapes[source]) - 2
 
 
 def _common_inputs(convolutions: list[Convolution], firsts: list[int]) -> tuple[list[Convolution], int]:

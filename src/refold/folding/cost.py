@@ -10,92 +10,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from refold.errors import InputError, first_line
-
-# What runs, in plain English, by the name of the ATen operator, in the order of every printed table.
-_KINDS: dict[str, tuple[str, ...]] = {
-    "convolution": ("convolution", "_convolution", "cudnn_convolution", "mkldnn_convolution"),
-    "linear": ("addmm", "mm", "mv", "addmv"),
-    "matrix product": ("bmm", "baddbmm", "dot"),
-    "attention": (
-        "_scaled_dot_product_flash_attention",
-        "_scaled_dot_product_flash_attention_for_cpu",
-        "_scaled_dot_product_efficient_attention",
-        "_scaled_dot_product_cudnn_attention",
-        "_scaled_dot_product_fused_attention_overrideable",
-    ),
-    "batch norm": (
-        "native_batch_norm",
-        "_native_batch_norm_legit",
-        "_native_batch_norm_legit_no_training",
-        "_batch_norm_no_update",
-        "cudnn_batch_norm",
-        "miopen_batch_norm",
-    ),
-    "other norm": ("native_layer_norm", "native_group_norm", "linalg_vector_norm", "_fused_rms_norm"),
-    "activation": (
-        *("relu", "hardtanh", "leaky_relu", "elu", "celu", "selu", "_prelu_kernel", "rrelu_with_noise"),
-        *("silu", "hardswish", "mish", "gelu", "glu", "softplus", "threshold", "softshrink", "hardshrink"),
-        *("sigmoid", "hardsigmoid", "tanh", "log_sigmoid_forward", "clamp", "clamp_min", "clamp_max"),
-        *("_softmax", "_safe_softmax", "_log_softmax"),
-    ),
-    "add": ("add", "sub", "rsub", "addcmul"),
-    "multiply": ("mul", "div", "neg"),
-    "concatenation": ("cat", "stack"),
-    "pooling": (
-        *("max_pool2d_with_indices", "adaptive_max_pool2d", "avg_pool2d", "_adaptive_avg_pool2d"),
-        *("max_pool3d_with_indices", "adaptive_max_pool3d", "avg_pool3d", "_adaptive_avg_pool3d"),
-        *("mean", "sum", "amax", "max"),
-    ),
-    "padding": ("constant_pad_nd", "reflection_pad1d", "reflection_pad2d", "replication_pad2d"),
-    "resizing": (
-        *("upsample_nearest1d", "upsample_nearest2d", "upsample_nearest3d", "_upsample_nearest_exact2d"),
-        *("upsample_bilinear2d", "upsample_bicubic2d", "_upsample_bilinear2d_aa", "_upsample_bicubic2d_aa"),
-        "grid_sampler_2d",
-    ),
-    "copy": (
-        "clone",
-        "copy",
-        "_to_copy",
-        "permute_copy",
-        "repeat",
-        "pixel_shuffle",
-        "pixel_unshuffle",
-        "roll",
-    ),
-    "gather": ("index", "index_select", "gather", "embedding"),
-}
-_KIND_OF = {operator: kind for kind, operators in _KINDS.items() for operator in operators}
-
-# These make or relabel a tensor; no arithmetic runs.
-_FREE = {
-    *("_unsafe_view", "_local_scalar_dense", "lift_fresh", "detach", "alias", "empty", "empty_like", "zeros"),
-    *(
-        "zeros_like",
-        "ones",
-        "ones_like",
-        "full",
-        "full_like",
-        "arange",
-        "scalar_tensor",
-        "new_zeros",
-        "new_full",
-    ),
-    *(
-        "new_empty",
-        "new_ones",
-        "empty_strided",
-        "new_empty_strided",
-        "as_strided",
-        "linspace",
-        "fill",
-        "zero",
-    ),
-}
+from refold.folding.arguments import as_arguments, copy_tensors, shapes_listed
+from refold.folding.operators import COUNTED, WORDS
 
 
 @dataclass(frozen=True)
@@ -136,37 +57,26 @@ class Cost:
         return dataclasses.asdict(self)
 
 
-def count(model: nn.Module, example_input: Tensor | tuple[Any, ...]) -> Cost:
+def count(model: nn.Module, example_input: Any) -> Cost:
     """Count what one eval-mode forward pass costs, on any device (meta included).
 
-    `example_input` is a tensor, or the tuple of positional arguments. The model need not be traceable: the
-    operators are counted as they run. Parameters are counted once each, used or not; the model, its training
+    `example_input` is what `fold` takes. The operators are counted as they run. Parameters are counted once each, used or not; the model, its training
     flags and the example are left as they were.
 
     Raises `InputError` where the forward pass fails on the example.
     """
-    arguments = example_input if isinstance(example_input, tuple) else (example_input,)
+    arguments = as_arguments(model, example_input)
     # A forward pass may begin with an in-place activation.
-    arguments = tuple(value.detach().clone() if isinstance(value, Tensor) else value for value in arguments)
-    with _evaluating(model), torch.no_grad(), _Counter() as counter:
+    args, kwargs = copy_tensors(arguments)
+    with _evaluating(model), torch.no_grad(), Counting() as counting:
         try:
-            model(*arguments)
+            model(*args, **kwargs)
         except Exception as error:
-            shapes = ", ".join(str(tuple(v.shape)) for v in arguments if isinstance(v, Tensor))
-            reason = first_line(error)
             raise InputError(
-                f"{type(model).__name__} cannot run on an input of shape {shapes}: {reason}; "
-                "give an example input that its forward pass accepts."
+                f"{type(model).__name__} cannot run on an input of shape {shapes_listed(arguments)}: "
+                f"{first_line(error)}; give an example input that its forward pass accepts."
             ) from error
-    order = [kind for kind in _KINDS if counter.operators[kind]]
-    order += sorted(set(counter.operators) - set(_KINDS))
-    return Cost(
-        parameters=sum(parameter.numel() for parameter in model.parameters()),
-        macs=counter.macs,
-        winograd_multiplications=counter.winograd_multiplications,
-        activations=counter.activations,
-        operators={kind: counter.operators[kind] for kind in order},
-    )
+    return counting.cost(model)
 
 
 @contextmanager
@@ -185,7 +95,9 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-class _Counter(TorchDispatchMode):
+class Counting(TorchDispatchMode):
+    """Counts what runs while it is entered."""
+
     def __init__(self) -> None:
         TorchDispatchMode.__init__(self)
         self.macs = 0
@@ -193,19 +105,32 @@ class _Counter(TorchDispatchMode):
         self.activations = 0
         self.operators: Counter[str] = Counter()
 
+    def cost(self, model: nn.Module) -> Cost:
+        """What was counted, with the parameters of `model`."""
+        order = [word for word in WORDS if self.operators[word]]
+        order += sorted(set(self.operators) - set(WORDS))
+        return Cost(
+            parameters=sum(parameter.numel() for parameter in model.parameters()),
+            macs=self.macs,
+            winograd_multiplications=self.winograd_multiplications,
+            activations=self.activations,
+            operators={word: self.operators[word] for word in order},
+        )
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         packet = func._overloadpacket
         name = packet.__name__.removesuffix("_")
-        if name not in _KIND_OF and packet not in flop_registry:
+        entry = COUNTED.get(name)
+        if entry is None and packet not in flop_registry:
             with self:  # inference mode hands over composite operators whole
                 result = func.decompose(*args, **kwargs)
             if result is not NotImplemented:
                 return result
         result = func(*args, **kwargs)
-        if func.is_view or name in _FREE or func.namespace == "prim":
+        if func.is_view or (entry is not None and entry.free) or func.namespace == "prim":
             return result
-        kind = _KIND_OF.get(name, name.strip("_").replace("_", " "))
+        kind = name.strip("_").replace("_", " ") if entry is None else entry.word
         if kind == "batch norm" and args[3] is None:
             kind = "other norm"  # no running statistics: an instance norm, or one that never folds
         self.operators[kind] += 1
@@ -220,12 +145,17 @@ class _Counter(TorchDispatchMode):
         return result
 
 
+def _word(name: str) -> str:
+    entry = COUNTED.get(name)
+    return "" if entry is None else entry.word
+
+
 def _runs_as_winograd(func: Any, args: Any, kwargs: Any) -> bool:
     """Whether the operator is a 3x3 convolution of stride 1, neither dilated nor transposed."""
     given = {argument.name: value for argument, value in zip(func._schema.arguments, args, strict=False)}
     given |= kwargs
     weight = given.get("weight")
-    if _KIND_OF.get(func._overloadpacket.__name__) != "convolution" or weight is None:
+    if _word(func._overloadpacket.__name__) != "convolution" or weight is None:
         return False
     steps = {*given["stride"], *given["dilation"]}
     return tuple(weight.shape[2:]) == (3, 3) and steps == {1} and not given.get("transposed", False)

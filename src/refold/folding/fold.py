@@ -2,39 +2,52 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Protocol, get_args, runtime_checkable
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
 
 from refold.errors import InputError, first_line
-from refold.folding.attempt import Attempt, Finder
-from refold.folding.cost import count
-from refold.folding.edits import Extent
+from refold.folding.alternatives import SHORTCUT, Chosen, Judge, by_name, passes
+from refold.folding.answers import outputs, shared_copy
+from refold.folding.arguments import Arguments, as_arguments, other_sizes, plain_mode, shapes_listed
+from refold.folding.attempt import Attempt, Pass
+from refold.folding.changes import to_data
+from refold.folding.commuting import commuting_norms
+from refold.folding.comparing import TOLERANCE
+from refold.folding.planning import Planner
 from refold.folding.proof import (
-    LARGEST_DISTANCE,
     Proof,
-    outputs,
-    own_distances,
-    prove_float64,
+    Truth,
     require_close,
+    require_finite,
     require_same,
     require_stable,
-    sensitivity,
-    shared_copy,
+    truth_of,
 )
-from refold.folding.regions import region_candidates
+from refold.folding.regions import linear_regions
 from refold.folding.report import FoldReport
-from refold.folding.rewrites import SHORTCUT, Chosen, Judge, by_name, finders
-from refold.folding.shortcuts import shortcut_candidates
-from refold.folding.tracing import Arguments, copy_tensors, plain_mode
+from refold.folding.rewrite import Rewrite
+from refold.folding.shortcuts import folded_shortcuts
+from refold.folding.surroundings import Recorded, record_twice
+from refold.folding.unwrapping import unwrapped
 
-Objective = Literal["macs", "operators"]
 Shortcuts = Literal["keep", "fold"]
+Named = Literal["macs", "operators"]
+
+
+@runtime_checkable
+class Objective(Protocol):
+    """A value that says what a fold is to lower, and carries what is needed to find out."""
+
+    def fold(
+        self, model: nn.Module, example_input: Any, *, prove: bool, shortcuts: Shortcuts, tolerance: float
+    ) -> nn.Module:
+        """The plain network, chosen by this objective."""
+
 
 _NO_SHORTCUT = (
     "no shortcut was folded: none leads around a chain of convolutions through the same activations"
@@ -46,51 +59,61 @@ def fold(
     example_input: Any,
     *,
     prove: bool = True,
-    objective: Objective = "macs",
+    objective: Named | Objective = "macs",
     shortcuts: Shortcuts = "keep",
     rewrites: Judge | Sequence[str] = (),
+    tolerance: float = TOLERANCE,
 ) -> nn.Module:
     """A plain network that computes what `model` computes in evaluation mode, every linear part one layer.
 
-    `example_input` is what the model is called with: a tensor, `[batch, channels, *size]` as a rule, or the tuple of
-    positional arguments. The model is left untouched; the result keeps its class, dtype, device and methods, is in
-    evaluation mode, and carries a `FoldReport` as `fold_report`. With `prove` (the default) every region is proved in
-    float64, borders included, at two sizes, and then the whole network.
+    `example_input` is what the model is called with: a tensor, `[batch, channels, *size]` as a rule, a tuple of
+    positional arguments, or a dictionary, by keyword where the forward pass has parameters of all its names. The model
+    is left untouched; the result keeps its class, dtype, device, hooks and methods, is in evaluation mode, and carries
+    a `FoldReport` as `fold_report`. With `prove` (the default) every region is proved in float64, borders included, at
+    two sizes, and then the whole network; `tolerance` is the largest difference, relative to the largest output, that
+    counts as rounding.
 
     No fold may raise the multiply-accumulates, unless the `objective` is "operators": then those of depthwise
     convolutions, which memory holds up rather than arithmetic, do not count, and depthwise kernels of several sizes,
-    each for a part of the channels, become one (RepNeXt, eq. 2).
+    each for a part of the channels, become one (RepNeXt, eq. 2). `refold.Latency("onnxruntime")` as objective
+    measures on an engine which exact rewrites pay there.
     `shortcuts="fold"` also takes each shortcut around a chain of convolutions into them, wherever it passes through
     the chain's activations, at the price of more channels (RepNeXt, eq. 5 to 8).
-
-    `rewrites` chooses among exact rewrites that pay on some engines only (`refold.folding.rewrites`): a function that
-    is shown every alternative, or the names of those to take. `refold.fold(objective="latency")` passes a function
-    that measures them.
+    `rewrites` chooses among exact rewrites that pay on some engines only (`refold.folding.alternatives`): a function
+    that is shown every alternative, or the names, in `fold_report.options`, of those to take.
 
     Raises `InputError` where the model does not run on the example or an option is unknown, `NotEquivalent` where the
     proof fails.
     """
-    _require_option("objective", objective, get_args(Objective))
     _require_option("shortcuts", shortcuts, get_args(Shortcuts))
-    arguments = as_arguments(example_input)
-    find = partial(region_candidates, depthwise_counts=objective == "macs")
+    if not isinstance(objective, str):
+        if rewrites:
+            raise InputError(
+                "rewrites were given and the objective would choose others; leave out one of them."
+            )
+        return objective.fold(model, example_input, prove=prove, shortcuts=shortcuts, tolerance=tolerance)
+    if objective == "latency":
+        raise InputError(
+            'objective is "latency", of what? Give it with its engine: refold.Latency("onnxruntime").'
+        )
+    _require_option("objective", objective, get_args(Named))
+    model, notes = unwrapped(model)
+    arguments = as_arguments(model, example_input)
+    limit = tolerance if prove else None
+    regions = [partial(linear_regions, depthwise_counts=objective == "macs"), _commuting]
     with plain_mode():
-        _require_runs(model, arguments)
-        plain, report = _fold(model, arguments, find, prove, may_cost=objective == "operators")
+        stage = _Stage(model, arguments, limit)
+        plain, report = stage.fold(regions, may_cost=objective == "operators")
         if shortcuts == "fold":
-            folded, second = _fold(plain, arguments, shortcut_candidates, prove, may_cost=True)
-            report = _joined(report, second, model, folded, arguments)
-            plain = folded
-            if not second.regions:
+            plain, report, count = stage.again(plain, report, [folded_shortcuts])
+            if not count:
                 report.notes.append(_NO_SHORTCUT)
         # What was chosen by name was proved when it was chosen.
-        chosen = Chosen(rewrites, prove) if callable(rewrites) else Chosen(by_name(rewrites), prove=False)
-        for kind, finder in finders(chosen).items() if rewrites else ():
-            if (kind == SHORTCUT and shortcuts == "fold") or not _plans_anything(plain, arguments, finder):
-                continue
-            folded, second = _fold(plain, arguments, finder, prove, may_cost=True)
-            report = _joined(report, second, model, folded, arguments)
-            plain = folded
+        chosen = Chosen(rewrites, limit) if callable(rewrites) else Chosen(by_name(rewrites), None)
+        for kind, find in passes(chosen).items() if rewrites else ():
+            if kind != SHORTCUT or shortcuts != "fold":
+                plain, report, _ = stage.again(plain, report, [find])
+    report.notes[:0] = notes
     report.options = {"objective": objective, "shortcuts": shortcuts}
     if chosen.names:
         report.options["rewrites"] = chosen.names
@@ -98,154 +121,167 @@ def fold(
     return plain
 
 
-def verify(reference: nn.Module, candidate: nn.Module, example_input: Any) -> Proof:
+def verify(
+    reference: nn.Module, candidate: nn.Module, example_input: Any, *, tolerance: float = TOLERANCE
+) -> Proof:
     """Measure how far `candidate` is from `reference`, both in evaluation mode, on `example_input` (as for `fold`).
 
-    Two float64 networks must agree to 1e-9 of the largest output; in lower precision the candidate may be no further
-    from the float64 result than 4 times the distance of the reference run in the same dtype.
+    Two float64 networks must agree to `tolerance` of the largest output; in lower precision the candidate may be no
+    further from the float64 result than 4 times the distance of the reference run in the same dtype. Outputs that
+    sorting, thresholds or suppression decide, and that differ, are compared through the tensors that these look at.
 
     Raises `NotEquivalent`, which carries the proof, where they do not; `InputError` where one of them does not run.
     """
     with plain_mode():
-        return _verify(reference, candidate, as_arguments(example_input))
-
-
-def as_arguments(example_input: Any) -> Arguments:
-    """The call that an example input stands for."""
-    return (example_input if isinstance(example_input, tuple) else (example_input,)), {}
-
-
-def _require_option(name: str, value: str, known: tuple[str, ...]) -> None:
-    if value not in known:
-        raise InputError(f"{name} is {value!r}; choose {' or '.join(map(repr, known))}.")
-
-
-def _fold(
-    model: nn.Module, arguments: Arguments, find: Finder, prove: bool, *, may_cost: bool
-) -> tuple[nn.Module, FoldReport]:
-    before = count(shared_copy(model), arguments[0])
-    extents, notes = iter(Extent), _notes(model)
-    while True:
-        attempt = _runnable_attempt(model, arguments, find, prove, extents, notes)
-        proof = _prove_whole(model, attempt, arguments, notes) if prove else None
-        attempt.settle(model)
-        after = count(shared_copy(attempt.model), arguments[0])
-        if may_cost or after.macs <= before.macs:
-            break
-        notes.append(
-            f"less was folded: it would have taken {after.macs:,} multiply-accumulates, not {before.macs:,}"
-        )
-    if proof is not None:
-        original, folded = _own_distances(model, attempt.model, arguments)
-        proof = replace(proof, original_distance=original, folded_distance=folded)
-        require_close(proof)
-    name = type(model).__name__
-    if after.batch_norms and not attempt.left:
-        attempt.left.append(
-            (name, f"{after.batch_norms} batch norms run as operators that are not recognised")
-        )
-    return attempt.model, FoldReport(name, attempt.folded, attempt.left, before, after, proof, notes)
-
-
-def _plans_anything(model: nn.Module, arguments: Arguments, find: Finder) -> bool:
-    """Whether there is something to fold, so that no proof is needed where there is nothing."""
-    attempt = Attempt(shared_copy(model).eval(), arguments, find, False, Extent.EVERYTHING)
-    attempt.plan()
-    return any(edits.applied for _, edits in attempt.outcomes)
-
-
-def _joined(
-    first: FoldReport, second: FoldReport, model: nn.Module, folded: nn.Module, arguments: Arguments
-) -> FoldReport:
-    """The account of two folds, one after the other; the distances in the model's own dtype are those of both."""
-    proof = None
-    if first.proof is not None and second.proof is not None:
-        original, own = _own_distances(model, folded, arguments)
-        proof = replace(
-            first.proof,
-            distance_float64=max(first.proof.distance_float64, second.proof.distance_float64),
-            regions=first.proof.regions + second.proof.regions,
-            worst_region=max(first.proof.worst_region, second.proof.worst_region),
-            original_distance=original,
-            folded_distance=own,
-        )
-        require_close(proof)
-    notes = list(dict.fromkeys([*first.notes, *second.notes]))
-    return replace(
-        first, regions=first.regions + second.regions, after=second.after, proof=proof, notes=notes
-    )
-
-
-def _verify(reference: nn.Module, candidate: nn.Module, arguments: Arguments) -> Proof:
-    for model in (reference, candidate):
-        _require_runs(model, arguments)
-    if not outputs(reference, arguments):
-        raise InputError(f"{type(reference).__name__} returns no tensor that could be compared.")
-    inputs = _proof_inputs(reference, arguments)
-    distance = prove_float64(reference, candidate, inputs)
-    original, folded = _own_distances(reference, candidate, arguments)
-    proof = Proof(distance, _shapes(inputs), original, folded)
-    if original is None:
-        require_same(proof)
+        reference, candidate = unwrapped(reference)[0], unwrapped(candidate)[0]
+        arguments = as_arguments(reference, example_input)
+        own = [_answers(model, arguments) for model in (reference, candidate)]
+        if not own[0]:
+            raise InputError(f"{type(reference).__name__} returns no tensor that could be compared.")
+        truth = truth_of(reference, _inputs(reference, arguments))
+        proof = truth.with_own(truth.proof_of(candidate, tolerance), *own)
+    require_finite(proof)
+    if proof.original_distance is None:
+        require_same(proof, tolerance)
     require_stable(proof)
     require_close(proof)
     return proof
 
 
-def _require_runs(model: nn.Module, arguments: Arguments) -> None:
-    name = type(model).__name__
-    if isinstance(model, torch.jit.ScriptModule):
-        raise InputError(
-            f"{name} is a TorchScript module, which nobody can look into; fold it before it is compiled."
+def _commuting(planner: Planner) -> list[Rewrite]:
+    return commuting_norms(planner, planner.taken)
+
+
+class _Stage:
+    """Folds of one model, one after the other: the float64 answers of the original are computed once."""
+
+    def __init__(self, model: nn.Module, arguments: Arguments, tolerance: float | None) -> None:
+        self._model, self._arguments, self._tolerance = model, arguments, tolerance
+        self._truth: Truth | None = None
+        self._own: list[Tensor] = []
+
+    def fold(self, find: Sequence[Pass], *, may_cost: bool) -> tuple[nn.Module, FoldReport]:
+        recorded = _recorded(self._model, self._arguments)
+        self._own = recorded.first.outputs
+        attempt = self._carried_out(self._model, recorded, find, may_cost=may_cost)
+        notes = [*_notes(self._model, recorded), *attempt.notes]
+        proof = self._proof(attempt, recorded, notes)
+        left = attempt.left()
+        assert attempt.cost is not None
+        name = type(self._model).__name__
+        if attempt.cost.batch_norms and not left:
+            left = [
+                (name, f"{attempt.cost.batch_norms} batch norms run as operators that are not recognised")
+            ]
+        regions = [region for rewrite in attempt.rewrites for region in rewrite.folded]
+        report = FoldReport(
+            name, regions, left, recorded.cost, attempt.cost, proof, notes, record=to_data(attempt.changes)
         )
+        return attempt.model, report
+
+    def again(
+        self, plain: nn.Module, report: FoldReport, find: Sequence[Pass]
+    ) -> tuple[nn.Module, FoldReport, int]:
+        """Fold what was folded once more; the model, the account of all, and how many regions were added."""
+        recorded = _recorded(plain, self._arguments)
+        attempt = self._carried_out(plain, recorded, find, may_cost=True)
+        if not attempt.rewrites:
+            return plain, report, 0
+        notes = list(dict.fromkeys([*report.notes, *attempt.notes]))
+        proof = self._proof(attempt, recorded, notes)
+        if proof is not None and report.proof is not None:
+            proof = replace(
+                proof,
+                regions=report.proof.regions + proof.regions,
+                worst_region=max(report.proof.worst_region, proof.worst_region),
+                distance_float64=max(report.proof.distance_float64, proof.distance_float64),
+            )
+        assert attempt.cost is not None
+        added = [region for rewrite in attempt.rewrites for region in rewrite.folded]
+        written = to_data(attempt.changes)
+        joined = replace(
+            report,
+            regions=report.regions + added,
+            after=attempt.cost,
+            proof=proof,
+            notes=notes,
+            record=None if written is None or report.record is None else report.record + written,
+        )
+        return attempt.model, joined, len(added)
+
+    def _carried_out(
+        self, model: nn.Module, recorded: Recorded, find: Sequence[Pass], *, may_cost: bool
+    ) -> Attempt:
+        attempt = Attempt(Planner(recorded), model, self._tolerance)
+        attempt.carry_out(find, may_cost=may_cost)
+        return attempt
+
+    def _proof(self, attempt: Attempt, recorded: Recorded, notes: list[str]) -> Proof | None:
+        """Prove the network in float64, the new layers as they were before they were rounded, and settle it."""
+        if self._tolerance is None:
+            attempt.settle()
+            return None
+        inputs = recorded.sizes
+        if self._truth is None:
+            self._truth = truth_of(self._model, inputs)
+        truth = self._truth if attempt.original is self._model else truth_of(attempt.original, inputs)
+        exact = {
+            identity: compute for layer in attempt.layers() for identity, compute in layer.exact().items()
+        }
+        proof = truth.proof_of(attempt.model, self._tolerance, exact)
+        for layer in attempt.layers():
+            layer.kept = None
+        distances = [attempt.proved[id(r)] for r in attempt.rewrites if id(r) in attempt.proved]
+        proof = replace(proof, regions=len(distances), worst_region=max([0.0, *distances]))
+        if proof.distance_float64 > self._tolerance:
+            proof = replace(proof, sensitivity=truth.sensitivity())
+            notes.append(
+                f"the network amplifies rounding: the last bit of its input changes its output by "
+                f"{proof.sensitivity:.0e}, so that only its regions, one by one, can be proved to better than that"
+            )
+        require_same(proof, self._tolerance)
+        notes += proof.notes()
+        attempt.settle()
+        proof = self._truth.with_own(proof, self._own, attempt.answers)
+        require_close(proof)
+        return proof
+
+
+def _recorded(model: nn.Module, arguments: Arguments) -> Recorded:
+    _require_copies(model)
+    try:
+        return record_twice(model, arguments, shared_copy)
+    except Exception as error:
+        raise _does_not_run(model, arguments, error) from error
+
+
+def _answers(model: nn.Module, arguments: Arguments) -> list[Tensor]:
+    _require_copies(model)
+    try:
+        return outputs(model, arguments)
+    except Exception as error:
+        raise _does_not_run(model, arguments, error) from error
+
+
+def _does_not_run(model: nn.Module, arguments: Arguments, error: Exception) -> InputError:
+    return InputError(
+        f"{type(model).__name__} cannot run on the example input (shape {shapes_listed(arguments)}): "
+        f"{first_line(error)}; give an input that its forward pass accepts."
+    )
+
+
+def _require_copies(model: nn.Module) -> None:
     try:
         shared_copy(model)
     except Exception as error:
         raise InputError(
-            f"{name} cannot be copied: {first_line(error)}; remove from the model what cannot be copied."
-        ) from error
-    try:
-        outputs(model, arguments)
-    except Exception as error:
-        shapes = (
-            ", ".join(str(tuple(v.shape)) for v in tree_leaves(arguments) if isinstance(v, Tensor)) or "none"
-        )
-        raise InputError(
-            f"{name} cannot run on the example input (shape {shapes}): {first_line(error)}; "
-            "give an input that its forward pass accepts."
+            f"{type(model).__name__} cannot be copied: {first_line(error)}; remove from the model what cannot be copied."
         ) from error
 
 
-def _notes(model: nn.Module) -> list[str]:
-    if any(module.training for module in model.modules()):
-        return ["the model was in training mode; what it computes in evaluation mode was folded"]
-    return []
-
-
-def _prove_whole(model: nn.Module, attempt: Attempt, arguments: Arguments, notes: list[str]) -> Proof:
-    """Prove the network in float64, the new layers as they were before they were rounded."""
-    inputs = _proof_inputs(model, arguments)
-    exact = {identity: compute for layer in attempt.made for identity, compute in layer.exact().items()}
-    distance = prove_float64(model, attempt.model, inputs, exact)
-    proof = Proof(
-        distance, _shapes(inputs), regions=len(attempt.proved), worst_region=max([0.0, *attempt.proved])
-    )
-    if distance > LARGEST_DISTANCE:
-        proof = replace(proof, sensitivity=sensitivity(model, inputs))
-        notes.append(
-            f"the network amplifies rounding: the last bit of its input changes its output by {proof.sensitivity:.0e}, "
-            "so that only its regions, one by one, can be proved to better than that"
-        )
-    if not outputs(model, arguments):
-        notes.append("the network returns no tensor that could be compared: only its regions were proved")
-    require_same(proof)
-    return proof
-
-
-def _proof_inputs(reference: nn.Module, arguments: Arguments) -> list[Arguments]:
+def _inputs(reference: nn.Module, arguments: Arguments) -> list[Arguments]:
     """The example, and random input of another size where the network accepts one."""
-    for axis in (-2, -1):
-        other = _another_size(arguments, axis)
+    for other in other_sizes(arguments):
         try:
             outputs(reference, other)
         except Exception:  # many networks accept one size only
@@ -254,52 +290,21 @@ def _proof_inputs(reference: nn.Module, arguments: Arguments) -> list[Arguments]
     return [arguments]
 
 
-def _shapes(inputs: list[Arguments]) -> tuple[str, ...]:
-    def named(arguments: Arguments) -> str:
-        return " ".join("×".join(map(str, v.shape)) for v in tree_leaves(arguments) if isinstance(v, Tensor))
-
-    return tuple(named(arguments) for arguments in inputs)
-
-
-def _another_size(arguments: Arguments, axis: int) -> Arguments:
-    """Random input about three quarters as large along one axis, in steps of 32 for networks with five halvings."""
-    generator = torch.Generator().manual_seed(1)
-
-    def resized(value: Any) -> Any:
-        if not isinstance(value, Tensor) or not value.is_floating_point():
-            return value
-        shape = list(value.shape)
-        if value.dim() >= 3:
-            step = 32 if shape[axis] > 64 else 1
-            shape[axis] = max(step, shape[axis] * 3 // 4 // step * step)
-        return torch.randn(shape, generator=generator).to(value)
-
-    return tree_map(resized, copy_tensors(arguments))  # type: ignore[no-any-return]  # tree_map keeps the structure
+def _notes(model: nn.Module, recorded: Recorded) -> list[str]:
+    notes = []
+    if any(module.training for module in model.modules()):
+        notes.append("the model was in training mode; what it computes in evaluation mode was folded")
+    if recorded.first.random:
+        notes.append(
+            "the forward pass draws random numbers: it was proved with the same ones before and after"
+        )
+    rounded = [dtype for dtype in recorded.first.rounds_to if dtype in (torch.float16, torch.bfloat16)]
+    if rounded:
+        names = " and ".join(str(dtype).removeprefix("torch.") for dtype in rounded)
+        notes.append(f"the network rounds to {names} on its way, which the proof in float64 leaves out")
+    return notes
 
 
-def _own_distances(
-    reference: nn.Module, candidate: nn.Module, arguments: Arguments
-) -> tuple[float | None, float | None]:
-    return own_distances(reference, candidate, arguments) or (None, None)
-
-
-def _runnable_attempt(
-    model: nn.Module,
-    arguments: Arguments,
-    find: Finder,
-    prove: bool,
-    extents: Iterator[Extent],
-    notes: list[str],
-) -> Attempt:
-    """Fold as much as leaves a network that runs: code around a folded block may ask for what is no longer there."""
-    for extent in extents:
-        attempt = Attempt(shared_copy(model).eval(), arguments, find, prove, extent)
-        attempt.plan()
-        try:
-            attempt.write()
-            outputs(attempt.model, arguments, float64=True)
-            break
-        except Exception as error:
-            if extent is not Extent.EVERYTHING:
-                notes.append(f"less was folded: the rewritten network did not run ({first_line(error)})")
-    return attempt
+def _require_option(name: str, value: object, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise InputError(f"{name} is {value!r}; choose {' or '.join(map(repr, known))}.")

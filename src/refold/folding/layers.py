@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -16,36 +13,6 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from refold.algebra import Convolution, with_groups
 from refold.errors import NotFoldable
-
-
-@dataclass(frozen=True)
-class NewLayer:
-    """A layer in the place of a region, rounded to the dtype of the model, and how to build it in float64."""
-
-    module: nn.Module
-    build: Callable[[], nn.Module]
-
-    def exact(self) -> dict[int, Callable[[], Tensor]]:
-        """What each rounded parameter is in float64: built when it is read, and only biases are kept."""
-        biases: dict[str, Tensor] = {}
-
-        def compute(name: str) -> Tensor:
-            if name in biases:
-                return biases[name]
-            parameters = dict(self.build().named_parameters())
-            biases.update((key, value) for key, value in parameters.items() if value.dim() == 1)
-            return parameters[name]
-
-        return {id(value): partial(compute, name) for name, value in self.module.named_parameters()}
-
-
-def new_layer(
-    build: Callable[[], nn.Module], made: nn.Module, kind: tuple[torch.dtype, torch.device]
-) -> NewLayer:
-    """The layer `made`, rounded; `build` makes it anew. Raises NotFoldable where it does not fit the dtype."""
-    dtype, device = kind
-    require_fit(made, dtype)
-    return NewLayer(made.to(device, dtype), lambda: build().to(device))
 
 
 def layer(convolution: Convolution) -> nn.Module:
@@ -108,6 +75,26 @@ def rescaled(original: nn.Module, channelwise: Convolution) -> nn.Module:
     return _filled(made, weight, bias)
 
 
+def transposed(weight: Tensor, bias: Tensor | None, settings: tuple[Any, ...]) -> nn.Module:
+    """A transposed convolution layer from what it is called with as a function: stride, padding, output padding,
+    groups and dilation."""
+    stride, padding, output_padding, groups, dilation = settings
+    kind = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)[weight.dim() - 3]
+    made = nn.utils.skip_init(
+        kind,
+        weight.shape[0],
+        weight.shape[1] * groups,
+        tuple(weight.shape[2:]),
+        stride=stride,
+        padding=padding,
+        output_padding=output_padding,
+        groups=groups,
+        dilation=dilation,
+        bias=bias is not None,
+    )
+    return _filled(made, weight.double(), None if bias is None else bias.double())
+
+
 def require_fit(module: nn.Module, dtype: torch.dtype) -> None:
     """Raise NotFoldable where rounding a weight of the layer to `dtype` loses more than its precision."""
     for name, value in module.named_parameters():
@@ -123,3 +110,70 @@ def _filled(module: nn.Module, weight: Tensor, bias: Tensor | None) -> nn.Module
         if value is not None:
             setattr(module, name, nn.Parameter(value.contiguous()))
     return module.eval()
+
+
+_CONVOLUTION = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups")
+_DESCRIBED: dict[type[nn.Module], tuple[str, ...]] = {
+    **dict.fromkeys((nn.Conv1d, nn.Conv2d, nn.Conv3d), _CONVOLUTION),
+    **dict.fromkeys(
+        (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d), (*_CONVOLUTION, "output_padding")
+    ),
+    nn.Linear: ("in_features", "out_features"),
+    nn.Identity: (),
+    **dict.fromkeys((nn.ConstantPad1d, nn.ConstantPad2d, nn.ConstantPad3d), ("padding", "value")),
+    nn.Flatten: ("start_dim", "end_dim"),
+    nn.Unflatten: ("dim", "unflattened_size"),
+    **dict.fromkeys((nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d), ("num_features", "eps", "affine")),
+}
+"""The layers that folding makes, and what each is built with."""
+_BY_NAME = {kind.__name__: kind for kind in _DESCRIBED}
+
+
+def described(module: nn.Module) -> dict[str, Any]:
+    """A layer that folding made as plain JSON-able values, without its weights."""
+    kind = type(module)
+    if kind is nn.Sequential:
+        return {
+            "kind": "Sequential",
+            "layers": {name: described(child) for name, child in module.named_children()},
+        }
+    has_bias = getattr(module, "bias", None) is not None
+    if kind not in _DESCRIBED:  # a layer of another class, which keeps its place with other weights
+        return {"kind": "itself", "bias": has_bias}
+    settings = {name: getattr(module, name) for name in _DESCRIBED[kind]}
+    return {"kind": kind.__name__, **settings, **({"bias": has_bias} if hasattr(module, "weight") else {})}
+
+
+def from_description(description: dict[str, Any], place: nn.Module | None) -> nn.Module:
+    """The layer, its weights not set, that `described` wrote; `place` is what stood where it goes.
+
+    Raises KeyError for a layer that folding does not make.
+    """
+    settings = dict(description)
+    name = settings.pop("kind")
+    if name == "Sequential":
+        layers = {key: from_description(each, None) for key, each in settings["layers"].items()}
+        return nn.Sequential(OrderedDict(layers)).eval()
+    if name == "itself":
+        if place is None:
+            raise KeyError("itself")
+        made = copy.copy(place)
+        made._parameters = dict(place._parameters)
+        if settings["bias"] and made.bias is None:
+            weight: Any = made.weight
+            channels = (
+                weight.shape[1] * made.groups if isinstance(made, _ConvTransposeNd) else weight.shape[0]
+            )
+            made.register_parameter("bias", nn.Parameter(weight.new_zeros(channels)))
+        return made
+    kind = _BY_NAME[name]
+    bias = settings.pop("bias", None)
+    if issubclass(kind, (_ConvNd, nn.Linear)):
+        made = nn.utils.skip_init(kind, **_tuples(settings), bias=bias)
+    else:
+        made = kind(**_tuples(settings))
+    return made.eval()
+
+
+def _tuples(settings: dict[str, Any]) -> dict[str, Any]:
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in settings.items()}

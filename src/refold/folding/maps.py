@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor, fx
 
-from refold.algebra import Convolution, affine, average_pool, batch_norm, pointwise, zero_padding
+from refold.algebra import Convolution, average_pool, batch_norm, pointwise, zero_padding
 from refold.errors import NotFoldable
-from refold.folding.operators import Call, Map
+from refold.folding.linear import Bordered, Map, Use
 
 
-def _on(device: torch.device, tensor: Tensor | None) -> Tensor | None:
+@overload
+def on(device: torch.device, tensor: Tensor) -> Tensor: ...
+@overload
+def on(device: torch.device, tensor: Tensor | None) -> Tensor | None: ...
+def on(device: torch.device, tensor: Tensor | None) -> Tensor | None:
+    """The tensor in float64 on a device; on meta only its shape."""
     return None if tensor is None else tensor.detach().to(device=device, dtype=torch.float64)
 
 
-def convolution(
-    call: Call,
+def convolution_map(
+    use: Use,
     source: fx.Node,
     weight: Tensor,
     bias: Tensor | None,
@@ -28,7 +33,7 @@ def convolution(
     groups: int,
 ) -> Map:
     axes = weight.dim() - 2
-    if len(call.shape(source)) != weight.dim():
+    if len(use.shape(source)) != weight.dim():
         raise NotFoldable("its input has no batch axis")
     if weight.numel() == 0 or not weight.is_floating_point():
         raise NotFoldable("its weight is not made of real numbers")
@@ -40,27 +45,23 @@ def convolution(
         ends = tuple((p, p) for p in _each(0 if padding == "valid" else padding, axes))
 
     def build(device: torch.device) -> Convolution:
-        kernel = _on(device, weight)
-        assert kernel is not None
-        return Convolution(kernel, _on(device, bias), steps, ends, spacing, groups)
+        return Convolution(on(device, weight), on(device, bias), steps, ends, spacing, groups)
 
     return Map(source, build, multiplies=True)
 
 
-def linear(source: fx.Node, weight: Tensor, bias: Tensor | None) -> Map:
+def linear_map(source: fx.Node, weight: Tensor, bias: Tensor | None) -> Map:
     if not weight.is_floating_point() or weight.dim() != 2:
         raise NotFoldable("its weight is not a matrix of real numbers")
 
     def build(device: torch.device) -> Convolution:
-        matrix = _on(device, weight)
-        assert matrix is not None
-        return pointwise(matrix, _on(device, bias), 0)
+        return pointwise(on(device, weight), on(device, bias), 0)
 
     return Map(source, build, multiplies=True)
 
 
 def batch_norm_map(
-    call: Call,
+    use: Use,
     source: fx.Node,
     mean: Tensor | None,
     variance: Tensor | None,
@@ -73,21 +74,18 @@ def batch_norm_map(
         raise NotFoldable("it has no running statistics, so it normalises each batch by itself")
     if training:
         raise NotFoldable("it is used in training mode")
-    axes = len(call.shape(source)) - 2
+    axes = len(use.shape(source)) - 2
 
     def build(device: torch.device) -> Convolution:
-        located = [_on(device, tensor) for tensor in (mean, variance, weight, bias)]
-        assert located[0] is not None
-        assert located[1] is not None
-        return batch_norm(located[0], located[1], located[2], located[3], epsilon, axes)
+        numbers = (on(device, mean), on(device, variance), on(device, weight), on(device, bias))
+        return batch_norm(*numbers, epsilon, axes)
 
     return Map(source, build, multiplies=False)
 
 
 def average_pool_map(
-    call: Call,
+    use: Use,
     source: fx.Node,
-    axes: int,
     kernel_size: Any,
     stride: Any,
     padding: Any,
@@ -95,7 +93,11 @@ def average_pool_map(
     count_include_pad: bool,
     divisor: int | None,
 ) -> Map:
-    shape = call.shape(source)
+    shape = use.shape(source)
+    name = (
+        type(use.module).__name__ if use.module is not None else str(getattr(use.node.target, "__name__", ""))
+    )
+    axes = next(int(letter) for letter in name if letter.isdigit())
     if len(shape) != axes + 2:
         raise NotFoldable("its input has no batch axis")
     kernel = _each(kernel_size, axes)
@@ -119,31 +121,24 @@ def average_pool_map(
     return Map(source, build, multiplies=False)
 
 
-def zero_padding_map(
-    call: Call, source: fx.Node, padding: Sequence[int], mode: str, value: float | None
-) -> Map | None:
-    if mode != "constant" or value not in (None, 0, 0.0) or not all(isinstance(p, int) for p in padding):
+def padding_map(
+    use: Use, source: fx.Node, padding: Sequence[int], mode: str, value: float | None
+) -> Map | Bordered | None:
+    if mode != "constant" or not all(isinstance(p, int) for p in padding):
         return None
-    shape = call.shape(source)
+    shape = use.shape(source)
     axes = len(shape) - 2
     pairs = [(padding[i], padding[i + 1]) for i in range(0, len(padding), 2)][::-1]
     if len(pairs) > axes or axes > 3:
         return None
     ends = (*((0, 0),) * (axes - len(pairs)), *pairs)
+    if value:
+        return Bordered(source, ends, torch.full((shape[1],), float(value), dtype=torch.float64))
 
     def build(device: torch.device) -> Convolution:
         return zero_padding(shape[1], ends, torch.empty(0, dtype=torch.float64, device=device))
 
     build(torch.device("meta"))
-    return Map(source, build, multiplies=False)
-
-
-def affine_map(source: fx.Node, scale: Tensor, shift: Tensor | None, spatial_axes: int) -> Map:
-    def build(device: torch.device) -> Convolution:
-        located = _on(device, scale)
-        assert located is not None
-        return affine(located, _on(device, shift), spatial_axes)
-
     return Map(source, build, multiplies=False)
 
 

@@ -1,113 +1,304 @@
-"""What an operator of a graph can be to the folder: a linear map of one input, a sum, a concatenation, a slice."""
+"""The registry of operators: every name of each, its word in reports, what it is linearly, what it does to channels.
+
+A new operator is one entry. All passes, the counting of costs and the reasons in reports read this table.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from torch import Tensor, fx
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
-from refold.algebra import Convolution
-from refold.errors import NotFoldable
-from refold.folding.constants import Constants
-from refold.folding.tracing import Unit
+from refold.errors import NotFoldable, first_line
+from refold.folding import meanings
+from refold.folding.linear import Linear, Map, Use
+from refold.folding.recording import has_hooks
 
-Build = Callable[[torch.device], Convolution]
-
-
-@dataclass(frozen=True)
-class Same:
-    """Passes its input on: identity, dropout in evaluation mode."""
-
-    input: fx.Node
+Channels = Literal["apart", "moved"]
 
 
 @dataclass(frozen=True)
-class Map:
-    """One convolution of its input. `build` makes it, float64, on the CPU or, for its shape alone, on meta."""
+class Operator:
+    """One operator. Methods, functions under all their names and in-place twins (`relu_`) are its `names`."""
 
-    input: fx.Node
-    build: Build
-    multiplies: bool
-    """Whether it runs as a convolution or matrix product, and not as a cheap element-wise operator."""
-
-
-@dataclass(frozen=True)
-class Sum:
-    """The sum of its inputs, each times a number."""
-
-    inputs: tuple[fx.Node, ...]
-    factors: tuple[float, ...]
-
-
-@dataclass(frozen=True)
-class Concatenation:
-    """Its inputs, one after the other along the channels."""
-
-    inputs: tuple[fx.Node, ...]
-    spatial_axes: int
-
-
-@dataclass(frozen=True)
-class Slice:
-    """The channels `start` to `stop` of its input."""
-
-    input: fx.Node
-    start: int
-    stop: int
-    spatial_axes: int
+    word: str
+    """What it is called in reports, and counted as."""
+    names: tuple[str, ...] = ()
+    modules: tuple[type[nn.Module], ...] = ()
+    counted: tuple[str, ...] = ()
+    """The names under which PyTorch's dispatcher runs it."""
+    linear: Callable[[Use], Linear | None] | None = None
+    channels: Channels | None = None
+    """"apart": it treats every channel alike and for itself. "moved": it averages or moves values, so that a scale
+    of each channel can pass, wherever the channel lies afterwards."""
+    elementwise: bool = False
+    """An activation that treats every value alike."""
+    idempotent: bool = False
+    """It changes nothing where it is applied again."""
+    takes_scale: bool = False
+    """A convolution whose own weight can take up a scale of its outputs, though the algebra cannot write it."""
+    free: bool = False
+    """It makes or relabels a tensor; no arithmetic runs."""
+    jumps: bool = False
+    """Its result jumps where its input moves a little: rounding and the like."""
 
 
-@dataclass(frozen=True)
-class Flattened:
-    """Its input with all axes before the channels, which are last, made one."""
-
-    input: fx.Node
-
-
-@dataclass(frozen=True)
-class Restored:
-    """Its flattened input with the axes that `like` has."""
-
-    input: fx.Node
-    like: fx.Node
+def _activation(names: str, *modules: type[nn.Module], counted: str = "", **settings: bool) -> Operator:
+    own = tuple(names.split())
+    return Operator(
+        "activation", own, modules, (*own, *counted.split()), None, "apart", elementwise=True, **settings
+    )
 
 
-Linear = Same | Map | Sum | Concatenation | Slice | Flattened | Restored
+def _pool(kind: str, counted: str = "", channels: Channels = "apart", **settings: Any) -> Operator:
+    names = tuple(f"{kind}_pool{axes}d" for axes in (1, 2, 3))
+    classes = tuple(
+        getattr(nn, "".join(part.title() for part in name.split("_"))[:-1] + "d") for name in names
+    )
+    return Operator("pooling", names, classes, tuple(counted.split()), channels=channels, **settings)
 
 
-def inputs_of(operator: Linear) -> tuple[fx.Node, ...]:
-    """The values that the operator is linear in."""
-    return operator.inputs if isinstance(operator, (Sum, Concatenation)) else (operator.input,)
+_CONVOLUTIONS = ("convolution", "_convolution", "cudnn_convolution", "mkldnn_convolution")
+_DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
+_PADS = tuple(getattr(nn, f"{kind}Pad{axes}d") for kind in ("Zero", "Constant") for axes in (1, 2, 3))
+
+# The order is that of every printed table.
+OPERATORS = (
+    Operator(
+        "convolution",
+        ("conv1d", "conv2d", "conv3d"),
+        (nn.Conv1d, nn.Conv2d, nn.Conv3d),
+        _CONVOLUTIONS,
+        meanings.convolution,
+        takes_scale=True,
+    ),
+    Operator(
+        "convolution",
+        ("conv_transpose1d", "conv_transpose2d", "conv_transpose3d"),
+        (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
+        takes_scale=True,
+    ),
+    Operator("linear", ("linear",), (nn.Linear,), ("addmm", "mm", "mv", "addmv"), meanings.linear),
+    Operator("matrix product", ("matmul", "bmm", "einsum"), counted=("bmm", "baddbmm", "dot")),
+    Operator(
+        "attention",
+        ("scaled_dot_product_attention",),
+        counted=(
+            "_scaled_dot_product_flash_attention",
+            "_scaled_dot_product_flash_attention_for_cpu",
+            "_scaled_dot_product_efficient_attention",
+            "_scaled_dot_product_cudnn_attention",
+            "_scaled_dot_product_fused_attention_overrideable",
+        ),
+    ),
+    Operator(
+        "batch norm",
+        ("batch_norm", "_native_batch_norm_legit_no_training"),
+        (_BatchNorm,),
+        (
+            *("native_batch_norm", "_native_batch_norm_legit", "_native_batch_norm_legit_no_training"),
+            *("_batch_norm_no_update", "cudnn_batch_norm", "miopen_batch_norm"),
+        ),
+        meanings.batch_norm,
+    ),
+    Operator(
+        "other norm",
+        ("layer_norm", "group_norm", "instance_norm", "normalize"),
+        (nn.LayerNorm, nn.GroupNorm),
+        ("native_layer_norm", "native_group_norm", "linalg_vector_norm", "_fused_rms_norm"),
+    ),
+    _activation("relu relu6", nn.ReLU, nn.ReLU6, idempotent=True),
+    _activation("hardtanh", nn.Hardtanh, idempotent=True),
+    _activation("leaky_relu elu celu selu", nn.LeakyReLU, nn.ELU, nn.CELU, nn.SELU),
+    _activation("silu hardswish mish gelu", nn.SiLU, nn.Hardswish, nn.Mish, nn.GELU),
+    _activation("softplus threshold", nn.Softplus, nn.Threshold),
+    _activation("softshrink hardshrink tanhshrink", nn.Softshrink, nn.Hardshrink, nn.Tanhshrink),
+    _activation("sigmoid hardsigmoid tanh softsign", nn.Sigmoid, nn.Hardsigmoid, nn.Tanh, nn.Softsign),
+    _activation("logsigmoid", nn.LogSigmoid, counted="log_sigmoid_forward"),
+    Operator(
+        "activation",
+        ("prelu", "rrelu", "glu", "clamp", "clip", "clamp_min", "clamp_max", "softmax", "log_softmax"),
+        counted=(
+            *("_prelu_kernel", "rrelu_with_noise", "glu", "clamp", "clamp_min", "clamp_max"),
+            *("_softmax", "_safe_softmax", "_log_softmax"),
+        ),
+    ),
+    Operator("add", ("add",), counted=("add", "addcmul"), linear=meanings.plus, channels="apart"),
+    Operator("add", ("sub", "subtract"), counted=("sub", "rsub"), linear=meanings.minus, channels="apart"),
+    Operator("multiply", ("mul", "multiply"), counted=("mul",), linear=meanings.times, channels="apart"),
+    Operator(
+        "multiply",
+        ("div", "divide", "truediv", "true_divide"),
+        counted=("div",),
+        linear=meanings.divided,
+        channels="apart",
+    ),
+    Operator("multiply", ("neg", "negative"), counted=("neg",), linear=meanings.negative, channels="apart"),
+    Operator(
+        "concatenation",
+        ("cat", "concat", "concatenate", "stack"),
+        counted=("cat", "stack"),
+        linear=meanings.concatenation,
+    ),
+    _pool("avg", "avg_pool1d avg_pool2d avg_pool3d", linear=meanings.average_pool),
+    _pool("max", "max_pool1d max_pool2d_with_indices max_pool3d_with_indices"),
+    _pool("adaptive_avg", "_adaptive_avg_pool2d _adaptive_avg_pool3d", "moved"),
+    _pool("adaptive_max", "adaptive_max_pool2d adaptive_max_pool3d"),
+    Operator("pooling", ("mean",), counted=("mean",), channels="moved"),
+    Operator("pooling", ("sum", "amax", "max"), counted=("sum", "amax", "max")),
+    Operator("padding", ("pad", "constant_pad_nd"), _PADS, ("constant_pad_nd",), meanings.padding, "apart"),
+    Operator("padding", counted=("reflection_pad1d", "reflection_pad2d", "replication_pad2d")),
+    Operator(
+        "resizing",
+        ("interpolate", "upsample"),
+        (nn.Upsample, nn.UpsamplingNearest2d, nn.UpsamplingBilinear2d),
+        (
+            *("upsample_nearest1d", "upsample_nearest2d", "upsample_nearest3d", "_upsample_nearest_exact2d"),
+            *(
+                "upsample_bilinear2d",
+                "upsample_bicubic2d",
+                "_upsample_bilinear2d_aa",
+                "_upsample_bicubic2d_aa",
+            ),
+            "grid_sampler_2d",
+        ),
+        channels="apart",
+    ),
+    Operator(
+        "copy", ("contiguous", "clone"), counted=("clone", "copy"), linear=meanings.same, channels="moved"
+    ),
+    Operator(
+        "copy", counted=("_to_copy", "permute_copy", "repeat", "pixel_shuffle", "pixel_unshuffle", "roll")
+    ),
+    Operator("gather", counted=("index", "index_select", "gather", "embedding")),
+    Operator(
+        "identity", ("alias", "detach", "positive"), (nn.Identity,), (), meanings.same, "apart", free=True
+    ),
+    Operator("identity", ("getattr",), linear=meanings.attribute, free=True),
+    Operator(
+        "dropout",
+        ("dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout"),
+        _DROPOUTS,
+        (),
+        meanings.dropout,
+    ),
+    Operator("slice", ("getitem",), linear=meanings.item, free=True),
+    Operator("slice", ("narrow",), linear=meanings.narrowed, free=True),
+    Operator("border", ("set_item",), linear=meanings.border),
+    Operator("reshape", ("flatten",), (nn.Flatten,), linear=meanings.flattened, channels="moved", free=True),
+    Operator("reshape", ("reshape_as", "view_as"), linear=meanings.restored, free=True),
+    Operator("reshape", ("reshape", "view", "squeeze", "unsqueeze"), channels="moved", free=True),
+    Operator(
+        "permute",
+        ("permute", "transpose", "movedim", "moveaxis", "swapaxes", "swapdims"),
+        linear=meanings.permuted,
+        channels="moved",
+        free=True,
+    ),
+    Operator("rounding", ("round", "floor", "ceil", "trunc", "sign", "floor_divide", "fix"), jumps=True),
+    Operator(
+        "",
+        free=True,
+        counted=(
+            *("_unsafe_view", "_local_scalar_dense", "lift_fresh", "detach", "alias", "empty", "empty_like"),
+            *("zeros", "zeros_like", "ones", "ones_like", "full", "full_like", "arange", "scalar_tensor"),
+            *("new_zeros", "new_full", "new_empty", "new_ones", "empty_strided", "new_empty_strided"),
+            *("as_strided", "linspace", "fill", "zero"),
+        ),
+    ),
+)
+
+WORDS = tuple(dict.fromkeys(operator.word for operator in OPERATORS if operator.counted and operator.word))
+"""What runs, in the order of every printed table."""
+COUNTED = {name: operator for operator in reversed(OPERATORS) for name in operator.counted}
+"""Operators by the names under which PyTorch's dispatcher runs them."""
+_BY_NAME = {name: operator for operator in reversed(OPERATORS) for name in operator.names}
+_BY_MODULE = {kind: operator for operator in reversed(OPERATORS) for kind in operator.modules}
+_HOMES = {"torch", "_operator", "builtins", ""}
 
 
-@dataclass(frozen=True)
-class Call:
-    """One operator of a unit, with everything that is needed to recognise it."""
+def name_of(target: Any) -> str:
+    """The name under which the registry knows a function or method, empty where it is not torch's own."""
+    if isinstance(target, str):
+        return target.rstrip("_")
+    name = str(getattr(target, "__name__", ""))
+    home = str(getattr(target, "__module__", None) or "")
+    if home.startswith("torch._ops") and home != "torch._ops.aten":
+        return ""
+    if home.split(".")[0] not in _HOMES and not home.startswith("refold.folding"):
+        return ""
+    return name.split(".")[0].rstrip("_")
 
-    node: fx.Node
-    constants: Constants
 
-    @property
-    def unit(self) -> Unit:
-        """The unit that the operator belongs to."""
-        return self.constants.unit
+def operator_of(use: Use) -> Operator | None:
+    """The entry of what a node runs; None for what is not in the registry, and for layers with hooks."""
+    node = use.node
+    if node.op == "call_module":
+        module = use.layer
+        if has_hooks(module):
+            return None
+        found = (_BY_MODULE.get(kind) for kind in type(module).__mro__)
+        return next((operator for operator in found if operator is not None), None)
+    return _BY_NAME.get(name_of(node.target)) if node.op in ("call_function", "call_method") else None
 
-    def argument(self, position: int, name: str, default: Any = None) -> Any:
-        """An argument of the call by its position or name; constant tensors as nodes."""
-        if position < len(self.node.args):
-            return self.node.args[position]
-        return self.node.kwargs.get(name, default)
 
-    def shape(self, node: fx.Node) -> tuple[int, ...]:
-        if node not in self.unit.shapes:
-            raise NotFoldable("its input is not one tensor")
-        return self.unit.shapes[node]
+def meaning(use: Use) -> Linear | None:
+    """How a node is linear in its inputs, None where it is not.
 
-    def constant(self, value: Any) -> Tensor | None:
-        """The value of a constant argument, float64 on the CPU. Raises NotFoldable where it depends on the input."""
-        if not isinstance(value, fx.Node):
-            return None if value is None else torch.as_tensor(value, dtype=torch.float64)
-        return self.constants.value(value)
+    Raises NotFoldable with the reason where it would be linear but cannot be folded.
+    """
+    node = use.node
+    if node.op == "call_module":
+        module = use.layer
+        if has_hooks(module) and isinstance(module, (*_BY_MODULE,)):
+            raise NotFoldable("it has hooks, which folding could change")
+        if any(
+            f"{node.target}." in name for name in use.recording.written if name.startswith(f"{node.target}.")
+        ):
+            raise NotFoldable("its weights are changed while the network runs")
+        one_input = len(node.args) + len(node.kwargs) == 1 and set(node.kwargs) <= {"input"}
+        if not one_input or len(node.all_input_nodes) != 1:
+            return None
+    operator = operator_of(use)
+    if operator is None or operator.linear is None:
+        return None
+    try:
+        return operator.linear(use)
+    except NotFoldable:
+        raise
+    except Exception as error:  # one strange call of a known function must not stop the rest
+        raise NotFoldable(f"it is called in a way that is not understood ({first_line(error)})") from error
+
+
+def is_batch_norm(use: Use) -> bool:
+    """Whether the node runs a batch norm."""
+    if use.node.op == "call_module":
+        return isinstance(use.module, _BatchNorm)
+    operator = operator_of(use)
+    return operator is not None and operator.word == "batch norm"
+
+
+def takes_scale(use: Use) -> bool:
+    """Whether the node is a convolution that is opaque to the algebra but can take up a scale of its outputs."""
+    operator = operator_of(use)
+    return operator is not None and operator.takes_scale and meanings.takes_scale(use)
+
+
+def word_of(use: Use, linear: Linear | None) -> str:
+    """What the node is, in words: "convolution", "batch norm", "add", or the name of its module or function."""
+    node = use.node
+    if is_batch_norm(use):
+        return "batch norm"
+    if isinstance(linear, Map) and linear.multiplies:
+        return "convolution" if linear.build(torch.device("meta")).spatial_axes else "linear"
+    if node.op == "call_module":
+        return type(use.module).__name__
+    if node.op in ("placeholder", "output"):
+        return f"the {'input' if node.op == 'placeholder' else 'output'} of the model"
+    operator = operator_of(use)
+    named = operator.word if operator is not None and linear is not None else name_of(node.target)
+    return named or str(getattr(node.target, "__name__", node.target))

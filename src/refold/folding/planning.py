@@ -4,32 +4,21 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Callable, Container, Iterable, Set
+from dataclasses import dataclass, replace
+from functools import partial, reduce
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 
-from refold.algebra import (
-    Convolution,
-    is_channelwise,
-)
-from refold.errors import NotFoldable, first_line
+from refold.algebra import Convolution, is_channelwise
+from refold.errors import NotFoldable
 from refold.folding.composing import Composer
 from refold.folding.constants import Constants
-from refold.folding.operators import (
-    Flattened,
-    Linear,
-    Map,
-    Restored,
-    Same,
-    Slice,
-    Sum,
-    inputs_of,
-)
-from refold.folding.recognition import linear_operator, scalable_module
-from refold.folding.tracing import Scope, Unit, checks
+from refold.folding.linear import Flattened, Linear, Map, Moved, Restored, Same, Slice, Sum, Use, inputs_of
+from refold.folding.operators import meaning, takes_scale
+from refold.folding.recording import Scope
+from refold.folding.surroundings import Recorded, crossed
 
 _MOST_SOURCES = 16
 """How many values a purely linear chain may be computed from: the nearest, and its start."""
@@ -37,6 +26,7 @@ _MOST_SOURCES = 16
 Price = tuple[int, int, int]
 """Multiply-accumulates, weights, operators: what a choice costs, in the order that decides."""
 _NOTHING: Price = (0, 0, 0)
+_CHANGED = "a tensor that it reads is changed in place while others read it"
 
 
 @dataclass(frozen=True)
@@ -55,64 +45,172 @@ class Region:
     """Computes it in float64 on the CPU; anew each time, for all of them together would outweigh the model."""
     rescales: bool = False
     """Whether `source` is a convolution layer of another kind, whose outputs `convolution` only scales and shifts."""
-    tail: tuple[Tensor, Tensor | None] | None = None
-    """A scale and a shift that `convolution` applies on top of what the operators compute."""
+    rest: tuple[tuple[fx.Node, float], ...] = ()
+    """Values, with factors, that are added to the convolution behind it: `root` is the sum."""
 
 
 class Planner:
-    """Plans one unit. Only shapes are looked at (tensors on the meta device): a region computes its numbers later."""
+    """Plans one model. Only shapes are looked at (tensors on the meta device): a region computes its numbers later."""
 
-    def __init__(self, unit: Unit) -> None:
-        self.unit = unit
-        self.constants = Constants(unit)
+    def __init__(self, recorded: Recorded) -> None:
+        self.recorded, self.recording = recorded, recorded.first
+        self.graph, self.shapes = self.recording.graph, self.recording.shapes
+        self.constants = Constants(self.recording)
         self.refusals: dict[fx.Node, str] = {}
+        self.excluded: set[object] = set()
+        """What was planned and then refused: the next best is planned instead."""
+        self.taken: set[fx.Node] = set()
+        """The operators that the regions of the last plan take up."""
         self.demanded: set[fx.Node] = set()
         """The values that have to be computed, filled in by `plan`."""
-        self.order = {node: index for index, node in enumerate(unit.graph.nodes)}
-        self.checks = checks(unit.graph)
-        self._times = Counter(scope[-1][0] for scope in unit.calls if scope)
-        self.operators = {n: op for n in unit.graph.nodes if (op := self._recognise(n)) is not None}
-        self.composer = Composer(self.operators, unit.shapes)
+        self.order = {node: index for index, node in enumerate(self.graph.nodes)}
+        self._times = Counter(scope[-1].path for scope in self.recording.calls if not scope[-1].hooks)
+        self.operators = {n: op for n in self.graph.nodes if (op := self._recognise(n)) is not None}
+        self.composer = Composer(self.operators, self.shapes)
         self._depthwise_counts = True
         self._own_prices: dict[fx.Node, Price] = {}
         self._emission_prices: dict[tuple[fx.Node, fx.Node], Price | None] = {}
+        self._sums: dict[tuple[fx.Node, tuple[fx.Node, ...]], fx.Node] = {}
+        self._borders: dict[tuple[fx.Node, fx.Node], bool] = {}
 
-    def plan(self, *, depthwise_counts: bool = True) -> list[Region]:
+    def use(self, node: fx.Node) -> Use:
+        """A node as the registry of operators reads it."""
+        return Use(node, self.constants)
+
+    def plan(self, *, depthwise_counts: bool = True, regroup: Set[fx.Node] = frozenset()) -> list[Region]:
         """Choose for every value that something non-linear needs, from the last to the first, how to compute it.
 
         `depthwise_counts` says whether the multiply-accumulates and weights of depthwise convolutions have a price.
+        Of the sums in `regroup`, those terms that read the same value are merged; `ungrouped` are all that may be.
         """
-        self._depthwise_counts = depthwise_counts
+        if depthwise_counts is not self._depthwise_counts:
+            self._depthwise_counts = depthwise_counts
+            self._own_prices.clear()
+            self._emission_prices.clear()
         regions: list[Region] = []
-        demanded = self.demanded
-        for node in reversed(self.unit.graph.nodes):
-            unread = not node.users and node not in self.checks  # it runs all the same
+        self.demanded = demanded = set[fx.Node]()
+        self.ungrouped: set[fx.Node] = set()
+        for node in reversed(self.graph.nodes):
+            unread = not node.users  # it runs all the same
             if node.op == "output" or ((node in demanded or unread) and node not in self.operators):
                 demanded.update(node.all_input_nodes)
             elif node in demanded or unread:
                 source = self._best_source(node)
-                if source is None:
-                    demanded.update(inputs_of(self.operators[node]))
-                    continue
-                demanded.add(source)
-                region = self._region(node, source)
-                if region is not None:
-                    regions.append(region)
+                regions += (
+                    self._planned(node, source) if source is not None else self._regrouped(node, regroup)
+                )
         return regions[::-1]
 
+    def _planned(self, node: fx.Node, source: fx.Node) -> list[Region]:
+        self.demanded.add(source)
+        region = self._region(node, source)
+        return [] if region is None else [region]
+
+    def _regrouped(self, node: fx.Node, regroup: Set[fx.Node]) -> list[Region]:
+        """Run a value's own operator; of a sum of several values, merge those terms that read the same one first."""
+        terms = dict(self._terms(node, 1.0)) if isinstance(self.operators[node], Sum) else {}
+        if len(terms) > 2:
+            self.ungrouped.add(node)
+        found = self._best_group(node, terms) if node in regroup else None
+        if found is None:
+            self.demanded.update(inputs_of(self.operators[node]))
+            return []
+        source, members = found
+        rest = {term: factor for term, factor in terms.items() if term not in members}
+        self.demanded |= {source, *rest}
+        operators = {n: self.operators[n] for n in self._summing(node)}
+        partial_sum = self._virtual(node, tuple(members), tuple(terms[m] for m in members))
+        inner = self._region(partial_sum, source)
+        if inner is None:
+            return []
+        nodes = (inner.nodes - {partial_sum}) | set(operators)
+        inner_operators = {n: op for n, op in inner.operators.items() if n is not partial_sum}
+        return [
+            replace(
+                inner, root=node, operators=inner_operators | operators, nodes=nodes, rest=tuple(rest.items())
+            )
+        ]
+
+    def _terms(self, node: fx.Node, factor: float) -> list[tuple[fx.Node, float]]:
+        """What a sum adds, through the sums that it alone reads."""
+        own = self.operators.get(node)
+        if not isinstance(own, Sum):
+            return [(node, factor)]
+        found: list[tuple[fx.Node, float]] = []
+        for value, each in zip(own.inputs, own.factors, strict=True):
+            inner = set(value.users) == {node} and self.same_call(value, node)
+            found += self._terms(value, factor * each) if inner else [(value, factor * each)]
+        return found
+
+    def _summing(self, node: fx.Node) -> list[fx.Node]:
+        own = self.operators.get(node)
+        if not isinstance(own, Sum):
+            return []
+        inner = [v for v in own.inputs if set(v.users) == {node} and self.same_call(v, node)]
+        return [each for value in inner for each in self._summing(value)] + [node]
+
+    def _best_group(self, node: fx.Node, terms: dict[fx.Node, float]) -> tuple[fx.Node, list[fx.Node]] | None:
+        """The terms of a sum, and what they read, that cost least as one convolution in the place of their own."""
+        reached: dict[fx.Node, list[fx.Node]] = {}
+        for term in terms:
+            if term in self.operators and set(term.users) <= set(self._summing(node)):
+                known: dict[fx.Node, list[fx.Node]] = {}
+                for inner in self.closure(term):
+                    known[inner] = self._sources(inner, known)
+                for source in known[term][1:]:
+                    reached.setdefault(source, []).append(term)
+        for term in terms:
+            if term in reached:
+                reached[term].append(term)
+        best, choice = _NOTHING, None
+        for source, members in reached.items():
+            if len(members) < 2 or (node, source, "group") in self.excluded:
+                continue
+            whole = self._virtual(node, tuple(members), tuple(terms[m] for m in members))
+            emitted = self._emission_price(whole, source)
+            gone = set(self._summing(node))
+            for inner in reversed(self.composer.between(source, whole)):
+                gone |= {inner} if set(inner.users) <= gone else set()
+            own = _total(self._own_price(n) for n in gone - set(self._summing(node)))
+            if emitted is not None and emitted[:2] <= own[:2]:
+                saved = (emitted[0] - own[0], emitted[1] - own[1], emitted[2] - own[2])
+                best, choice = min((best, choice), (saved, (source, members)), key=lambda pair: pair[0])
+        return choice
+
+    def _virtual(self, node: fx.Node, terms: tuple[fx.Node, ...], factors: tuple[float, ...]) -> fx.Node:
+        """A node that is in no graph, for the sum of some terms of `node`."""
+        key = (node, terms)
+        if key not in self._sums:
+            made = self._sums[key] = fx.Graph().create_node("call_function", sum, ())
+            made.meta["scope"] = node.meta["scope"]
+            self.operators[made] = Sum(terms, factors)
+            self.shapes[made], self.order[made] = self.shapes[node], self.order[node]
+            self.recording.kinds[made] = self.recording.kinds[node]
+            self.composer.add(made, self.operators[made])
+        return self._sums[key]
+
+    def forget(self, refused: Container[object]) -> None:
+        """Forget the prices of what was refused, so that the next best is chosen."""
+        for pair in [pair for pair in self._emission_prices if pair in refused]:
+            del self._emission_prices[pair]
+
     def _recognise(self, node: fx.Node) -> Linear | None:
-        if node in self.unit.barriers:
-            self.refusals[node] = "a tensor that it reads is changed in place while others read it"
+        if node in self.recording.barriers:
+            self.refusals[node] = _CHANGED
             return None
-        if node not in self.unit.shapes or not self.constants.varies(node):
+        if node not in self.shapes or node not in self.recording.varying or node.op == "placeholder":
+            return None
+        if node in self.recorded.changed:
+            self.refusals[node] = self.recorded.changed[node]
             return None
         try:
-            return linear_operator(node, self.constants)
+            found = meaning(self.use(node))
         except NotFoldable as refusal:
             self.refusals[node] = str(refusal)
-        except Exception as error:  # one strange call of a known function must not stop the rest
-            self.refusals[node] = f"it is called in a way that is not understood ({first_line(error)})"
-        return None
+            return None
+        return (
+            found if found is not None and all(value in self.shapes for value in inputs_of(found)) else None
+        )
 
     def closure(self, root: fx.Node) -> list[fx.Node]:
         """The linear operators that `root` depends on through linear operators alone, in the order they run."""
@@ -126,7 +224,23 @@ class Planner:
         return sorted(found, key=self.order.__getitem__)
 
     def same_call(self, node: fx.Node, reader: fx.Node) -> bool:
-        """Whether no border of a module that is called several times lies between: its other calls must not see it."""
+        """Whether a change may lie across: no border of a module that is called several times is between, whose other
+        calls must not see it, nor code or hooks that look at values, and it is the same at another size."""
+        if (node, reader) not in self._borders:
+            self._borders[node, reader] = self._is_open(node, reader)
+        return self._borders[node, reader]
+
+    def _is_open(self, node: fx.Node, reader: fx.Node) -> bool:
+        guarded = next(
+            (s for s in crossed(self.recording, node, reader) if s in self.recording.guarded), None
+        )
+        if guarded is not None:
+            where = guarded[-1].path or "the model"
+            self.refusals.setdefault(reader, f"{self.recording.guarded[guarded]}, in {where}")
+            return False
+        if (node, reader) in self.recorded.moved:
+            self.refusals.setdefault(reader, "it reads something else at another size of the input")
+            return False
         return self._shared_call(node) == self._shared_call(reader)
 
     def _shared_call(self, node: fx.Node) -> Scope:
@@ -135,7 +249,7 @@ class Planner:
         if isinstance(operator, Same):  # nothing is edited there
             return self._shared_call(operator.input)
         scope: Scope = node.meta["scope"]
-        times = [1, *(self._times[path] for path, _ in scope)]
+        times = [1, *(self._times[call.path] for call in scope)]
         return next((scope[:i] for i in range(len(scope), 0, -1) if times[i] > times[i - 1]), ())
 
     def _best_source(self, root: fx.Node) -> fx.Node | None:
@@ -148,13 +262,15 @@ class Planner:
         for node in region:
             sources[node] = self._sources(node, sources)
             inputs = inputs_of(self.operators[node])
-            best = _total([self._own_price(node), *(price.get(i, _NOTHING) for i in inputs)])
+            best = self._own_price(node)
+            for value in inputs:
+                best = _plus(best, price.get(value, _NOTHING))
             choice = None
             for source in sources[node][1:]:
                 emitted = self._emission_price(node, source)
                 if emitted is None:
                     continue
-                cost = _total([emitted, price.get(source, _NOTHING)])
+                cost = _plus(emitted, price.get(source, _NOTHING))
                 if cost < best:
                     best, choice = cost, source
             price[node] = _NOTHING if node in free else best
@@ -164,15 +280,12 @@ class Planner:
 
     def _needed_anyway(self, root: fx.Node, region: list[fx.Node]) -> set[fx.Node]:
         """The values in the region that something else reads too, and all that those are computed from."""
-        inside, free = set(region), set[fx.Node]()
+        inside, free, needed = set(region), set[fx.Node](), set[fx.Node]()
         for node in reversed(region):
-            read_elsewhere = any(user not in inside and user not in self.checks for user in node.users)
-            if node is not root and (read_elsewhere or any(node in self._inputs(user) for user in free)):
+            if node is not root and (node in needed or any(user not in inside for user in node.users)):
                 free.add(node)
+                needed.update(inputs_of(self.operators[node]))
         return free
-
-    def _inputs(self, node: fx.Node) -> tuple[fx.Node, ...]:
-        return inputs_of(self.operators[node])
 
     def _sources(self, node: fx.Node, known: dict[fx.Node, list[fx.Node]]) -> list[fx.Node]:
         """The values of which `node` may be a linear function, itself first, then from the nearest on."""
@@ -191,7 +304,7 @@ class Planner:
 
     def _price_operator(self, node: fx.Node) -> Price:
         operator = self.operators[node]
-        if isinstance(operator, (Same, Slice, Flattened, Restored)):
+        if isinstance(operator, (Same, Slice, Flattened, Restored, Moved)):
             return _NOTHING
         constants = self.constants.operations(node)
         if isinstance(operator, Map) and operator.multiplies:
@@ -207,7 +320,7 @@ class Planner:
         layers = 1 if convolution.has_symmetric_padding else 2
         if convolution.groups == convolution.in_channels and not self._depthwise_counts:
             return 0, 0, layers
-        return math.prod(self.unit.shapes[node]) * taps, convolution.out_channels * taps, layers
+        return math.prod(self.shapes[node]) * taps, convolution.out_channels * taps, layers
 
     def _emission_price(self, node: fx.Node, source: fx.Node) -> Price | None:
         """What `node` costs as one convolution of `source`; None where it is none, or reads only a part of it."""
@@ -218,27 +331,45 @@ class Planner:
         return self._emission_prices[node, source]
 
     def _price_emission(self, node: fx.Node, source: fx.Node) -> Price | None:
+        if (node, source) in self.excluded:
+            return None
         try:
             branch = self.composer.structure(node, source)
         except NotFoldable as refusal:
             self.refusals.setdefault(node, str(refusal))
             return None
-        if branch.convolution is None or self._rescales(source, node, branch.convolution):
+        if branch.convolution is None:
+            return None if branch.moved else _NOTHING
+        if self._rescales(source, node, branch.convolution):
             return _NOTHING
-        shape, axes = self.unit.shapes[source], branch.convolution.spatial_axes
+        shape, axes = self.shapes[source], branch.convolution.spatial_axes
         channels = shape[1] if axes else shape[-1]
         whole = not branch.first and branch.convolution.in_channels == channels
-        if not whole or branch.flattened or (axes and len(shape) != axes + 2):
+        if not whole or branch.flattened or branch.moved or (axes and len(shape) != axes + 2):
+            return None
+        if self._changes_between(source, node):
+            self.refusals.setdefault(node, _CHANGED)
             return None
         return self._layer_price(node, branch.convolution)
 
+    def _changes_between(self, source: fx.Node, root: fx.Node) -> bool:
+        """Whether the source is changed in place, by what stays, before `root` would read it."""
+        between = set(self.composer.between(source, root)) if self.recording.mutations else set()
+        for mutation, members in self.recording.mutations:
+            stays = mutation not in between or not set(mutation.users) <= between
+            if source in members and self.order[source] < self.order[mutation] < self.order[root] and stays:
+                return True
+        return False
+
     def _rescales(self, source: fx.Node, root: fx.Node, convolution: Convolution) -> bool:
         """Whether the source is a layer that can take up the convolution in its own weight, for nobody else to see."""
-        if not is_channelwise(convolution) or scalable_module(source, self.constants) is None:
+        if not is_channelwise(convolution) or source in self.operators or not takes_scale(self.use(source)):
+            return False
+        if source in self.recording.barriers or source in self.recorded.changed:
             return False
         between = self.composer.between(source, root)
         readers = {user for node in (source, *between[:-1]) for user in node.users}
-        return readers <= {*between, *self.checks}
+        return readers <= set(between)
 
     def _raises_cost(self, root: fx.Node, source: fx.Node) -> bool:
         """Whether the convolution costs more than all that it replaces, each operator counted once."""
@@ -267,8 +398,9 @@ class Planner:
         operators = {node: self.operators[node] for node in self.composer.between(source, root)}
         nodes, waiting = {root}, [root]
         while waiting:
-            for node in waiting.pop().all_input_nodes:
-                if node is not source and node not in nodes and self.constants.varies(node):
+            reader = waiting.pop()
+            for node in reader.all_input_nodes or inputs_of(self.operators[reader]):
+                if node is not source and node not in nodes and node in self.recording.varying:
                     nodes.add(node)
                     waiting.append(node)
         rescales = self._rescales(source, root, structure)
@@ -276,6 +408,9 @@ class Planner:
         return Region(source, root, operators, frozenset(nodes), structure, compute, rescales)
 
 
+def _plus(one: Price, other: Price) -> Price:
+    return one[0] + other[0], one[1] + other[1], one[2] + other[2]
+
+
 def _total(prices: Iterable[Price]) -> Price:
-    macs, weights, operators = map(sum, zip(*prices, strict=True))
-    return macs, weights, operators
+    return reduce(_plus, prices, _NOTHING)

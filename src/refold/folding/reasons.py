@@ -2,29 +2,16 @@
 
 from __future__ import annotations
 
-import torch
 from torch import fx
 
-from refold.folding.operators import Map, Same
+from refold.folding.linear import Same
+from refold.folding.operators import word_of
 from refold.folding.planning import Planner
-from refold.folding.recognition import is_batch_norm
-
-_META = torch.device("meta")
 
 
 def operator_kind(node: fx.Node, planner: Planner) -> str:
     """What the operator is, in words: "convolution", "batch norm", "add", or the name of its module or function."""
-    if is_batch_norm(node, planner.constants):
-        return "batch norm"
-    operator = planner.operators.get(node)
-    if isinstance(operator, Map) and operator.multiplies:
-        return "convolution" if operator.build(_META).spatial_axes else "linear"
-    if node.op == "call_module":
-        return type(planner.unit.attribute(str(node.target))).__name__
-    if node.op in ("placeholder", "output"):
-        return f"the {'input' if node.op == 'placeholder' else 'output'} of the model"
-    name = getattr(node.target, "__name__", str(node.target))
-    return {"iadd": "add", "cat": "concatenation", "getitem": "slice"}.get(name, name)
+    return word_of(planner.use(node), planner.operators.get(node))
 
 
 def reason_left(node: fx.Node, planner: Planner) -> str:
@@ -57,7 +44,7 @@ def _readers(node: fx.Node, planner: Planner) -> list[fx.Node]:
     for user in node.users:
         if isinstance(planner.operators.get(user), Same):
             readers += _readers(user, planner)
-        elif user not in planner.checks:
+        elif "number" not in user.meta:
             readers.append(user)
     return readers
 

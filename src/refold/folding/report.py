@@ -53,6 +53,9 @@ class FoldReport:
     """How `fold` has to be called, besides its defaults, to fold a network of this architecture in the same way."""
     measured: dict[str, Any] = field(default_factory=dict)
     """The engine and its threads on which `decisions` were measured, and the ratio of the whole network."""
+    record: list[dict[str, Any]] | None = field(default_factory=list)
+    """The places that changed, in order, and what stands there now: what `refold.load` applies to a new network.
+    None where one of them has no form as plain values."""
     decisions: list[Decision] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
@@ -68,7 +71,26 @@ class FoldReport:
             "before": self.before.to_dict(),
             "after": self.after.to_dict(),
             "proof": None if self.proof is None else self.proof.to_dict(),
+            "record": self.record,
         }
+
+    @classmethod
+    def from_dict(cls, facts: dict[str, Any]) -> FoldReport:
+        """The report that `to_dict` wrote. Raises KeyError and TypeError where it did not."""
+        proof = facts["proof"]
+        return cls(
+            model=facts["model"],
+            regions=[FoldedRegion(**region) for region in facts["regions"]],
+            left=[(item["name"], item["reason"]) for item in facts["left"]],
+            before=Cost(**facts["before"]),
+            after=Cost(**facts["after"]),
+            proof=None if proof is None else Proof(**{**proof, "inputs": tuple(proof["inputs"])}),
+            notes=list(facts["notes"]),
+            options=dict(facts["options"]),
+            measured=dict(facts.get("measured", {})),
+            record=facts.get("record"),
+            decisions=[Decision(**each) for each in facts.get("decisions", [])],
+        )
 
     def to_json(self) -> str:
         """The report as JSON text."""

@@ -1,4 +1,4 @@
-"""1x1 convolutions of 1x1 maps as linear layers, and linear layers as such convolutions: the same product."""
+"""A pass: 1x1 convolutions of 1x1 maps as linear layers, and linear layers as such convolutions: the same product."""
 
 from __future__ import annotations
 
@@ -10,21 +10,19 @@ import torch
 from torch import fx, nn
 
 from refold.algebra import Convolution, pointwise
-from refold.folding.channels import ELEMENTWISE, operator_name
-from refold.folding.drafts import Draft
-from refold.folding.edits import Candidate
-from refold.folding.layers import NewLayer, layer, new_layer
-from refold.folding.operators import Call, Map, Same
+from refold.folding.layers import layer
+from refold.folding.linear import Map, Same
+from refold.folding.operators import name_of, operator_of
 from refold.folding.planning import Planner
-from refold.folding.proof import prove_layer
 from refold.folding.report import FoldedRegion
+from refold.folding.rewrite import Applied, NewLayer, Rewrite
 
 _CPU, _META = torch.device("cpu"), torch.device("meta")
 _LEAST_WEIGHTS = 2**18
 """Below, what any operator costs by itself hides the difference: squeeze-excite layers took 0.95 to 1.06 of theirs."""
 
 
-def reshaping_candidates(planner: Planner) -> list[Candidate]:
+def reshaped_products(planner: Planner) -> list[Rewrite]:
     """Every layer that multiplies one vector of channels for each image, written in the other way."""
     found = []
     for node, operator in planner.operators.items():
@@ -32,34 +30,30 @@ def reshaping_candidates(planner: Planner) -> list[Candidate]:
             continue
         structure = operator.build(_META)
         linear = structure.spatial_axes == 0
-        if structure.weight.numel() < _LEAST_WEIGHTS:
+        if structure.weight.numel() < _LEAST_WEIGHTS or (node, "reshape") in planner.excluded:
             continue
-        fits = len(planner.unit.shapes[operator.input]) == 2 if linear else _is_pointwise(structure)
+        fits = len(planner.shapes[operator.input]) == 2 if linear else _is_pointwise(structure)
         if fits and (linear or _has_one_pixel(planner, operator.input)):
-            found.append(_candidate(planner, node, operator, linear))
+            found.append(_rewrite(planner, node, operator, linear))
     return found
 
 
-def _candidate(planner: Planner, node: fx.Node, operator: Map, linear: bool) -> Candidate:
-    path = planner.unit.full_path(str(node.target))
+def _rewrite(planner: Planner, node: fx.Node, operator: Map, linear: bool) -> Rewrite:
     title = "a 1×1 convolution of a 1×1 map" if linear else "a linear layer"
-    return Candidate(
+    made = NewLayer(partial(_built, operator), planner.recording.kinds[node])
+    return Rewrite(
+        steps={node: Applied(made, operator.input)},
+        nodes=frozenset([node]),
+        outputs=(node,),
         operators=[node],
-        draft=Draft({str(node.target): 0}),
-        make=partial(_make, planner, node, operator),
-        folded=[FoldedRegion(path, {"linear" if linear else "convolution": 1}, title)],
+        folded=[FoldedRegion(str(node.target), {"linear" if linear else "convolution": 1}, title)],
+        on_one_pixel=not linear,
+        key=(node, "reshape"),
     )
 
 
-def _make(planner: Planner, node: fx.Node, operator: Map, prove: bool) -> tuple[list[NewLayer], list[float]]:
-    def build() -> nn.Module:
-        return _reshaped(operator.build(_CPU))
-
-    distances = []
-    if prove:
-        size = planner.unit.shapes[operator.input][1:]
-        distances = [prove_layer(operator.build(_CPU), build(), [(2, *size), (3, *size)])]
-    return [new_layer(build, build(), planner.unit.kinds[node])], distances
+def _built(operator: Map) -> nn.Module:
+    return _reshaped(operator.build(_CPU))
 
 
 def _reshaped(convolution: Convolution) -> nn.Module:
@@ -83,15 +77,15 @@ def _is_pointwise(convolution: Convolution) -> bool:
 def _has_one_pixel(planner: Planner, node: fx.Node) -> bool:
     """Whether the map has one pixel whatever the size of the image: it comes from an average over all of them."""
     while True:
-        shape = planner.unit.shapes.get(node, ())
+        shape = planner.shapes.get(node, ())
         if len(shape) < 3 or any(side != 1 for side in shape[2:]):
             return False
-        name = operator_name(node, planner)
-        if name.startswith("adaptive") or name == "mean":
+        entry = operator_of(planner.use(node))
+        if entry is not None and entry.word == "pooling" and entry.channels == "moved":
             return _averages_all(planner, node, len(shape) - 2)
         operator = planner.operators.get(node)
         pointwise_map = isinstance(operator, Map) and _is_pointwise(operator.build(_META))
-        passes = pointwise_map or isinstance(operator, Same) or name in ELEMENTWISE
+        passes = pointwise_map or isinstance(operator, Same) or (entry is not None and entry.elementwise)
         if not passes or len(node.all_input_nodes) != 1:
             return False
         (node,) = node.all_input_nodes
@@ -99,12 +93,12 @@ def _has_one_pixel(planner: Planner, node: fx.Node) -> bool:
 
 def _averages_all(planner: Planner, node: fx.Node, axes: int) -> bool:
     """Whether an average leaves one pixel of any map."""
-    call = Call(node, planner.constants)
-    if operator_name(node, planner) == "mean":
-        along = call.argument(1, "dim", ())
+    use = planner.use(node)
+    if name_of(node.target) == "mean":
+        along = use.argument(1, "dim", ())
         found = {a % (axes + 2) for a in (along if isinstance(along, (tuple, list)) else (along,))}
         return found >= set(range(2, axes + 2))
-    size: Any = call.argument(1, "output_size")
-    if node.op == "call_module":
-        size = getattr(planner.unit.attribute(str(node.target)), "output_size", None)
+    size: Any = use.argument(1, "output_size")
+    if use.module is not None:
+        size = getattr(use.module, "output_size", None)
     return size in (1, (1,) * axes, [1] * axes)

@@ -1,10 +1,9 @@
-"""Take shortcuts into the convolutions that they lead around: a block becomes a plain chain (RepNeXt, eq. 5 to 8)."""
+"""A pass: take shortcuts into the convolutions that they lead around: a block becomes a plain chain (RepNeXt, eq. 5 to 8)."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -12,18 +11,13 @@ from torch import fx
 
 from refold.algebra import Convolution, fold_shortcut
 from refold.errors import NotFoldable
-from refold.folding.channels import ELEMENTWISE
-from refold.folding.drafts import Draft, DraftRewire, common_scope
-from refold.folding.edits import Candidate
-from refold.folding.layers import NewLayer, layer, new_layer
-from refold.folding.operators import Map, Same, Sum
+from refold.folding.layers import layer
+from refold.folding.linear import Map, Same, Sum
+from refold.folding.operators import operator_of
 from refold.folding.planning import Planner
-from refold.folding.proof import prove_chain
+from refold.folding.recording import common_scope, has_hooks
 from refold.folding.report import FoldedRegion
-from refold.folding.tracing import has_hooks
-
-_IDEMPOTENT = {"relu", "relu6", "hardtanh"}
-"""Those that change nothing where they are applied again."""
+from refold.folding.rewrite import Applied, NewLayer, Rewrite, Value
 
 Activation = tuple[str, str]
 """The name of an activation and its settings."""
@@ -54,22 +48,24 @@ class _Side:
     nodes: frozenset[fx.Node] = frozenset()
 
 
-def shortcut_candidates(planner: Planner) -> list[Candidate]:
+def folded_shortcuts(planner: Planner) -> list[Rewrite]:
     """Every shortcut that can pass through the convolutions and activations which it leads around."""
     return [
-        candidate
+        rewrite
         for node, operator in planner.operators.items()
-        if isinstance(operator, Sum) and operator.factors == (1.0, 1.0)
-        if (candidate := _candidate(planner, node, operator)) is not None
+        if isinstance(operator, Sum)
+        and operator.factors == (1.0, 1.0)
+        and (node, "shortcut") not in planner.excluded
+        if (rewrite := _found(planner, node, operator)) is not None
     ]
 
 
-def _candidate(planner: Planner, root: fx.Node, operator: Sum) -> Candidate | None:
+def _found(planner: Planner, root: fx.Node, operator: Sum) -> Rewrite | None:
     for last, other in (operator.inputs, operator.inputs[::-1]):
         for chain in _chains(planner, root, last):
             for side in _sides(planner, other):
                 if side.source is chain.source and _same_activations(planner, chain, side):
-                    return _made_candidate(planner, chain, side)
+                    return _rewrite(planner, chain, side)
     return None
 
 
@@ -78,7 +74,7 @@ def _chains(planner: Planner, root: fx.Node, last: fx.Node) -> Iterator[Chain]:
     chain = Chain(last, root, last, ())
     while True:
         node = chain.source
-        if set(node.users) - planner.checks - chain.nodes - {root}:
+        if set(node.users) - chain.nodes - {root}:
             return  # somebody else reads it: it has to stay as it is
         operator, activation = planner.operators.get(node), _activation(planner, node)
         chain = replace(chain, nodes=chain.nodes | {node})
@@ -91,7 +87,7 @@ def _chains(planner: Planner, root: fx.Node, last: fx.Node) -> Iterator[Chain]:
             chain = replace(chain, source=source, activations=(activation, *chain.activations))
         else:
             return
-        if len(chain.convolutions) > 1 and chain.source in planner.unit.shapes:
+        if len(chain.convolutions) > 1 and chain.source in planner.shapes:
             yield chain
 
 
@@ -117,7 +113,7 @@ def _sides(planner: Planner, node: fx.Node) -> Iterator[_Side]:
 
 
 def _is_layer(planner: Planner, node: fx.Node) -> bool:
-    return node.op == "call_module" and not has_hooks(planner.unit.attribute(str(node.target)))
+    return node.op == "call_module" and not has_hooks(planner.use(node).layer)
 
 
 def _same_activations(planner: Planner, chain: Chain, side: _Side) -> bool:
@@ -125,33 +121,33 @@ def _same_activations(planner: Planner, chain: Chain, side: _Side) -> bool:
         return True
     # The source may be an activation's output already, which the same activation leaves as it is.
     own = _activation(planner, chain.source)
-    repeats = own is not None and own[0] in _IDEMPOTENT
+    operator = operator_of(planner.use(chain.source)) if own is not None else None
+    repeats = operator is not None and operator.idempotent
     return repeats and {own} == set(chain.activations) | set(side.activations)
 
 
 def _activation(planner: Planner, node: fx.Node) -> Activation | None:
     """Which elementwise activation the node is, with its settings; None where it is none."""
-    if len(node.all_input_nodes) != 1 or node in planner.unit.barriers:
+    if len(node.all_input_nodes) != 1 or node in planner.recording.barriers:
+        return None
+    operator = operator_of(planner.use(node))
+    if operator is None or not operator.elementwise:
         return None
     if node.op == "call_module":
-        module = planner.unit.attribute(str(node.target))
+        module = planner.use(node).layer
+        if type(module).__module__ != "torch.nn.modules.activation":
+            return None
         name, settings = type(module).__name__, vars(module)
-        ours = type(module).__module__ == "torch.nn.modules.activation" and not has_hooks(module)
-    elif node.op in ("call_function", "call_method"):
+    else:
         name = str(getattr(node.target, "__name__", node.target))
         settings = dict(enumerate(node.args[1:])) | dict(node.kwargs)
-        ours = True
-    else:
-        return None
     name = name.lower().replace("_", "")
-    if not ours or name not in ELEMENTWISE:
-        return None
     plain = {str(k): v for k, v in settings.items() if k not in ("training", "inplace") and str(k)[0] != "_"}
     return name, repr(sorted(plain.items()))
 
 
-def _made_candidate(planner: Planner, chain: Chain, side: _Side) -> Candidate | None:
-    """The candidate, or None where the algebra refuses: the planner notes why."""
+def _rewrite(planner: Planner, chain: Chain, side: _Side) -> Rewrite | None:
+    """The rewrite, or None where the algebra refuses: the planner notes why."""
     try:
         structure = _folded(planner, chain, side, torch.device("meta"))
     except NotFoldable as refusal:
@@ -159,18 +155,31 @@ def _made_candidate(planner: Planner, chain: Chain, side: _Side) -> Candidate | 
         return None
     # What else reads the shortcut keeps it.
     gone = frozenset(node for node in side.nodes if set(node.users) <= side.nodes | {chain.root})
-    nodes = gone | {chain.root}
-    scope = common_scope([node.meta["scope"] for node in nodes])
-    slots: dict[str, int | None] = {str(node.target): i for i, node in enumerate(chain.convolutions)}
+    steps: dict[fx.Node, Value] = {chain.root: chain.last}
+    for index, node in enumerate(chain.convolutions):
+
+        def build(index: int = index) -> Any:
+            return layer(_folded(planner, chain, side, torch.device("cpu"))[index])
+
+        made = NewLayer(build, planner.recording.kinds[chain.root])
+        steps[node] = Applied(made, node.all_input_nodes[0])
+    nodes = chain.nodes | gone | {chain.root}
+    interior = nodes | side.nodes
+    if chain.activations != side.activations:  # exact on what the activation before the chain writes
+        interior |= {chain.source}
     count = len(chain.convolutions)
     channels = ", ".join(str(each.out_channels) for each in structure)
-    path = planner.unit.full_scope(scope)
     operators = {"convolution": count, "addition": 1, "activation": len(chain.activations)}
-    return Candidate(
+    path = common_scope([node.meta["scope"] for node in gone | {chain.root}])[-1].path
+    return Rewrite(
+        steps=steps,
+        nodes=frozenset(gone | {chain.root}),
+        outputs=(chain.root,),
         operators=[*chain.nodes, chain.root],
-        draft=Draft(slots, (DraftRewire(scope, chain.last, chain.root, nodes, None),)),
-        make=partial(_make, planner, chain, side),
         folded=[FoldedRegion(path, operators, f"{count} convolutions of {channels} channels, no shortcut")],
+        convolutions=structure,
+        interior=frozenset(interior),
+        key=(chain.root, "shortcut"),
     )
 
 
@@ -182,23 +191,3 @@ def _folded(planner: Planner, chain: Chain, side: _Side, device: torch.device) -
 
     shortcut = None if side.convolution is None else built(side.convolution)
     return fold_shortcut([built(node) for node in chain.convolutions], shortcut)
-
-
-def _make(planner: Planner, chain: Chain, side: _Side, prove: bool) -> tuple[list[NewLayer], list[float]]:
-    folded = _folded(planner, chain, side, torch.device("cpu"))
-    distances = []
-    if prove:
-        new = dict(zip(chain.convolutions, folded, strict=True))
-        nodes, source = chain.nodes | side.nodes | {chain.root}, chain.source
-        if chain.activations != side.activations:  # exact on what the activation before the chain writes
-            nodes, (source,) = nodes | {source}, source.all_input_nodes
-        distances.append(prove_chain(nodes, source, chain.root, chain.last, new, planner.constants))
-    kind = planner.unit.kinds[chain.root]
-    layers = []
-    for index, convolution in enumerate(folded):
-
-        def build(index: int = index) -> Any:
-            return layer(_folded(planner, chain, side, torch.device("cpu"))[index])
-
-        layers.append(new_layer(build, layer(convolution), kind))
-    return layers, distances

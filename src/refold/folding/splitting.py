@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import operator
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import accumulate, pairwise
 from typing import Any
 
@@ -15,14 +16,12 @@ from torch import Tensor, fx, nn
 from refold.algebra import Convolution
 from refold.folding.channels import ChannelClass, Channels, Role
 from refold.folding.layers import layer
-from refold.folding.operators import inputs_of
-from refold.folding.recognition import batch_norm_settings, is_batch_norm
+from refold.folding.linear import inputs_of
+from refold.folding.meanings import batch_norm_arguments
+from refold.folding.operators import is_batch_norm
+from refold.folding.rewrite import FUNCTION, METHOD, MODULE, Applied, NewLayer, Operation, Value, mapped
 
-_CPU = torch.device("cpu")
-_IN_PLACE = {operator.iadd: operator.add, operator.isub: operator.sub, operator.imul: operator.mul}
-_IN_PLACE |= {operator.itruediv: operator.truediv}
-
-
+_CPU, _META = torch.device("cpu"), torch.device("meta")
 _BLOCK, _STEP = 16, 4
 """Channels that the widest vectors of processors hold; and in steps of how many ONNX Runtime reads blocks of them."""
 
@@ -50,75 +49,69 @@ class Splitting:
         """Every operator that changes."""
         return {node for own, _ in self.layouts for node in self.channels.touched(own)}
 
-    def write(self, graph: fx.Graph, module: nn.Module, here: Callable[[fx.Node], fx.Node]) -> None:
-        """Rewrite a graph of `module`, in which `here` finds the operators of the unit; what nobody reads stays."""
-        _Writer(self, graph, module, here).write()
+    def steps(self) -> dict[fx.Node, Value]:
+        """How everything that changes is computed in parts; what reads a class as a whole gets it concatenated."""
+        return _Parts(self).steps()
 
 
-class _Writer:
-    """Writes one splitting into one graph."""
+class _Parts:
+    """The values of one splitting, part by part."""
 
-    def __init__(
-        self, splitting: Splitting, graph: fx.Graph, module: nn.Module, here: Callable[[fx.Node], fx.Node]
-    ) -> None:
+    def __init__(self, splitting: Splitting) -> None:
         self._channels, self._planner = splitting.channels, splitting.channels.planner
         self._touched = splitting.touched
         self._layouts = {id(own): layout for own, layout in splitting.layouts}
-        self._graph, self._module, self._here = graph, module, here
-        self._parts: dict[fx.Node, list[fx.Node]] = {}
+        self._parts: dict[fx.Node, list[Value]] = {}
         self._part_layouts: dict[fx.Node, Layout] = {}
-        self._whole: dict[fx.Node, fx.Node] = {}
+        self._whole: dict[fx.Node, Value] = {}
+        self._steps: dict[fx.Node, Value] = {}
 
-    def write(self) -> None:
-        for node in self._planner.unit.graph.nodes:
-            if node in self._touched and node not in self._planner.checks:
-                with self._graph.inserting_before(self._here(node)):
-                    self._operator(node, self._here(node))
+    def steps(self) -> dict[fx.Node, Value]:
+        for node in self._planner.graph.nodes:
+            if node in self._touched:
+                self._operator(node)
+        for node in self._parts:
+            if any(user not in self._touched or self._reads_whole(user) for user in node.users):
+                self._steps[node] = self._joined(node)
+        return self._steps
 
-    def _operator(self, node: fx.Node, old: fx.Node) -> None:
+    def _reads_whole(self, node: fx.Node) -> bool:
+        role = self._channels.roles[node]
+        return self._layout(node) is None and role not in (Role.MIXES, Role.MEASURES)
+
+    def _operator(self, node: fx.Node) -> None:
         role, layout = self._channels.roles[node], self._layout(node)
         if role is Role.MIXES:
-            made = self._mixed(node, old, layout)
+            made = self._mixed(node, layout)
             if layout is None:
-                old.replace_all_uses_with(made[0])
+                self._steps[node] = made[0]
             else:
-                self._keep(old, made, layout)
+                self._keep(node, made, layout)
         elif role is Role.MEASURES:
-            old.replace_input_with(old.all_input_nodes[0], self._parts[old.all_input_nodes[0]][0])
+            first = self._parts[node.all_input_nodes[0]][0]
+            self._steps[node] = Operation(METHOD, node.target, (first, *node.args[1:]))
         elif layout is None:
-            self._join_inputs(old)
+            return  # it reads the values put together again
         elif role is Role.CONCATENATES:
-            self._keep(
-                old, [self._one(v, part) for v, part in zip(_listed(old), layout, strict=True)], layout
-            )
+            self._keep(node, [self._one(v, p) for v, p in zip(_listed(node), layout, strict=True)], layout)
         elif role is Role.FILTERS:
-            self._keep(old, self._filtered(node, old, layout), layout)
+            self._keep(node, self._filtered(node, layout), layout)
         else:
-            self._keep(old, [self._copy(old, i) for i in range(len(layout))], layout)
+            self._keep(node, [self._copy(node, i) for i in range(len(layout))], layout)
 
     def _layout(self, node: fx.Node) -> Layout | None:
         own = self._channels.of(node)
         return None if own is None else self._layouts.get(id(own))
 
-    def _keep(self, old: fx.Node, parts: list[fx.Node], layout: Layout) -> None:
-        self._parts[old], self._part_layouts[old] = parts, layout
+    def _keep(self, node: fx.Node, parts: list[Value], layout: Layout) -> None:
+        self._parts[node], self._part_layouts[node] = parts, layout
 
-    def _join_inputs(self, old: fx.Node) -> None:
-        """Let an operator that knows nothing of parts read them put together again."""
-        for value in old.all_input_nodes:
-            if value in self._parts:
-                old.replace_input_with(value, self._joined(value))
-
-    def _joined(self, value: fx.Node) -> fx.Node:
+    def _joined(self, value: fx.Node) -> Value:
         if value not in self._whole:
-            parts = self._parts[value]
-            # Behind the last part, for the first who reads it need not be the first in the graph.
-            last = max(parts, key=list(self._graph.nodes).index)
-            with self._graph.inserting_after(last):
-                self._whole[value] = self._graph.call_function(torch.cat, (list(parts), 1))
+            self._whole[value] = Operation(FUNCTION, torch.cat, (list(self._parts[value]), 1))
         return self._whole[value]
 
-    def _one(self, value: fx.Node, part: Part) -> fx.Node:
+    def _one(self, value: fx.Node, part: Part) -> Value:
         """An input of a concatenation as one of its parts."""
         if value not in self._parts:
             return value
@@ -126,44 +119,54 @@ class _Writer:
             return self._parts[value][0]
         return self._joined(value)
 
-    def _copy(self, old: fx.Node, index: int) -> fx.Node:
+    def _copy(self, node: fx.Node, index: int) -> Value:
         """The same operator on one part of each input; never in place, since a part is somebody else's value."""
-        new = self._graph.node_copy(old, lambda v: self._parts[v][index] if v in self._parts else v)
-        if old.op == "call_module":
-            module = self._module.get_submodule(str(old.target))
-            if getattr(module, "inplace", False):
-                module = copy.copy(module)
-                module.inplace = False  # type: ignore[assignment]  # nn.Module types its attributes as modules
-                new.target = self._add(f"{old.target}_apart", module)
-        else:
-            new.target = _IN_PLACE.get(new.target, new.target)  # type: ignore[arg-type]  # targets are hashable
-            new.kwargs = {k: False if k == "inplace" else v for k, v in new.kwargs.items()}
-        return new
+        args, kwargs = mapped(
+            (node.args, dict(node.kwargs)), lambda v: self._parts[v][index] if v in self._parts else v
+        )
+        if node.op == MODULE:
+            module = self._planner.use(node).layer
+            if not getattr(module, "inplace", False):
+                return Operation(MODULE, str(node.target), args, kwargs)
+            module = copy.copy(module)
+            module.inplace = False  # type: ignore[assignment]  # nn.Module types its attributes as modules
+            made = NewLayer(lambda: module, self._planner.recording.kinds[node], copy_of=str(node.target))
+            return Applied(made, args[0], f"{node.target}_apart")
+        target = node.target
+        if node.op == METHOD and str(target).endswith("_") and not str(target).startswith("_"):
+            target = str(target).rstrip("_")
+        return Operation(
+            node.op, target, args, {k: False if k == "inplace" else v for k, v in kwargs.items()}
+        )
 
-    def _filtered(self, node: fx.Node, old: fx.Node, layout: Layout) -> list[fx.Node]:
+    def _filtered(self, node: fx.Node, layout: Layout) -> list[Value]:
         """A depthwise or grouped convolution, or a batch norm, part by part."""
-        value = self._input(node, old)
-        norm = is_batch_norm(node, self._planner.constants)
-        found = []
+        (value,) = inputs_of(self._planner.operators[node])
+        norm = is_batch_norm(self._planner.use(node))
+        found: list[Value] = []
         for index, (rows, part) in enumerate(zip(_ranges(layout), layout, strict=True)):
-            made = self._norm(node, rows) if norm else self._rows(node, rows, part)
-            found.append(self._call(node, f"{_name(old)}_{index}", made, self._parts[value][index]))
+            build = partial(self._norm, node, rows) if norm else partial(self._rows, node, rows, part)
+            found.append(self._applied(node, f"{_name(node)}_{index}", build, self._parts[value][index]))
         return found
 
-    def _input(self, node: fx.Node, old: fx.Node) -> fx.Node:
-        """What a convolution or batch norm reads, besides its constants."""
-        (source,) = inputs_of(self._planner.operators[node])
-        return old.all_input_nodes[node.all_input_nodes.index(source)]
-
     def _norm(self, node: fx.Node, rows: slice) -> nn.Module:
-        mean, variance, weight, bias, epsilon = batch_norm_settings(node, self._planner.constants)
+        use = self._planner.use(node)
+        if use.module is not None:
+            module = use.module
+            epsilon, given = module.eps, (module.running_mean, module.running_var, module.weight, module.bias)
+        else:
+            given, epsilon, _ = batch_norm_arguments(use)
+            given = tuple(use.constant(value) for value in given)
+        mean, variance, weight, bias = (None if v is None else v.detach().double().cpu()[rows] for v in given)
+        assert mean is not None
+        assert variance is not None
         kind = (nn.BatchNorm1d, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
-        shape = self._planner.unit.shapes[node]
-        made = kind[len(shape) - 2](len(mean[rows]), epsilon, affine=weight is not None or bias is not None)
-        made.running_mean, made.running_var = mean[rows].clone(), variance[rows].clone()
+        axes = len(self._planner.shapes[node])
+        made = kind[axes - 2](len(mean), epsilon, affine=weight is not None or bias is not None)
+        made.running_mean, made.running_var = mean.clone(), variance.clone()
         if made.affine:
-            made.weight.data = torch.ones_like(mean[rows]) if weight is None else weight[rows].clone()
-            made.bias.data = torch.zeros_like(mean[rows]) if bias is None else bias[rows].clone()
+            made.weight.data = torch.ones_like(mean) if weight is None else weight.clone()
+            made.bias.data = torch.zeros_like(mean) if bias is None else bias.clone()
         return made.eval()
 
     def _rows(self, node: fx.Node, rows: slice, part: Part) -> nn.Module:
@@ -172,37 +175,32 @@ class _Writer:
         bias = None if whole.bias is None else _padded(whole.bias[rows], 0, part.width)
         return layer(replace(whole, weight=weight, bias=bias, groups=part.width // weight.shape[1]))
 
-    def _mixed(self, node: fx.Node, old: fx.Node, layout: Layout | None) -> list[fx.Node]:
+    def _mixed(self, node: fx.Node, layout: Layout | None) -> list[Value]:
         """A dense convolution or linear layer, from parts, to parts, or both."""
-        value = self._input(node, old)
-        whole = self._channels.convolution(node, _CPU)
+        (value,) = inputs_of(self._planner.operators[node])
+        whole = self._channels.convolution(node, _META)
         outputs = layout or (Part(whole.out_channels, whole.out_channels),)
         inputs = self._part_layouts.get(value, (Part(whole.in_channels, whole.in_channels),))
         sources = self._parts.get(value, [value])
-        made = []
+        made: list[Value] = []
         for i, (rows, out) in enumerate(zip(_ranges(outputs), outputs, strict=True)):
-            total: fx.Node | None = None
+            total: Value | None = None
             for j, (columns, part) in enumerate(zip(_ranges(inputs), inputs, strict=True)):
-                block = layer(_block(whole, rows, columns, out, part, is_first=not j))
-                name = f"{_name(old)}_{i}_{j}" if len(outputs) > 1 else f"{_name(old)}_{j}"
-                term = self._call(node, name, block, sources[j])
-                total = term if total is None else self._graph.call_function(operator.add, (total, term))
+                build = partial(self._block, node, rows, columns, out, part, not j)
+                name = f"{_name(node)}_{i}_{j}" if len(outputs) > 1 else f"{_name(node)}_{j}"
+                term = self._applied(node, name, build, sources[j])
+                total = term if total is None else Operation(FUNCTION, operator.add, (total, term))
             assert total is not None
             made.append(total)
         return made
 
-    def _call(self, node: fx.Node, name: str, made: nn.Module, value: fx.Node) -> fx.Node:
-        dtype, device = self._planner.unit.kinds[node]
-        return self._graph.call_module(self._add(name, made.to(device, dtype)), (value,))
+    def _block(
+        self, node: fx.Node, rows: slice, columns: slice, out: Part, part: Part, first: bool
+    ) -> nn.Module:
+        return layer(_block(self._channels.convolution(node, _CPU), rows, columns, out, part, is_first=first))
 
-    def _add(self, name: str, module: nn.Module) -> str:
-        """Register a layer beside the one whose share it is."""
-        stem, number = name, 2
-        parent = self._module.get_submodule(stem.rpartition(".")[0])
-        while hasattr(parent, name.rpartition(".")[2]):
-            name, number = f"{stem}_again_{number}", number + 1
-        parent.add_module(name.rpartition(".")[2], module)
-        return name
+    def _applied(self, node: fx.Node, name: str, build: Any, source: Value) -> Applied:
+        return Applied(NewLayer(build, self._planner.recording.kinds[node]), source, name)
 
 
 def _block(

@@ -15,7 +15,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from refold.blocks import GhostConv2d, GhostModule
 from refold.errors import InputError, first_line
-from refold.folding.tracing import has_hooks
+from refold.folding.recording import has_hooks
 from refold.models.conversion import replaced
 from refold.models.images import example_input as image_for
 from refold.models.observation import Call, observe_convolutions, run_once

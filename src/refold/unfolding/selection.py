@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from refold.blocks.parallel.branch import padding_of
-from refold.folding.tracing import has_hooks
+from refold.folding.recording import has_hooks
 from refold.models.observation import observe_convolutions
 from refold.unfolding.building import kind_of
 from refold.unfolding.plans import Kind

@@ -1,28 +1,23 @@
-"""Exact rewrites that pay on some engines only: each is offered to a judge, and those that it chooses are folded in."""
+"""Exact rewrites that pay on some engines only: each is offered to an objective, and those that it chooses are made."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 
 import torch
 from torch import fx, nn
-from torch.utils._pytree import tree_leaves
 
 from refold.errors import NotFoldable
-from refold.folding.attempt import Finder
 from refold.folding.channels import ChannelClass, Channels, Role, connected
-from refold.folding.drafts import Draft, Rebuild, common_scope
-from refold.folding.edits import Candidate, count_calls, require_alone
-from refold.folding.extracting import Extract, Write, extract
-from refold.folding.layers import NewLayer
+from refold.folding.extracting import Extract, extract
 from refold.folding.planning import Planner
+from refold.folding.recording import common_scope
 from refold.folding.report import FoldedRegion
-from refold.folding.reshaping import reshaping_candidates
-from refold.folding.shortcuts import shortcut_candidates
+from refold.folding.reshaping import reshaped_products
+from refold.folding.rewrite import Rewrite, make
+from refold.folding.shortcuts import folded_shortcuts
 from refold.folding.splitting import Layout, Splitting, parts_of
-from refold.folding.tracing import Scope
 
 SINK, SHORTCUT, RESHAPE = "sink", "shortcut", "reshape"
 
@@ -53,8 +48,8 @@ class Chosen:
     """A judge whose choices are remembered by name."""
 
     judge: Judge
-    prove: bool = True
-    """Whether what it is shown is proved before."""
+    tolerance: float | None
+    """To which what it is shown is proved before; None for not at all."""
     names: list[str] = field(default_factory=list)
     """What it chose."""
     asked: dict[str, Alternative | None] = field(default_factory=dict)
@@ -72,57 +67,30 @@ def by_name(names: Sequence[str]) -> Judge:
     return lambda alternatives: next((a for a in alternatives if a.name in names), None)
 
 
-def finders(choose: Chosen) -> dict[str, Finder]:
-    """What to fold, one fold after the other, by kind."""
+def passes(choose: Chosen) -> dict[str, Callable[[Planner], list[Rewrite]]]:
+    """What to rewrite, one after the other, by kind."""
     return {
-        SHORTCUT: partial(_chosen_candidates, SHORTCUT, shortcut_candidates, choose),
-        SINK: partial(_sinking_candidates, choose),
-        RESHAPE: partial(_chosen_candidates, RESHAPE, reshaping_candidates, choose),
+        SHORTCUT: lambda planner: list(_chosen(SHORTCUT, folded_shortcuts(planner), choose, planner)),
+        SINK: lambda planner: _sinking(choose, planner),
+        RESHAPE: lambda planner: list(_chosen(RESHAPE, reshaped_products(planner), choose, planner)),
     }
 
 
-def _chosen_candidates(
-    kind: str, find: Callable[[Planner], list[Candidate]], choose: Chosen, planner: Planner
-) -> list[Candidate]:
-    """Those candidates of one kind that are chosen, each measured by itself; they fold layer by layer."""
-    found = []
-    for candidate in find(planner):
+def _chosen(kind: str, found: list[Rewrite], choose: Chosen, planner: Planner) -> Iterator[Rewrite]:
+    """Those rewrites of one kind that are chosen, each measured by itself."""
+    for rewrite in found:
         try:
-            layers, _ = candidate.make(False)
-            part = _offered(planner, candidate, set(candidate.operators) | candidate.draft.nodes)
+            part = extract(planner, set(rewrite.operators) | rewrite.nodes, rewrite)
+            make(rewrite, planner.constants, None)
         except NotFoldable as refusal:
-            planner.refusals.update(dict.fromkeys(candidate.operators, str(refusal)))
+            planner.refusals.update(dict.fromkeys(rewrite.operators, str(refusal)))
             continue
-        write = partial(_edit, planner, candidate, layers)
-        region = candidate.folded[0]
-        offer = _alternative(kind, planner, candidate.operators[-1], region.path, region.layer, part, write)
-        if choose([offer]) is not None:
-            found.append(candidate)
-    return found
+        region = rewrite.folded[0]
+        if choose([_alternative(kind, rewrite.operators[-1], region.path, region.layer, part)]) is not None:
+            yield rewrite
 
 
-def _offered(planner: Planner, candidate: Candidate, nodes: set[fx.Node]) -> Extract:
-    """The part of the network to measure. Raises NotFoldable where the candidate could not be put into effect."""
-    require_alone(planner.unit, candidate.draft, 1, count_calls(planner.unit), set())
-    return extract(planner, nodes)
-
-
-def _edit(
-    planner: Planner,
-    candidate: Candidate,
-    layers: list[NewLayer],
-    graph: fx.Graph,
-    module: nn.Module,
-    here: Callable[[fx.Node], fx.Node],
-) -> None:
-    """Put a candidate into the graph of an extracted part."""
-    for path, index in candidate.draft.slots.items():
-        module.set_submodule(path, nn.Identity() if index is None else layers[index].module)
-    for rewire in candidate.draft.rewires:
-        here(rewire.root).replace_all_uses_with(here(rewire.source))
-
-
-def _sinking_candidates(choose: Chosen, planner: Planner) -> list[Candidate]:
+def _sinking(choose: Chosen, planner: Planner) -> list[Rewrite]:
     """Concatenations that are chosen to sink into the dense convolutions that read them."""
     channels = Channels(planner)
     chosen: list[Splitting] = []
@@ -130,20 +98,18 @@ def _sinking_candidates(choose: Chosen, planner: Planner) -> list[Candidate]:
         offers = {}
         for name, splitting in _splittings(channels, own).items():
             try:
-                part = _offered(planner, _candidate(channels, [splitting]), splitting.touched)
-                if choose.prove:
-                    part.prove(splitting.write)
+                rewrite = _rewrite(channels, [splitting])
+                make(rewrite, planner.constants, choose.tolerance)
+                part = extract(planner, splitting.touched, rewrite)
             except NotFoldable as refusal:
                 planner.refusals.update(dict.fromkeys(_joins(channels, own), str(refusal)))
                 continue
-            path = planner.unit.full_scope(common_scope([n.meta["scope"] for n in splitting.touched]))
-            first = _joins(channels, own)[0]
-            offer = _alternative(SINK, planner, first, path, name, part, splitting.write)
+            offer = _alternative(SINK, _joins(channels, own)[0], rewrite.folded[0].path, name, part)
             offers[offer.name] = (offer, splitting)
         choice = choose([offer for offer, _ in offers.values()]) if offers else None
         if choice is not None:
             chosen.append(offers[choice.name][1])
-    return [_candidate(channels, group) for group in _together(chosen)]
+    return [_rewrite(channels, group) for group in _together(chosen)]
 
 
 def _splittings(channels: Channels, own: ChannelClass) -> dict[str, Splitting]:
@@ -178,8 +144,8 @@ def _together(splittings: list[Splitting]) -> list[list[Splitting]]:
     return [[splittings[i] for i in group] for group in connected([s.touched for s in splittings])]
 
 
-def _candidate(channels: Channels, group: list[Splitting]) -> Candidate:
-    """One edit for splittings that change the same operators; where two lay out one class, the wider one holds."""
+def _rewrite(channels: Channels, group: list[Splitting]) -> Rewrite:
+    """One rewrite for splittings that change the same operators; where two lay out one class, the wider one holds."""
     layouts: dict[int, tuple[ChannelClass, Layout]] = {}
     for splitting in group:
         for own, layout in splitting.layouts:
@@ -187,37 +153,26 @@ def _candidate(channels: Channels, group: list[Splitting]) -> Candidate:
             widest = max(known, layout, key=lambda parts: (len(parts), sum(p.width for p in parts)))
             layouts[id(own)] = (own, widest)
     whole = Splitting(channels, tuple(layouts.values()))
-    planner = channels.planner
     nodes = frozenset(node for node in whole.touched if node.op not in ("placeholder", "output"))
-    scope = _taking_tensors(planner, common_scope([node.meta["scope"] for node in nodes]))
+    steps = whole.steps()
     joins = [node for own, _ in whole.layouts for node in _joins(channels, own)]
     mixers = {node for own, _ in whole.layouts if _joins(channels, own) for node in channels.mixers(own)}
     layer = f"sunk into {len(mixers)} convolutions" if len(mixers) > 1 else "sunk into a convolution"
-
-    def make(prove: bool) -> tuple[list[NewLayer], list[float]]:
-        return [], [extract(planner, whole.touched).prove(whole.write)] if prove else []
-
-    return Candidate(
+    path = common_scope([node.meta["scope"] for node in nodes])[-1].path
+    return Rewrite(
+        steps=steps,
+        nodes=nodes,
+        outputs=tuple(node for node in steps if "number" not in node.meta),
         operators=joins,
-        draft=Draft({}, rebuilds=(Rebuild(scope, nodes, whole.write),)),
-        make=make,
-        folded=[FoldedRegion(planner.unit.full_scope(scope), {"concatenation": len(joins)}, layer)],
+        folded=[FoldedRegion(path, {"concatenation": len(joins)}, layer)],
+        convolutions=tuple(
+            c for n in sorted(mixers)[:1] if (c := channels.convolution(n, torch.device("meta")))
+        ),
+        joint=True,
+        key=("sink", *joins),
     )
 
 
-def _taking_tensors(planner: Planner, scope: Scope) -> Scope:
-    """The innermost call around that is given no list of tensors, which tracing would see as one value."""
-    while scope:
-        positional, named = planner.unit.calls[scope]
-        if all(leaf is value for value in (*positional, *named.values()) for leaf in tree_leaves(value)):
-            return scope
-        scope = scope[:-1]
-    return scope
-
-
-def _alternative(
-    kind: str, planner: Planner, node: fx.Node, path: str, change: str, part: Extract, write: Write
-) -> Alternative:
-    name = f"{kind} {planner.unit.full_path(node.name)}: {change}"
-    after = partial(part.network, write)
-    return Alternative(name, kind, path, change, part.network, after, part.shape, part.dtype)
+def _alternative(kind: str, node: fx.Node, path: str, change: str, part: Extract) -> Alternative:
+    name = f"{kind} {node.name}: {change}"
+    return Alternative(name, kind, path, change, part.before, part.after, part.shape, part.dtype)

@@ -1,0 +1,426 @@
+"""What operators are linearly: each function here reads one use of an operator and says so.
+
+They return None where the use is not linear, and raise NotFoldable, with the reason, where it would be but cannot be
+folded.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
+
+from refold.algebra import affine
+from refold.errors import NotFoldable
+from refold.folding.linear import (
+    Bordered,
+    Concatenation,
+    Flattened,
+    Linear,
+    Map,
+    Moved,
+    Restored,
+    Same,
+    Slice,
+    Sum,
+    Use,
+)
+from refold.folding.maps import average_pool_map, batch_norm_map, convolution_map, linear_map, on, padding_map
+from refold.folding.precision import in_float64
+from refold.folding.recording import set_item
+
+
+def convolution(use: Use) -> Map | None:
+    module = use.module
+    if module is None:
+        weight = (
+            use.constant(use.argument(1, "weight")) if not use.varies(use.argument(1, "weight")) else None
+        )
+        if weight is None:
+            return None
+        rest = ((3, "stride", 1), (4, "padding", 0), (5, "dilation", 1), (6, "groups", 1))
+        bias = use.constant(use.argument(2, "bias"))
+        return convolution_map(
+            use, use.argument(0, "input"), weight, bias, *(use.argument(*each) for each in rest)
+        )
+    if not is_plain_convolution(module):
+        return None
+    settings = (module.stride, module.padding, module.dilation, module.groups)
+    return convolution_map(use, use.source, *_weights(module), *settings)
+
+
+def is_plain_convolution(module: nn.Module) -> bool:
+    """Whether the layer is a convolution with zero padding that nothing is added to."""
+    for plain in (nn.Conv1d, nn.Conv2d, nn.Conv3d):
+        if isinstance(module, plain) and module.padding_mode == "zeros":
+            own = type(module)
+            return own.forward is plain.forward and own._conv_forward is plain._conv_forward
+    return False
+
+
+def linear(use: Use) -> Map | None:
+    if use.module is not None:
+        own = type(use.module).forward is nn.Linear.forward
+        return linear_map(use.source, *_weights(use.module)) if own else None
+    if use.varies(use.argument(1, "weight")):
+        return None
+    weight, bias = use.constant(use.argument(1, "weight")), use.constant(use.argument(2, "bias"))
+    return None if weight is None else linear_map(use.argument(0, "input"), weight, bias)
+
+
+def batch_norm(use: Use) -> Map:
+    module = use.module
+    if module is None:
+        (mean, variance, weight, bias), epsilon, training = batch_norm_arguments(use)
+        tensors = (use.constant(value) for value in (mean, variance, weight, bias))
+        return batch_norm_map(use, use.argument(0, "input"), *tensors, epsilon, training)
+    if type(module).forward not in (_BatchNorm.forward, nn.SyncBatchNorm.forward):
+        raise NotFoldable("its class has a forward of its own")
+    weight, bias = _weights(module)
+    return batch_norm_map(
+        use, use.source, module.running_mean, module.running_var, weight, bias, module.eps, module.training
+    )
+
+
+def batch_norm_arguments(use: Use) -> tuple[tuple[Any, Any, Any, Any], float, bool]:
+    """Mean, variance, weight and bias, epsilon and whether it trains, of a batch norm that is called as a function."""
+    functional = getattr(use.node.target, "__module__", "") == "torch.nn.functional"
+    order = (1, 2, 3, 4) if functional else (3, 4, 1, 2)
+    names = ("running_mean", "running_var", "weight", "bias")
+    given = [use.argument(place, name) for place, name in zip(order, names, strict=True)]
+    untrained = "no_training" in str(use.node.target)
+    training = not untrained and bool(use.argument(5, "training", False))
+    epsilon = float(use.argument(6 if untrained else 7, "eps", 1e-5))
+    return (given[0], given[1], given[2], given[3]), epsilon, training
+
+
+def average_pool(use: Use) -> Map | None:
+    names = (("kernel_size", None), ("stride", None), ("padding", 0), ("ceil_mode", False))
+    names += (("count_include_pad", True), ("divisor_override", None))
+    if use.module is None:
+        given = [use.argument(1 + i, name, default) for i, (name, default) in enumerate(names)]
+        return average_pool_map(use, use.argument(0, "input"), *given)
+    return average_pool_map(use, use.source, *(getattr(use.module, name, default) for name, default in names))
+
+
+def padding(use: Use) -> Map | Bordered | None:
+    if use.module is not None:
+        return padding_map(use, use.source, use.module.padding, "constant", getattr(use.module, "value", 0.0))
+    given = use.argument(1, "pad")
+    constant = "constant" in str(getattr(use.node.target, "__name__", ""))
+    mode = "constant" if constant else use.argument(2, "mode", "constant")
+    value = use.argument(2 if constant else 3, "value")
+    return (
+        padding_map(use, use.argument(0, "input"), given, mode, value)
+        if isinstance(given, (tuple, list))
+        else None
+    )
+
+
+def same(use: Use) -> Same | None:
+    one = len(use.node.all_input_nodes) == 1 and use.recording.shapes.get(use.node) == use.shape(use.source)
+    return Same(use.source) if one and _one_input(use) else None
+
+
+def dropout(use: Use) -> Same | None:
+    if use.module is not None:
+        return Same(use.source) if not use.module.training else None
+    by_default = getattr(use.node.target, "__module__", "") == "torch.nn.functional"
+    return Same(use.source) if use.argument(2, "training", by_default) is False else None
+
+
+def attribute(use: Use) -> Same | None:
+    return Same(use.source) if use.node.args[1:] == ("data",) else None
+
+
+def flattened(use: Use) -> Flattened | None:
+    source, shape = use.argument(0, "input"), use.shape(use.argument(0, "input"))
+    start, end = use.argument(1, "start_dim", 0), use.argument(2, "end_dim", -1)
+    leading = use.module is None and start == 0 and end in (len(shape) - 2, -2) and len(shape) > 2
+    return Flattened(source) if leading else None
+
+
+def restored(use: Use) -> Restored | None:
+    source, like = use.argument(0, "input"), use.argument(1, "other")
+    alike = use.varies(source) and use.varies(like) and use.shape(source)[-1] == use.shape(like)[-1]
+    return Restored(source, like) if alike else None
+
+
+def permuted(use: Use) -> Moved | None:
+    """Channels moved from behind the batch to the end, or back: permute, transpose, movedim."""
+    source = use.argument(0, "input")
+    axes = len(use.shape(source))
+    to_end = (0, *range(2, axes), 1)
+    to_front = (0, axes - 1, *range(1, axes - 1))
+    name = str(getattr(use.node.target, "__name__", use.node.target))
+    if name == "permute":
+        given = use.argument(1, "dims")
+        order = tuple(given) if isinstance(given, (tuple, list)) else use.node.args[1:]
+    else:
+        pair = [
+            use.argument(1, "dim0", use.node.kwargs.get("source")),
+            use.argument(2, "dim1", use.node.kwargs.get("destination")),
+        ]
+        if not all(isinstance(each, int) for each in pair):
+            return None
+        first, second = (each % axes for each in pair)
+        places = list(range(axes))
+        if name.startswith("move"):
+            places.insert(second, places.pop(first))
+        else:
+            places[first], places[second] = second, first
+        order = tuple(places)
+    if axes < 3 or not all(isinstance(axis, int) for axis in order):
+        return None
+    order = tuple(axis % axes for axis in order)
+    if order not in (to_end, to_front):
+        return None
+    return Moved(source, None if to_end == to_front else order == to_end)
+
+
+def plus(use: Use, sign: float = 1.0) -> Linear | None:
+    left, right = use.argument(0, "input"), use.argument(1, "other")
+    factor = sign * float(use.argument(2, "alpha", 1.0))
+    if not use.varies(right):
+        return _shifted(use, left, right, 1.0, factor)
+    if not use.varies(left):
+        return _shifted(use, right, left, factor, 1.0)
+    return Sum((left, right), (1.0, factor)) if use.shape(left) == use.shape(right) else None
+
+
+def minus(use: Use) -> Linear | None:
+    return plus(use, -1.0)
+
+
+def negative(use: Use) -> Sum:
+    return Sum((use.source,), (-1.0,))
+
+
+def times(use: Use) -> Linear | None:
+    left, right = use.argument(0, "input"), use.argument(1, "other")
+    source, factor = (left, right) if use.varies(left) else (right, left)
+    return None if use.varies(factor) else _scaled(use, source, use.constant(factor))
+
+
+def divided(use: Use) -> Linear | None:
+    left, right = use.argument(0, "input"), use.argument(1, "other")
+    if not use.varies(left) or use.varies(right) or use.node.kwargs.get("rounding_mode"):
+        return None
+    factor = use.constant(right)
+    return None if factor is None else _scaled(use, left, factor.reciprocal())
+
+
+def concatenation(use: Use) -> Concatenation | None:
+    inputs = use.argument(0, "tensors")
+    axis = use.argument(1, "dim", use.node.kwargs.get("axis", 0))
+    if not isinstance(inputs, (tuple, list)) or not all(isinstance(i, fx.Node) for i in inputs):
+        return None
+    axes = _layout(axis, len(use.shape(use.node)))
+    return None if axes is None else Concatenation(tuple(inputs), axes)
+
+
+def item(use: Use) -> Slice | None:
+    value: Any = use.node.args[0]
+    index: Any = use.argument(1, "index")
+    if isinstance(value, fx.Node) and value not in use.recording.shapes and isinstance(index, int):
+        return _chunk_item(use, value, index)
+    if not isinstance(index, tuple) or value not in use.recording.shapes:
+        return None
+    shape = use.shape(value)
+    sliced = [i for i, part in enumerate(index) if part is not Ellipsis and part != slice(None)]
+    if len(sliced) != 1 or not isinstance(index[sliced[0]], slice):
+        return None
+    axis = sliced[0] - len(index) if Ellipsis in index[: sliced[0]] else sliced[0]
+    part = index[sliced[0]]
+    if any(not isinstance(end, (int, type(None))) for end in (part.start, part.stop, part.step)):
+        return None
+    axes = _layout(axis, len(shape))
+    if axes is None:
+        return None
+    start, stop, step = part.indices(shape[axis])
+    return Slice(value, start, stop, axes) if step == 1 and stop > start else None
+
+
+def narrowed(use: Use) -> Slice | None:
+    names = ("input", "dim", "start", "length")
+    source, axis, start, length = (use.argument(i, name) for i, name in enumerate(names))
+    axes = _layout(axis, len(use.shape(source)))
+    if axes is None or not isinstance(start, int) or not isinstance(length, int) or start < 0:
+        return None
+    return Slice(source, start, start + length, axes)
+
+
+def border(use: Use) -> Bordered | None:
+    """The last of several writes of one value into all the edges that a zero padding made (diverse branch block)."""
+    sides: dict[tuple[int, bool], int] = {}
+    node, value = use.node, None
+    while isinstance(node, fx.Node) and node.target is set_item:
+        one = Use(node, use.constants)
+        side = _side(one, len(use.shape(use.node)))
+        given = one.argument(2, "value")
+        if side is None or use.varies(given):
+            return None
+        own = use.constant(given)
+        if own is None or (value is not None and not torch.equal(own.flatten(), value)):
+            return None
+        value, sides[side[:2]] = own.flatten(), side[2]
+        node = node.args[0]  # type: ignore[assignment]  # the first argument of set_item is a value
+    padded = Use(node, use.constants)
+    meaning = (
+        padding(padded) if str(getattr(node.target, "__name__", "")) in ("pad", "constant_pad_nd") else None
+    )
+    if not isinstance(meaning, Map) or value is None:
+        return None
+    ends = meaning.build(torch.device("meta")).padding
+    widths = {
+        (i, j): end for i, pair in enumerate(ends) for j, end in ((True, pair[0]), (False, pair[1])) if end
+    }
+    channels = use.shape(use.node)[1]
+    if widths != sides or value.numel() not in (1, channels):
+        return None
+    return Bordered(meaning.input, ends, value.expand(channels))
+
+
+def _side(use: Use, axes: int) -> tuple[int, bool, int] | None:
+    """Which edge a write goes to: the spatial axis, whether at its start, and how many rows."""
+    index = use.argument(1, "index")
+    if not isinstance(index, tuple) or Ellipsis in index:
+        return None
+    written = [(i, part) for i, part in enumerate(index) if part != slice(None)]
+    if len(written) != 1 or written[0][0] < 2 or not isinstance(written[0][1], slice):
+        return None
+    axis, part = written[0]
+    size = use.shape(use.node)[axis]
+    ends = (part.start, part.stop, part.step)
+    if (
+        axis >= axes
+        or any(not isinstance(end, (int, type(None))) for end in ends)
+        or part.step not in (None, 1)
+    ):
+        return None
+    start, stop, _ = part.indices(size)
+    from_start = part.start in (None, 0) and isinstance(part.stop, int) and part.stop > 0
+    from_end = isinstance(part.start, int) and part.start < 0 and stop == size
+    return (axis - 2, from_start, stop - start) if from_start or from_end else None
+
+
+_CHUNKS = ("chunk", "split", "tensor_split")
+_CHUNK_SIZES = (
+    "chunks",
+    "split_size_or_sections",
+    "split_size",
+    "indices_or_sections",
+    "sections",
+    "indices",
+)
+
+
+def _chunk_item(use: Use, chunks: fx.Node, index: int) -> Slice | None:
+    """One item of `chunk` or `split`: the channels before it are those that the earlier items have."""
+    name = str(getattr(chunks.target, "__name__", chunks.target)).split(".")[0]
+    if name.removesuffix("_with_sizes") not in _CHUNKS:
+        return None
+    split = Use(chunks, use.constants)
+    source = split.argument(0, "input", chunks.kwargs.get("tensor"))
+    axis = split.argument(2, "dim", 0)
+    sizes = next((split.argument(99, key) for key in _CHUNK_SIZES if key in chunks.kwargs), None)
+    sizes = sizes or split.argument(1, "")
+    shape, own = use.shape(source), use.shape(use.node)
+    axes = _layout(axis, len(shape))
+    ends = None if axes is None else _chunk_ends(name, sizes, shape[axis])
+    if axes is None or ends is None:
+        return None
+    return Slice(source, ends[index] - own[axis], ends[index], axes)
+
+
+def _chunk_ends(name: str, sizes: Any, total: int) -> list[int] | None:
+    if isinstance(sizes, int):
+        if name == "chunk":
+            sizes = math.ceil(total / sizes)
+        elif name == "tensor_split":
+            return [total * (i + 1) // sizes for i in range(sizes)] if total % sizes == 0 else None
+        return [min(start + sizes, total) for start in range(0, total, sizes)]
+    if name == "tensor_split" or not all(isinstance(size, int) for size in sizes):
+        return None
+    return [sum(sizes[: i + 1]) for i in range(len(sizes))]
+
+
+def _scaled(use: Use, source: fx.Node, factor: Tensor | None) -> Linear | None:
+    """The input times a constant: a number, or one number a channel."""
+    if factor is None or use.shape(source) != use.shape(use.node):
+        return None
+    if factor.numel() == 1:
+        return Sum((source,), (float(factor),))
+    channels = _by_channel(factor, use.shape(source))
+    return None if channels is None else _affine_map(source, channels[0], None, channels[1])
+
+
+def _shifted(use: Use, source: fx.Node, shift: Any, factor: float, shift_factor: float) -> Linear | None:
+    """The input (times a factor) plus a constant: a number, or one number a channel."""
+    value = use.constant(shift)
+    if value is None or use.shape(source) != use.shape(use.node):
+        return None
+    if value.numel() == 1 and float(value) == 0.0:
+        return Sum((source,), (factor,))
+    shape = use.shape(source)
+    channels = _by_channel(value, shape) if value.numel() > 1 else None
+    if value.numel() == 1 and len(shape) in (3, 4, 5):
+        channels = (value.reshape(1).expand(shape[1]), len(shape) - 2)
+    if channels is None:
+        return None
+    scale = torch.full_like(channels[0], factor).contiguous()
+    return _affine_map(source, scale, channels[0] * shift_factor, channels[1])
+
+
+def _by_channel(value: Tensor, shape: tuple[int, ...]) -> tuple[Tensor, int] | None:
+    """A broadcast constant as one number a channel, and the spatial axes of that layout; None where it is not."""
+    aligned = (1,) * (len(shape) - value.dim()) + tuple(value.shape)
+    for axis, spatial_axes in ((1, len(shape) - 2), (len(shape) - 1, 0)):
+        expected = tuple(size if i == axis else 1 for i, size in enumerate(shape))
+        if aligned == expected and spatial_axes <= 3:
+            return value.reshape(-1), spatial_axes
+    return None
+
+
+def _affine_map(source: fx.Node, scale: Tensor, shift: Tensor | None, spatial_axes: int) -> Map:
+    return Map(
+        source, lambda device: affine(on(device, scale), on(device, shift), spatial_axes), multiplies=False
+    )
+
+
+def _layout(axis: Any, dimensions: int) -> int | None:
+    """The spatial axes of a layout whose channels are at `axis`; None where that is no channel axis."""
+    if not isinstance(axis, int) or not 2 <= dimensions <= 5:
+        return None
+    axis %= dimensions
+    if axis == 1:
+        return dimensions - 2
+    return 0 if axis == dimensions - 1 else None
+
+
+def _weights(module: nn.Module) -> tuple[Any, Any]:
+    with in_float64():  # a parametrized layer computes its weight when it is read
+        return getattr(module, "weight", None), getattr(module, "bias", None)
+
+
+def _one_input(use: Use) -> bool:
+    return use.node.op != "call_module" or len(use.node.args) + len(use.node.kwargs) == 1
+
+
+def takes_scale(use: Use) -> bool:
+    """Whether it is a convolution of another kind than the algebra's whose outputs its own weight can scale.
+
+    Transposed convolutions, other padding modes, and layers that compute their padding from the size of the image.
+    """
+    module = use.module
+    if module is None:
+        constant = not use.varies(use.argument(1, "weight")) and not use.varies(use.argument(2, "bias"))
+        return constant and isinstance(use.argument(0, "input"), fx.Node)
+    if not isinstance(module, _ConvNd) or is_plain_convolution(module):
+        return False
+    names = {name for name, _ in module.named_parameters(recurse=True)}
+    return names <= {"weight", "bias"} and module.weight.is_floating_point()
