@@ -17,7 +17,7 @@ from refold.training.batches import (
     reseed,
     training_loader,
 )
-from refold.training.data import Images
+from refold.training.images import Images
 from refold.training.recipe import load_recipe
 
 PREPROCESSING = {

@@ -15,7 +15,7 @@ from torch import nn
 
 from refold.errors import RecipeError
 from refold.training import run as running
-from refold.training.data import Images, LabelledImages
+from refold.training.images import Images, LabelledImages
 from refold.training.module import Classifier, MeanLoss, make_optimizer
 from refold.training.recipe import load_recipe
 from refold.training.run import Settings, train

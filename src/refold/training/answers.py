@@ -25,7 +25,7 @@ from refold.errors import InputError
 from refold.files import make_folder, written_aside
 from refold.training.batches import Batch, SeededImages, chance_in, collate
 from refold.training.callbacks import progress
-from refold.training.data import Source
+from refold.training.images import Source
 from refold.training.module import Classifier
 from refold.training.recipe import Recipe
 

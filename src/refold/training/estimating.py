@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from refold.training.batches import Batch, held_out_loader, training_loader
-from refold.training.data import LabelledImages
+from refold.training.images import LabelledImages
 from refold.training.module import Classifier, make_optimizer
 
 _PROBE = 8

@@ -19,7 +19,7 @@ from refold.folding import fold
 from refold.training.batches import held_out_loader
 from refold.training.callbacks import Keeper, Row, Unreadable
 from refold.training.curves import draw_curves
-from refold.training.data import LabelledImages
+from refold.training.images import LabelledImages
 from refold.training.module import Classifier
 from refold.training.settings import (
     CARD,

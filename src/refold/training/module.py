@@ -23,8 +23,8 @@ from torchmetrics.classification import MulticlassAccuracy
 from refold.blocks.parallel.synchronised import synchronise_norms
 from refold.errors import InputError, RecipeError
 from refold.training.batches import Batch, held_out_loader, recipe_transforms, reseed, training_loader
-from refold.training.data import LabelledImages
 from refold.training.distillation import FeatureLosses, Teacher, distillation_loss, divergence
+from refold.training.images import LabelledImages
 from refold.training.recipe import Recipe
 
 TRAINED, AVERAGE = "trained", "average"

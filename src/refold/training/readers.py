@@ -12,7 +12,7 @@ from typing import Any
 from timm.data.readers import create_reader
 
 from refold.errors import InputError, first_line
-from refold.training.data import Images, LabelledImages, hold_out_share
+from refold.training.images import Images, LabelledImages, hold_out_share
 
 _EXTRAS = {"datasets": "hf", "webdataset": "wds"}
 _ENDINGS = ("jpg", "jpeg", "png", "webp")

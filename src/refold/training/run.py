@@ -30,10 +30,11 @@ from refold.files import make_folder, write_text
 from refold.training.answers import TeacherCache
 from refold.training.batches import reseed
 from refold.training.callbacks import Keeper, LiveProgress, Row, Unreadable
-from refold.training.data import Images, LabelledImages, open_data
+from refold.training.data import open_data
 from refold.training.distillation import Teacher, open_teacher
 from refold.training.estimating import Estimate, estimate, memory_of_process
 from refold.training.finishing import finish, provenance
+from refold.training.images import Images, LabelledImages
 from refold.training.module import Classifier, make_optimizer
 from refold.training.processes import PeerEnded, Place, place, start
 from refold.training.recipe import ResolvedRecipe

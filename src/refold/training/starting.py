@@ -16,7 +16,7 @@ from refold.errors import CheckpointError, InputError
 from refold.files import PathLike
 from refold.models import create_model, load_checkpoint
 from refold.training.callbacks import Unreadable, progress
-from refold.training.data import LabelledImages, read_into_memory
+from refold.training.images import LabelledImages, read_into_memory
 from refold.training.recipe import Recipe
 from refold.unfolding import rebuild
 
