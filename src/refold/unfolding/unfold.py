@@ -15,13 +15,13 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from refold.blocks.parallel import Form
+from refold.conversion.observation import run_once
 from refold.errors import InputError, NotEquivalent, first_line
 from refold.models.images import example_input as default_input
-from refold.models.observation import run_once
 from refold.unfolding.plans import Kind, Plan, find_plan
 from refold.unfolding.rebuilding import add_branches, described, require_no_branches
 from refold.unfolding.report import UnfoldedLayer, UnfoldReport
-from refold.unfolding.selection import Candidate, observe
+from refold.unfolding.selection import UnfoldableLayer, observe
 
 Start = Literal["preserving", "random"]
 
@@ -71,12 +71,12 @@ def unfold(
     given = default_input(model) if example_input is None else example_input
     arguments = given if isinstance(given, tuple) else (given,)
     seen = observe(wide, arguments)
-    if not seen.candidates:
+    if not seen.unfoldable:
         raise InputError(_nothing_to_unfold(model))
     report = described(UnfoldReport(chosen.name, [], seen.norms, form), wide)
     name = type(model).__name__
     selected = _select(
-        seen.candidates, chosen, _several(kinds), _several(layers), _several(exclude), _several(stages), name
+        seen.unfoldable, chosen, _several(kinds), _several(layers), _several(exclude), _several(stages), name
     )
     repeats = _repeats(selected, branches, chosen)
     asked = [
@@ -142,14 +142,14 @@ def _nothing_to_unfold(model: nn.Module) -> str:
 
 
 def _select(
-    found: Sequence[Candidate],
+    found: Sequence[UnfoldableLayer],
     plan: Plan,
     kinds: Collection[Kind] | None,
     layers: Sequence[str],
     exclude: Sequence[str],
     stages: Collection[int] | None,
     model: str,
-) -> list[Candidate]:
+) -> list[UnfoldableLayer]:
     """The candidates that were asked for. Raises InputError where a condition matches nothing, saying what there is."""
     for kind in kinds or ():
         if kind not in get_args(Kind):
@@ -187,7 +187,7 @@ def _select(
 
 
 def _repeats(
-    selected: Sequence[Candidate], branches: int | Mapping[str, int] | None, plan: Plan
+    selected: Sequence[UnfoldableLayer], branches: int | Mapping[str, int] | None, plan: Plan
 ) -> dict[str, int]:
     rules = plan.repeats if branches is None else branches
     if not isinstance(rules, Mapping):
