@@ -50,12 +50,12 @@ def quickstart(
     seed: Seed = 0,
 ) -> None:
     """Train a multi-branch network, fold it, prove it, export it, and compare the forms in one table."""
-    from refold.quickstart import Settings, render, render_files, run
+    from refold.quickstart import QuickstartOptions, render, render_files, run
     from refold.training.run import default_output
 
     folder = output or default_output("quickstart")
     with stopped_by_ctrl_c(folder):
-        result = run(Settings(folder, data, epochs, image_size, seed, threads), console)
+        result = run(QuickstartOptions(folder, data, epochs, image_size, seed, threads), console)
     console.print(render(result))
     console.print(render_files(result), soft_wrap=True)
 

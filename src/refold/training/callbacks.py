@@ -30,7 +30,7 @@ from refold.errors import InputError
 from refold.files import write_text, written_aside
 from refold.training.module import Classifier
 
-Row = dict[str, Any]
+EpochRow = dict[str, Any]
 
 
 class Keeper(Callback):
@@ -43,14 +43,14 @@ class Keeper(Callback):
     """
 
     def __init__(
-        self, state: Path, history: Path, save: Callable[[nn.Module, Row], None], last: bool = False
+        self, state: Path, history: Path, save: Callable[[nn.Module, EpochRow], None], last: bool = False
     ) -> None:
         self.state_file = state
         self.history_file = history
         self.save = save
         self.last = last
-        self.rows: list[Row] = []
-        self.best: Row | None = None
+        self.rows: list[EpochRow] = []
+        self.best: EpochRow | None = None
         self._start = time.perf_counter()
 
     def state_dict(self) -> dict[str, Any]:
@@ -69,7 +69,7 @@ class Keeper(Callback):
         # Of equals the last: the moving average of the weights.
         candidates = list(accuracies)[-1:] if self.last else reversed(list(accuracies))
         weights = max(candidates, key=lambda name: accuracies[name])
-        row: Row = {
+        row: EpochRow = {
             "epoch": trainer.current_epoch + 1,
             "learning_rate": trainer.optimizers[0].param_groups[0]["lr"],
             **results,
@@ -203,7 +203,7 @@ def progress(console: Console) -> Progress:
     )
 
 
-def _as_csv(rows: list[Row]) -> str:
+def _as_csv(rows: list[EpochRow]) -> str:
     text = io.StringIO()
     writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
     writer.writeheader()

@@ -17,7 +17,7 @@ from refold.export import export, get_engine
 from refold.files import write_text
 from refold.folding import fold
 from refold.training.batches import held_out_loader
-from refold.training.callbacks import Keeper, Row, Unreadable
+from refold.training.callbacks import EpochRow, Keeper, Unreadable
 from refold.training.curves import draw_curves
 from refold.training.images import LabelledImages
 from refold.training.module import Classifier
@@ -81,7 +81,7 @@ def finish(
 
 
 def provenance(
-    settings: Settings, images: LabelledImages, row: Row, unreadable: Unreadable
+    settings: Settings, images: LabelledImages, row: EpochRow, unreadable: Unreadable
 ) -> dict[str, Any]:
     """Where the network of an epoch comes from: data, settings with the recipe, and versions."""
     return {

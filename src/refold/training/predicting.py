@@ -35,7 +35,7 @@ class Prediction:
 
 
 @dataclass(frozen=True)
-class ImageClassifier:
+class ImagePredictor:
     """A function from prepared images ``(n, 3, height, width)`` to logits, how to prepare them, and its classes."""
 
     classify: Callable[[Tensor], Tensor]
@@ -77,7 +77,7 @@ class ImageClassifier:
         return str(index) if self.class_names is None else self.class_names[index]
 
 
-def network_classifier(net: nn.Module) -> ImageClassifier:
+def network_classifier(net: nn.Module) -> ImagePredictor:
     """A network with what its checkpoint says, or as timm knows its name; a thousand classes are ImageNet's."""
     card = getattr(net, "card", None)
     preprocessing = dict(resolve_model_data_config(net))
@@ -87,10 +87,10 @@ def network_classifier(net: nn.Module) -> ImageClassifier:
     if names is None and getattr(net, "num_classes", None) == 1000:
         imagenet = ImageNetInfo()
         names = [imagenet.index_to_description(index) for index in range(1000)]
-    return ImageClassifier(net.eval(), preprocessing, names)
+    return ImagePredictor(net.eval(), preprocessing, names)
 
 
-def onnx_classifier(path: Path, threads: int = 1) -> ImageClassifier:
+def onnx_classifier(path: Path, threads: int = 1) -> ImagePredictor:
     """An ONNX file of a training run, with the ``card.json`` beside it.
 
     Raises `InputError` where the file or the card is missing or not understood.
@@ -107,7 +107,7 @@ def onnx_classifier(path: Path, threads: int = 1) -> ImageClassifier:
             "are not known; give the checkpoint that it was exported from."
         ) from error
     session = get_engine("onnxruntime").open(path, threads=threads)
-    return ImageClassifier(lambda batch: session(batch)[0], preprocessing, names)
+    return ImagePredictor(lambda batch: session(batch)[0], preprocessing, names)
 
 
 def find_images(paths: Sequence[Path]) -> list[Path]:

@@ -40,7 +40,7 @@ class Member:
 
 
 @dataclass(frozen=True)
-class Row:
+class HubImage:
     """An image of a Hugging Face data set on disk."""
 
     reader: Any
@@ -205,7 +205,7 @@ def _hub_reader(kind: str, name: str, split: str, keys: tuple[str, str]) -> Any:
 
 
 def _rows(reader: Any, title: str) -> Images:
-    sources = [Row(reader, index, title) for index in range(len(reader))]
+    sources = [HubImage(reader, index, title) for index in range(len(reader))]
     return Images(sources, [int(target) for target in reader.iter_targets()])
 
 

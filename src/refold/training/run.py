@@ -29,7 +29,7 @@ from refold.errors import InputError, RefoldError, first_line
 from refold.files import make_folder, write_text
 from refold.training.answers import TeacherCache
 from refold.training.batches import reseed
-from refold.training.callbacks import Keeper, LiveProgress, Row, Unreadable
+from refold.training.callbacks import EpochRow, Keeper, LiveProgress, Unreadable
 from refold.training.data import open_data
 from refold.training.distillation import Teacher, open_teacher
 from refold.training.estimating import Estimate, estimate, memory_of_process
@@ -209,7 +209,7 @@ def _unfolded(net: nn.Module, settings: Settings, preprocessing: dict[str, Any])
 def _fit(settings: Settings, module: Classifier, unreadable: Unreadable, console: Console) -> Keeper:
     state = settings.output / STATE
 
-    def keep(net: nn.Module, row: Row) -> None:
+    def keep(net: nn.Module, row: EpochRow) -> None:
         save(
             net,
             settings.output / TRAINING,

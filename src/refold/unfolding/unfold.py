@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from refold.blocks.parallel import Form
+from refold.blocks.parallel import BranchComputation
 from refold.conversion.observation import run_once
 from refold.errors import InputError, NotEquivalent, first_line
 from refold.models.images import example_input as default_input
@@ -37,7 +37,7 @@ def unfold(
     stages: int | Collection[int] | None = None,
     branches: int | Mapping[str, int] | None = None,
     start: Start = "preserving",
-    form: Form = "auto",
+    form: BranchComputation = "auto",
     example_input: Any = None,
 ) -> nn.Module:
     """A copy of `model` with training-time branches, which `refold.fold` takes back to the original architecture.
@@ -65,8 +65,10 @@ def unfold(
     chosen = find_plan(plan)
     if start not in get_args(Start):
         raise InputError(f"There is no start '{start}'; choose one of {', '.join(get_args(Start))}.")
-    if form not in get_args(Form):
-        raise InputError(f"There is no form '{form}'; choose one of {', '.join(get_args(Form))}.")
+    if form not in get_args(BranchComputation):
+        raise InputError(
+            f"There is no form '{form}'; choose one of {', '.join(get_args(BranchComputation))}."
+        )
     wide = _copy(model)
     given = default_input(model) if example_input is None else example_input
     arguments = given if isinstance(given, tuple) else (given,)
