@@ -25,7 +25,7 @@ from refold.folding import Cost, count
 from refold.training import run as training
 from refold.training.data import open_data
 from refold.training.recipe import load_recipe
-from refold.training.settings import HISTORY, ONNX, PLAIN, REPORT, TRAINING
+from refold.training.settings import HISTORY, ONNX, PLAIN, REPORT, TRAINING, QuickstartOptions
 
 NETWORK = "repghostnet_050"
 ENGINE = "onnxruntime"
@@ -35,21 +35,6 @@ TRAINING_FORM, PLAIN_FORM, IN_ENGINE = "training form", "plain", "plain in ONNX 
 # By default as many epochs as show the network about this many images.
 _IMAGES_SHOWN = 30_000
 _FEWEST_EPOCHS, _MOST_EPOCHS = 3, 50
-
-
-@dataclass(frozen=True)
-class QuickstartOptions:
-    """What a run may be told.
-
-    ``data`` None means the bundled digits, ``epochs`` None a number that fits the data.
-    """
-
-    output: Path
-    data: Path | None = None
-    epochs: int | None = None
-    image_size: int = 48
-    seed: int = 0
-    threads: int = 1
 
 
 @dataclass(frozen=True)

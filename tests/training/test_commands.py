@@ -1,6 +1,7 @@
 """The commands ``refold train`` and ``refold distill``."""
 
 import dataclasses
+import inspect
 import re
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 from refold import cli
-from refold.cli.runs import TrainingOptions
+from refold.cli.runs import distill_command, train_command
 from refold.errors import InputError
 from refold.training import run as running
 from refold.training.run import Settings
@@ -93,11 +94,12 @@ def test_an_interrupt_says_how_to_go_on(monkeypatch: pytest.MonkeyPatch, tmp_pat
 
 
 def test_options_have_the_defaults_of_settings() -> None:
-    options = {entry.name: entry.default for entry in dataclasses.fields(TrainingOptions)}
     settings = {entry.name: entry.default for entry in dataclasses.fields(Settings)}
-    shared = options.keys() & settings.keys() - {"data", "network", "recipe", "output"}
-    assert len(shared) == 17
-    assert {name: options[name] for name in shared} == {name: settings[name] for name in shared}
+    for command, own in ((train_command, 17), (distill_command, 19)):
+        options = {name: given.default for name, given in inspect.signature(command).parameters.items()}
+        shared = options.keys() & settings.keys() - {"data", "network", "recipe", "output", "teacher"}
+        assert len(shared) == own
+        assert {name: options[name] for name in shared} == {name: settings[name] for name in shared}
 
 
 def test_a_dry_run_with_data_says_what_a_run_takes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
