@@ -51,16 +51,16 @@ def fit(settings: Settings, stop: str = "") -> list[int]:
 
 
 def end_second(how: str) -> None:
-    validate = running.Classifier.validation_step
+    validate = running.TrainingModule.validation_step
 
-    def ended(module: running.Classifier, batch: Any, batch_idx: int) -> None:
+    def ended(module: running.TrainingModule, batch: Any, batch_idx: int) -> None:
         if module.current_epoch == 1 and how == "killed":
             os.kill(os.getpid(), signal.SIGKILL)
         if module.current_epoch == 1:
             raise InputError("Enough of this.")
         validate(module, batch, batch_idx)
 
-    running.Classifier.validation_step = ended  # type: ignore[method-assign]
+    running.TrainingModule.validation_step = ended  # type: ignore[method-assign]
 
 
 def tensors(folder: Path) -> dict[str, torch.Tensor]:

@@ -27,19 +27,19 @@ from torch import nn
 from refold.checkpoints import example_input, save
 from refold.errors import InputError, RefoldError, first_line
 from refold.files import make_folder, write_text
-from refold.training.answers import TeacherCache
 from refold.training.batches import reseed
 from refold.training.callbacks import EpochRow, Keeper, LiveProgress, Unreadable
 from refold.training.data import open_data
-from refold.training.distillation import Teacher, open_teacher
 from refold.training.estimating import Estimate, estimate, memory_of_process
 from refold.training.finishing import finish, provenance
 from refold.training.images import Images, LabelledImages
-from refold.training.module import Classifier, make_optimizer
+from refold.training.module import TrainingModule, make_optimizer
 from refold.training.processes import PeerEnded, Place, place, start
 from refold.training.recipe import ResolvedRecipe
 from refold.training.settings import HISTORY, RUN, STATE, TENSORBOARD, TRAINING, Result, Settings
-from refold.training.starting import build_network, fit_in_memory, preprocessing_for, ready, teacher_network
+from refold.training.starting import build_network, fit_in_memory, preprocessing_for, ready
+from refold.training.task import task_of
+from refold.training.teaching import open_teaching
 from refold.unfolding import unfold
 
 __all__ = ["Result", "Settings", "default_output", "expect", "resume", "train"]
@@ -113,7 +113,7 @@ def expect(settings: Settings, console: Console) -> Estimate:
     parts = [len(images.training) + len(images.held_out) for images in (everything, sample)]
     factor = parts[0] / parts[1] if in_memory else 0.0
     with _threads(settings.threads), _quiet(), console.status("Measuring a few steps"):
-        module = _classifier(settings, everything, here)
+        module = _module(settings, everything, here, console)
         alone = dataclasses.replace(settings, devices=1, nodes=1, strategy="auto", tensorboard=False)
         trainer = _trainer(alone, module, [])
         return estimate(
@@ -155,9 +155,9 @@ def _run(settings: Settings, console: Console) -> Result | None:
     unreadable = Unreadable(console, settings.unreadable)
     images = ready(open_data(settings.data, settings.seed), recipe, unreadable, console, here.devices)
     with _threads(settings.threads), _quiet():
-        module = _classifier(settings, images, here)
+        module = _module(settings, images, here, console)
         make_optimizer(module.net, recipe)  # what is unknown is said before anything is written
-        _trainer(settings, module, list(_teacher_cache(settings, module, console)))
+        _trainer(settings, module, [])
         if here.is_first:
             make_folder(settings.output)
             write_text(settings.output / RUN, json.dumps(settings.to_dict(), indent=2))
@@ -169,24 +169,21 @@ def _started(settings: Settings, quiet: bool) -> Result | None:
     return _run(settings, Console(quiet=quiet))
 
 
-def _classifier(settings: Settings, images: LabelledImages, here: Place) -> Classifier:
+def _module(settings: Settings, images: LabelledImages, here: Place, console: Console) -> TrainingModule:
     recipe = settings.recipe.recipe
-    classes = len(images.class_names)
+    task = task_of(images, recipe)
     reseed(settings.seed)
-    net = build_network(settings.network, classes, recipe, settings.checkpoint)
+    net = build_network(settings.network, len(images.class_names), recipe, settings.checkpoint)
     preprocessing = preprocessing_for(net, recipe, settings.checkpoint)
     net = _unfolded(net, settings, preprocessing)
     if settings.channels_last:
         net = net.to(memory_format=torch.channels_last)
-    teacher: Teacher | None = None
-    if settings.teacher is not None:
-        answering = teacher_network(settings.teacher, classes, settings.teacher_checkpoint)
-        teacher = open_teacher(answering, settings.teacher, images.class_names, preprocessing)
-    module = Classifier(
+    module = TrainingModule(
         net,
         recipe,
         images,
         preprocessing,
+        task,
         seed=settings.seed,
         workers=settings.workers,
         accumulate=settings.accumulate,
@@ -194,7 +191,7 @@ def _classifier(settings: Settings, images: LabelledImages, here: Place) -> Clas
         sync_batch_norm=settings.sync_batch_norm,
         channels_last=settings.channels_last,
         compile=settings.compile,
-        teacher=teacher,
+        teaching=open_teaching(settings, net, images, preprocessing, console),
     )
     # Lightning makes it double only after it has read the weights to go on from.
     return module.double() if settings.precision == "64-true" else module
@@ -206,7 +203,7 @@ def _unfolded(net: nn.Module, settings: Settings, preprocessing: dict[str, Any])
     return unfold(net, settings.unfold, example_input=example_input(net, preprocessing["input_size"]))
 
 
-def _fit(settings: Settings, module: Classifier, unreadable: Unreadable, console: Console) -> Keeper:
+def _fit(settings: Settings, module: TrainingModule, unreadable: Unreadable, console: Console) -> Keeper:
     state = settings.output / STATE
 
     def keep(net: nn.Module, row: EpochRow) -> None:
@@ -219,26 +216,15 @@ def _fit(settings: Settings, module: Classifier, unreadable: Unreadable, console
         )
 
     keeper = Keeper(state, settings.output / HISTORY, keep, last=settings.keep == "last")
-    answers = _teacher_cache(settings, module, console)
     live = LiveProgress(console, f"Training {settings.network}", keeper)
-    trainer = _trainer(settings, module, [*answers, unreadable, keeper, live])
+    trainer = _trainer(settings, module, [unreadable, keeper, live])
     begun = _readable(state)
     with _interruptible(settings):
         trainer.fit(module, ckpt_path=begun, weights_only=True)
     return keeper
 
 
-def _teacher_cache(settings: Settings, module: Classifier, console: Console) -> list[TeacherCache]:
-    if settings.teacher_cache is None:
-        return []
-    if module.teacher is None:
-        raise InputError(
-            "There is no teacher whose answers could be kept; name one, or give no teacher_cache."
-        )
-    return [TeacherCache(Path(settings.teacher_cache), module.recipe, module.images.mirror, console)]
-
-
-def _trainer(settings: Settings, module: Classifier, callbacks: list[Callback]) -> Trainer:
+def _trainer(settings: Settings, module: TrainingModule, callbacks: list[Callback]) -> Trainer:
     recipe = settings.recipe.recipe
     try:
         return Trainer(
