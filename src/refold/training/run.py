@@ -34,7 +34,7 @@ from refold.training.estimating import Estimate, estimate, memory_of_process
 from refold.training.finishing import finish, provenance
 from refold.training.images import Images, LabelledImages
 from refold.training.module import TrainingModule, make_optimizer
-from refold.training.processes import PeerEnded, Place, place, start
+from refold.training.processes import Launcher, PeerEnded, Place, ProcessLauncher
 from refold.training.recipe import ResolvedRecipe
 from refold.training.settings import HISTORY, RUN, STATE, TENSORBOARD, TRAINING, Result, Settings
 from refold.training.starting import build_network, fit_in_memory, preprocessing_for, ready
@@ -44,6 +44,7 @@ from refold.unfolding import unfold
 
 __all__ = ["Result", "Settings", "default_output", "expect", "resume", "train"]
 
+_LAUNCHER = ProcessLauncher()
 _SAMPLE = 256
 _PEER_ENDED = "Another process of the run ended; it says why."
 _PEER_IS_GONE = ("Connection closed by peer", "Connection reset by peer", "NCCL")
@@ -54,23 +55,23 @@ def default_output(command: str) -> Path:
     return Path("runs") / time.strftime(f"{command}-%Y%m%d-%H%M%S")
 
 
-def train(settings: Settings, console: Console) -> Result | None:
+def train(settings: Settings, console: Console, launcher: Launcher = _LAUNCHER) -> Result | None:
     """Train, fold, prove, save and export; everything that is written goes into ``settings.output``.
 
-    Several devices train in processes of their own, which are started here unless torchrun did it; the first of all
-    writes and returns the result, the others None.
+    Several devices train in processes of their own, which the ``launcher`` starts unless torchrun did it; the first of
+    all writes and returns the result, the others None.
     Raises `InputError` where the images, the recipe or a setting cannot be used, where the folder holds a run
     already, and where the loss stops being a number; `NotEquivalent` where a form differs.
     """
-    if (place() or Place()).is_first and (settings.output / RUN).exists():
+    if (launcher.place() or Place()).is_first and (settings.output / RUN).exists():
         raise InputError(
             f"'{settings.output}' holds a run already; give another folder, or go on with it: "
             f"refold train --resume {settings.output}"
         )
-    return _run(settings, console)
+    return _run(settings, console, launcher)
 
 
-def resume(folder: Path, console: Console) -> Result | None:
+def resume(folder: Path, console: Console, launcher: Launcher = _LAUNCHER) -> Result | None:
     """Go on with the run of a folder, from its last whole epoch; a finished run is folded and exported again.
 
     On one CPU process the weights are bit for bit those of a run that was never interrupted. Under torchrun each
@@ -85,10 +86,10 @@ def resume(folder: Path, console: Console) -> Result | None:
         raise InputError(f"'{folder}' holds no run to go on with: there is no {RUN} in it.") from error
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise InputError(f"'{folder / RUN}' is not understood ({error}); start the run again.") from error
-    if (place() or Place()).is_first:
+    if (launcher.place() or Place()).is_first:
         for leftover in folder.glob(".*.part"):
             leftover.unlink()  # half-written when the process was killed
-    return _run(settings, console)
+    return _run(settings, console, launcher)
 
 
 def expect(settings: Settings, console: Console) -> Estimate:
@@ -139,12 +140,12 @@ def _pixel_bytes(images: LabelledImages) -> int:
     return sum(4 * source.width * source.height for source in sources if isinstance(source, Image))
 
 
-def _run(settings: Settings, console: Console) -> Result | None:
+def _run(settings: Settings, console: Console, launcher: Launcher = _LAUNCHER) -> Result | None:
     settings.check()
-    here = place()
+    here = launcher.place()
     if here is None and settings.devices * settings.nodes > 1:
-        result: Result | None = start(
-            _started, (settings, console.quiet), devices=settings.devices, nodes=settings.nodes
+        result: Result | None = launcher.start(
+            _started, (settings, console.quiet, launcher), devices=settings.devices, nodes=settings.nodes
         )
         return result
     here = here or Place()
@@ -165,8 +166,8 @@ def _run(settings: Settings, console: Console) -> Result | None:
         return finish(settings, module, keeper, unreadable, console) if here.is_first else None
 
 
-def _started(settings: Settings, quiet: bool) -> Result | None:
-    return _run(settings, Console(quiet=quiet))
+def _started(settings: Settings, quiet: bool, launcher: Launcher) -> Result | None:
+    return _run(settings, Console(quiet=quiet), launcher)
 
 
 def _module(settings: Settings, images: LabelledImages, here: Place, console: Console) -> TrainingModule:
