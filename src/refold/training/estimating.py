@@ -95,7 +95,7 @@ def estimate(
     """
     module.to(device).train()
     if module.teaching is not None:
-        module.teaching.teacher.to(device)
+        module.teaching.attach(module.net, device)
     optimizer = make_optimizer(module.net, module.recipe)
     share = max(2, module.batch_images // module.processes)
 
@@ -186,12 +186,11 @@ def _validate(
     count = 0
     start = _now(device)
     with torch.inference_mode(), context():
-        for batch in held_out_loader(
-            sample.held_out, module.measure, 32, workers=0, collate=module.task.collate
-        ):
+        batches = held_out_loader(sample.held_out, module.measure, 32, workers=0, collate=module.task.collate)
+        for number, batch in enumerate(batches):
             if len(batch.images):
                 on_device = batch._replace(images=batch.images.to(device), targets=batch.targets.to(device))
-                module.validation_step(on_device, 0)
+                module.validation_step(on_device, number)
                 count += len(batch.images)
     return (_now(device) - start) / max(count, 1)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from torch import Tensor, nn
 
@@ -46,7 +47,11 @@ class Teaching:
         """Before the first step, once ``student`` is the network that trains."""
         if self.cache is not None:
             self._kept = self.cache.answers(self.teacher, questions)
-        self.teacher.to(questions.device)
+        self.attach(student, questions.device)
+
+    def attach(self, student: nn.Module, device: torch.device) -> None:
+        """Look at what passes through both networks from now on; the teacher goes to the device of the images."""
+        self.teacher.to(device)
         if self.feature_losses is not None:
             self.feature_losses.attach(student, self.teacher.network)
 
