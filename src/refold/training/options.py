@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import typing
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -42,17 +42,11 @@ def declared_options(declaration: type) -> list[Declared]:
     hints = typing.get_type_hints(declaration, include_extras=True)
     found = []
     for entry in dataclasses.fields(declaration):
-        kind, *extras = typing.get_args(hints[entry.name]) if _is_annotated(hints[entry.name]) else (None,)
+        kind, *extras = typing.get_args(hints[entry.name]) or (None,)
         option = next((extra for extra in extras if isinstance(extra, Option)), None)
         if option is None:
             continue
-        default = entry.default
-        if default is dataclasses.MISSING:
-            default = option.default
         kind = option.given_as or kind
+        default = option.default if entry.default is dataclasses.MISSING else entry.default
         found.append(Declared(entry.name, kind if default is not None else kind | None, default, option))
     return found
-
-
-def _is_annotated(hint: Any) -> bool:
-    return typing.get_origin(hint) is Annotated
