@@ -26,9 +26,10 @@ import refold
 from refold.files import make_folder, write_text, written_aside
 from refold.training.batches import held_out_loader, recipe_transforms
 from refold.training.data import open_data
-from refold.training.distillation import divergence, open_teacher
+from refold.training.distillation import divergence
 from refold.training.recipe import load_recipe
 from refold.training.run import Settings, resume, train
+from refold.training.teacher import open_teacher
 
 NETWORK = "tf_efficientnet_lite0"
 RECIPE = {

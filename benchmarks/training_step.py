@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 
 import refold
-from refold.blocks.parallel import Form, ParallelBranches
+from refold.blocks.parallel import BranchComputation, ParallelBranches
 from refold.blocks.parallel.branch import Branch
 
-FORMS: tuple[Form, ...] = ("looped", "stacked", "moments")
+FORMS: tuple[BranchComputation, ...] = ("looped", "stacked", "moments")
 
 # in_channels, out_channels, side of the map, kernel sizes, stride, groups, skip: layers of GhostNetV3 and MobileNetV2.
 POINTWISE = [
@@ -111,7 +111,7 @@ def compare(models: dict[str, nn.Module], x: Tensor, turns: int) -> dict[str, tu
     }
 
 
-def with_form(model: nn.Module, form: Form) -> nn.Module:
+def with_form(model: nn.Module, form: BranchComputation) -> nn.Module:
     """A copy whose parallel branches run in one form."""
     model = copy.deepcopy(model).train()
     for module in model.modules():

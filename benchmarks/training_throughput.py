@@ -29,7 +29,8 @@ from torch.utils.data import DataLoader, Dataset
 from refold.training import run as running
 from refold.training.batches import recipe_transforms, training_loader
 from refold.training.callbacks import Keeper, Unreadable
-from refold.training.data import Images, LabelledImages, open_data, read_image
+from refold.training.data import open_data
+from refold.training.images import Images, LabelledImages, read_image
 from refold.training.module import make_optimizer
 from refold.training.recipe import Recipe, load_recipe, parse_overrides
 from refold.training.starting import build_network, preprocessing_for, ready

@@ -11,7 +11,7 @@ from rich.console import Console
 
 import refold
 from refold.errors import InputError
-from refold.quickstart import IN_ENGINE, PLAIN_FORM, TRAINING_FORM, Settings, render, run
+from refold.quickstart import IN_ENGINE, PLAIN_FORM, TRAINING_FORM, QuickstartOptions, render, run
 
 FILES = [
     "card.json", "chart.png", "curves.png", "fold.json", "history.csv", "last.ckpt", "plain.onnx", "plain.safetensors",
@@ -25,7 +25,7 @@ def quiet() -> Console:
 
 @pytest.mark.slow
 def test_digits_reach_the_promised_accuracy_in_every_form(tmp_path: Path) -> None:
-    result = run(Settings(tmp_path / "run"), quiet())
+    result = run(QuickstartOptions(tmp_path / "run"), quiet())
     columns = result.columns
     assert list(columns) == [TRAINING_FORM, PLAIN_FORM, IN_ENGINE]
     assert columns[TRAINING_FORM].accuracy >= 0.97
@@ -54,7 +54,7 @@ def colours(tmp_path: Path) -> Path:
 
 def test_a_users_folder_leaves_files_that_load(colours: Path, tmp_path: Path) -> None:
     console = quiet()
-    result = run(Settings(tmp_path / "run", colours, epochs=2, image_size=32, seed=5), console)
+    result = run(QuickstartOptions(tmp_path / "run", colours, epochs=2, image_size=32, seed=5), console)
     assert (result.training_images, result.held_out_images) == (16, 4)
     assert [column.same_answers for column in result.columns.values()] == [4, 4, 4]
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == FILES
@@ -78,10 +78,10 @@ def test_a_users_folder_leaves_files_that_load(colours: Path, tmp_path: Path) ->
 def test_what_cannot_be_used_is_said_before_anything_is_written(colours: Path, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     for settings, message in (
-        (Settings(tmp_path / "run", tmp_path / "missing"), "There is no folder"),
-        (Settings(tmp_path / "run", image_size=4), "'image_size' is 4 .* at least 8"),
-        (Settings(tmp_path / "run", epochs=0), "'epochs' is 0 .* at least 1"),
-        (Settings(tmp_path / "file"), "cannot be made"),
+        (QuickstartOptions(tmp_path / "run", tmp_path / "missing"), "There is no folder"),
+        (QuickstartOptions(tmp_path / "run", image_size=4), "'image_size' is 4 .* at least 8"),
+        (QuickstartOptions(tmp_path / "run", epochs=0), "'epochs' is 0 .* at least 1"),
+        (QuickstartOptions(tmp_path / "file"), "cannot be made"),
     ):
         with pytest.raises(InputError, match=message):
             run(settings, quiet())

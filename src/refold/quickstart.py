@@ -25,7 +25,7 @@ from refold.folding import Cost, count
 from refold.training import run as training
 from refold.training.data import open_data
 from refold.training.recipe import load_recipe
-from refold.training.settings import HISTORY, ONNX, PLAIN, REPORT, TRAINING
+from refold.training.settings import HISTORY, ONNX, PLAIN, REPORT, TRAINING, QuickstartOptions
 
 NETWORK = "repghostnet_050"
 ENGINE = "onnxruntime"
@@ -38,22 +38,7 @@ _FEWEST_EPOCHS, _MOST_EPOCHS = 3, 50
 
 
 @dataclass(frozen=True)
-class Settings:
-    """What a run may be told.
-
-    ``data`` None means the bundled digits, ``epochs`` None a number that fits the data.
-    """
-
-    output: Path
-    data: Path | None = None
-    epochs: int | None = None
-    image_size: int = 48
-    seed: int = 0
-    threads: int = 1
-
-
-@dataclass(frozen=True)
-class Column:
+class ComparedForm:
     """One form of the network: what it answers and what it costs for one image, latency in milliseconds."""
 
     accuracy: float
@@ -70,7 +55,7 @@ class Column:
 
 
 @dataclass(frozen=True)
-class Result:
+class QuickstartResult:
     """What a run found, and the files that it wrote by what they hold."""
 
     data: str
@@ -81,13 +66,13 @@ class Result:
     seed: int
     seconds: float
     history: list[dict[str, float]]
-    columns: dict[str, Column]
+    columns: dict[str, ComparedForm]
     proof: dict[str, Any]
     export_difference: float
     files: dict[str, str]
 
 
-def run(settings: Settings, console: Console) -> Result:
+def run(settings: QuickstartOptions, console: Console) -> QuickstartResult:
     """Train, fold, prove, export and compare; everything that is written goes into ``settings.output``.
 
     Raises `InputError` where the images or a setting cannot be used, `NotEquivalent` where a form differs.
@@ -109,8 +94,8 @@ def run(settings: Settings, console: Console) -> Result:
 
 
 def _compare(
-    settings: Settings, trained: training.Result, title: str, begin: float, console: Console
-) -> Result:
+    settings: QuickstartOptions, trained: training.Result, title: str, begin: float, console: Console
+) -> QuickstartResult:
     folder = settings.output
     files = {
         "training form": folder / TRAINING,
@@ -125,7 +110,7 @@ def _compare(
     assert card is not None
     with console.status("Comparing the three, in turn"):
         columns = _columns(net, plain, folder / ONNX, trained)
-    result = Result(
+    result = QuickstartResult(
         data=title,
         network=NETWORK,
         class_names=card.class_names or [],
@@ -144,7 +129,7 @@ def _compare(
     return result
 
 
-def _columns(net: Any, plain: Any, onnx_file: Path, trained: training.Result) -> dict[str, Column]:
+def _columns(net: Any, plain: Any, onnx_file: Path, trained: training.Result) -> dict[str, ComparedForm]:
     example = example_input(net)
     engine = get_engine(ENGINE)
     session = engine.open(onnx_file, threads=1)
@@ -167,7 +152,7 @@ def _columns(net: Any, plain: Any, onnx_file: Path, trained: training.Result) ->
         IN_ENGINE: (trained.onnx_accuracy, trained.onnx_same_answers),
     }
     return {
-        name: Column(
+        name: ComparedForm(
             accuracy=answers[name][0],
             same_answers=answers[name][1],
             parameters=cost.parameters or 0,
@@ -187,7 +172,7 @@ def _history(path: Path) -> list[dict[str, float]]:
         ]
 
 
-def render(result: Result) -> Table:
+def render(result: QuickstartResult) -> Table:
     """The one table at the end: the three forms side by side."""
     columns = result.columns
     table = Table(
@@ -199,7 +184,7 @@ def render(result: Result) -> Table:
     for name in columns:
         table.add_column(name, justify="right")
 
-    def row(title: str, show: Callable[[Column], Any]) -> None:
+    def row(title: str, show: Callable[[ComparedForm], Any]) -> None:
         table.add_row(title, *(str(show(column)) for column in columns.values()))
 
     row("held-out accuracy", lambda c: f"{c.accuracy:.2%}")
@@ -213,7 +198,7 @@ def render(result: Result) -> Table:
     return table
 
 
-def render_files(result: Result) -> Table:
+def render_files(result: QuickstartResult) -> Table:
     """Where the files are."""
     table = Table.grid(padding=(0, 2))
     for name, path in result.files.items():
@@ -221,7 +206,7 @@ def render_files(result: Result) -> Table:
     return table
 
 
-def _draw(result: Result, path: Path) -> None:
+def _draw(result: QuickstartResult, path: Path) -> None:
     columns = result.columns.items()
     training_and_comparison_chart(
         path,

@@ -326,7 +326,7 @@ def test_flattening_another_way_is_no_identity() -> None:
 
 
 def test_branches_over_tokens_and_over_sequences() -> None:
-    """Channels last for linear layers, channels first for the norm, which the linear layers take up across the transposition."""
+    """Channels last for linear layers, channels first for the norm: they take it up across the transposition."""
 
     def forward(net: Net, x: Tensor) -> Tensor:
         y = net.a(x) + net.b(x) * net.scale

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 import refold
 from refold.errors import InputError
 from refold.training import run as running
-from refold.training.distillation import Teacher
 from refold.training.recipe import load_recipe
 from refold.training.run import Settings, train
+from refold.training.teacher import Teacher
 
 STILL = {"crop_scale": [1, 1], "crop_ratio": [1, 1], "horizontal_flip": 0, "color_jitter": 0}
 QUICK = {

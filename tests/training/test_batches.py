@@ -11,13 +11,13 @@ from PIL import Image
 from refold.training.batches import (
     EpochBatches,
     SeededImages,
-    collate,
+    collate_classes,
     held_out_loader,
     recipe_transforms,
     reseed,
     training_loader,
 )
-from refold.training.data import Images
+from refold.training.images import Images
 from refold.training.recipe import load_recipe
 
 PREPROCESSING = {
@@ -86,11 +86,11 @@ def test_unreadable_images_travel_as_messages(tmp_path: Path) -> None:
     (tmp_path / "broken.png").write_bytes(b"no image")
     images = Images([*pictures(2).sources, tmp_path / "broken.png"], [0, 1, 2])
     dataset = SeededImages(images, lambda image: torch.zeros(3, 4, 4), seed=0)
-    batch = collate([dataset[0, index] for index in range(3)])
+    batch = collate_classes([dataset[0, index] for index in range(3)])
     assert (batch.images.shape, batch.targets.tolist()) == ((2, 3, 4, 4), [0, 1])
     assert len(batch.unreadable) == 1
     assert "broken.png" in batch.unreadable[0]
-    assert len(collate([dataset[0, 2]]).images) == 0
+    assert len(collate_classes([dataset[0, 2]]).images) == 0
 
 
 def test_the_padded_crop_is_that_of_he_et_al() -> None:

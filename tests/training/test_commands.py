@@ -1,14 +1,16 @@
 """The commands ``refold train`` and ``refold distill``."""
 
 import dataclasses
+import inspect
 import re
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
+import refold
 from refold import cli
-from refold.cli.runs import TrainingOptions
+from refold.cli.runs import distill_command, train_command
 from refold.errors import InputError
 from refold.training import run as running
 from refold.training.run import Settings
@@ -93,11 +95,12 @@ def test_an_interrupt_says_how_to_go_on(monkeypatch: pytest.MonkeyPatch, tmp_pat
 
 
 def test_options_have_the_defaults_of_settings() -> None:
-    options = {entry.name: entry.default for entry in dataclasses.fields(TrainingOptions)}
     settings = {entry.name: entry.default for entry in dataclasses.fields(Settings)}
-    shared = options.keys() & settings.keys() - {"data", "network", "recipe", "output"}
-    assert len(shared) == 17
-    assert {name: options[name] for name in shared} == {name: settings[name] for name in shared}
+    for command, own in ((train_command, 17), (distill_command, 19)):
+        options = {name: given.default for name, given in inspect.signature(command).parameters.items()}
+        shared = options.keys() & settings.keys() - {"data", "network", "recipe", "output", "teacher"}
+        assert len(shared) == own
+        assert {name: options[name] for name in shared} == {name: settings[name] for name in shared}
 
 
 def test_a_dry_run_with_data_says_what_a_run_takes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -108,3 +111,17 @@ def test_a_dry_run_with_data_says_what_a_run_takes(monkeypatch: pytest.MonkeyPat
     assert re.search(r"89 steps an epoch, 1,424 images .* s ", printed)
     assert re.search(r"time of the training .* (min|h|days)", printed)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_dry_run_counts_the_teacher(tmp_path: Path) -> None:
+    """Its answers and its features are asked for as in a run."""
+    teacher = tmp_path / "teacher.safetensors"
+    names = [str(digit) for digit in range(10)]
+    refold.save(refold.create_model("resnet10t", num_classes=10), teacher, class_names=names)
+    told = ["--set", "batch_size=16", "--set", "image_size=32", "--network", "resnet10t"]
+    for weight in ("0", "1"):
+        features = ["--set", f"feature_weight={weight}"]
+        printed = invoke(
+            "distill", "--dry-run", "--data", "digits", "--teacher", str(teacher), *told, *features
+        )
+        assert re.search(r"teacher +[^\n]*\d MB", printed)

@@ -1,4 +1,4 @@
-"""Images and their split; what cannot be used is named."""
+"""The data sets that a name or a folder stands for; what cannot be used is named."""
 
 import pickle
 from collections.abc import Callable
@@ -6,35 +6,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
 from torchvision.datasets import CIFAR10, CIFAR100
 
 from refold.errors import InputError
-from refold.training.data import (
-    Images,
-    bundled_digits,
-    class_folders,
-    open_data,
-    read_image,
-    read_into_memory,
-)
-
-
-@pytest.fixture
-def make(tmp_path: Path) -> Callable[..., Path]:
-    """Write small images into class folders: ``make({"a": 5, "b": 5})`` gives their root."""
-
-    def write(classes: dict[str, int], size: tuple[int, int] = (20, 12)) -> Path:
-        generator = np.random.default_rng(0)
-        for name, number in classes.items():
-            folder = tmp_path / "data" / name
-            folder.mkdir(parents=True)
-            for index in range(number):
-                pixels = generator.integers(0, 255, (size[1], size[0], 3), dtype=np.uint8)
-                Image.fromarray(pixels).save(folder / f"{index}.png")
-        return tmp_path / "data"
-
-    return write
+from refold.training.data import bundled_digits, class_folders, open_data
+from refold.training.images import Images, read_image
 
 
 def test_digits_are_split_by_class_and_seed() -> None:
@@ -93,36 +69,6 @@ def test_folders_that_cannot_be_used(make: Callable[..., Path], tmp_path: Path) 
         class_folders(tmp_path / "one")
 
 
-def test_a_class_of_one_image_cannot_be_split(make: Callable[..., Path]) -> None:
-    with pytest.raises(InputError, match=r"The class 'rare' of .* has one image"):
-        class_folders(make({"common": 9, "rare": 1}))
-
-
-def test_unreadable_images_are_named(make: Callable[..., Path]) -> None:
-    root = make({"a": 4, "b": 4})
-    truncated, foreign = root / "a" / "1.png", root / "b" / "text.jpg"
-    whole = truncated.read_bytes()
-    for path, content in ((truncated, whole[: len(whole) // 2]), (foreign, b"no image"), (foreign, b"")):
-        path.write_bytes(content)
-        images = class_folders(root)
-        everything = Images([*images.training.sources, *images.held_out.sources], [0] * 8)
-        with pytest.raises(InputError, match="cannot be read") as caught:
-            read_into_memory(everything, 8)
-        assert str(caught.value).startswith(f"The image '{path}' cannot")
-        assert "\n" not in str(caught.value)
-        path.write_bytes(whole)
-
-
-def test_images_are_shrunk_once_and_keep_their_shape(make: Callable[..., Path]) -> None:
-    images = class_folders(make({"a": 3, "b": 3}, size=(40, 20)))
-    seen: list[int] = []
-    held = read_into_memory(images.training, 10, lambda: seen.append(1))
-    assert len(seen) == len(held) == len(images.training)
-    assert {source.size for source in held.sources if isinstance(source, Image.Image)} == {(20, 10)}
-    large = read_into_memory(images.training, 64)
-    assert {source.size for source in large.sources if isinstance(source, Image.Image)} == {(40, 20)}
-
-
 @pytest.mark.parametrize(("kind", "classes"), [(CIFAR10, 10), (CIFAR100, 100)])
 def test_cifar_as_distributed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: type[CIFAR10], classes: int
@@ -151,13 +97,3 @@ def test_cifar_as_distributed(
         # A row holds the red, the green and the blue picture, one after the other.
         picture = np.asarray(images.held_out.sources[1])
         assert np.array_equal(picture, written[-1][1].reshape(3, 32, 32).transpose(1, 2, 0))
-
-
-def test_unreadable_images_can_be_left_out(make: Callable[..., Path]) -> None:
-    images = class_folders(make({"a": 5, "b": 5})).training
-    Path(str(images.sources[2])).write_bytes(b"no image")
-    messages: list[str] = []
-    held = read_into_memory(images, 8, on_unreadable=messages.append)
-    assert len(held) == len(images) - 1
-    assert list(held.targets) == [target for index, target in enumerate(images.targets) if index != 2]
-    assert [str(images.sources[2]) in message for message in messages] == [True]

@@ -15,10 +15,11 @@ from torch import nn
 
 from refold.errors import RecipeError
 from refold.training import run as running
-from refold.training.data import Images, LabelledImages
-from refold.training.module import Classifier, MeanLoss, make_optimizer
+from refold.training.images import Images, LabelledImages
+from refold.training.module import TrainingModule, make_optimizer
 from refold.training.recipe import load_recipe
 from refold.training.run import Settings, train
+from refold.training.task import task_of
 
 PREPROCESSING = {
     "input_size": [3, 8, 8], "interpolation": "bicubic", "mean": [0.5] * 3, "std": [0.5] * 3, "crop_pct": 1.0,
@@ -26,20 +27,20 @@ PREPROCESSING = {
 
 
 @pytest.fixture
-def module() -> Callable[..., Classifier]:
-    def make(name: str, images: int = 40, **overrides: Any) -> Classifier:
+def module() -> Callable[..., TrainingModule]:
+    def make(name: str, images: int = 40, **overrides: Any) -> TrainingModule:
         sources = [Image.new("RGB", (8, 8))] * images
         part = Images(sources, [0, 1] * (images // 2))
         labelled = LabelledImages("grey", ["a", "b"], part, part, mirror=True)
         net = nn.Sequential(nn.Conv2d(3, 2, 3), nn.BatchNorm2d(2), nn.Flatten(), nn.LazyLinear(2))
         net(torch.zeros(2, 3, 8, 8))
         recipe = load_recipe(name, {"image_size": 8, **overrides}).recipe
-        return Classifier(net, recipe, labelled, PREPROCESSING, seed=0)
+        return TrainingModule(net, recipe, labelled, PREPROCESSING, task_of(labelled, recipe), seed=0)
 
     return make
 
 
-def rates(module: Classifier) -> list[float]:
+def rates(module: TrainingModule) -> list[float]:
     """The learning rate of every step of a run."""
     configured = module.configure_optimizers()
     optimizer, scheduler = configured["optimizer"], configured["lr_scheduler"]["scheduler"]
@@ -51,14 +52,14 @@ def rates(module: Classifier) -> list[float]:
     return seen
 
 
-def test_the_cosine_falls_from_the_papers_rate_to_zero(module: Callable[..., Classifier]) -> None:
+def test_the_cosine_falls_from_the_papers_rate_to_zero(module: Callable[..., TrainingModule]) -> None:
     seen = rates(module("ghostnetv3", epochs=5, batch_size=8, learning_rate_scaling="none"))
     assert len(seen) == 25
     expected = [0.005 * (1 + math.cos(math.pi * step / 25)) / 2 for step in range(25)]
     assert seen == pytest.approx(expected, rel=1e-12)
 
 
-def test_the_warm_up_is_linear_and_part_of_the_schedule(module: Callable[..., Classifier]) -> None:
+def test_the_warm_up_is_linear_and_part_of_the_schedule(module: Callable[..., TrainingModule]) -> None:
     recipe = {"epochs": 10, "warm_up_epochs": 5, "batch_size": 8, "warm_up_learning_rate": 1e-6}
     seen = rates(module("repghost", **recipe))
     rate = 0.6 * 8 / 1024
@@ -67,7 +68,7 @@ def test_the_warm_up_is_linear_and_part_of_the_schedule(module: Callable[..., Cl
     assert seen[25:] == pytest.approx(cosine, rel=1e-12)
 
 
-def test_steps_and_lines(module: Callable[..., Classifier]) -> None:
+def test_steps_and_lines(module: Callable[..., TrainingModule]) -> None:
     seen = rates(module("cifar", epochs=4, batch_size=8, milestones=[1, 3], learning_rate_scaling="none"))
     # timm's milestones count the step to come: they lie one step before the epoch.
     assert seen == pytest.approx([0.1] * 4 + [0.01] * 10 + [0.001] * 6, rel=1e-12)
@@ -77,13 +78,13 @@ def test_steps_and_lines(module: Callable[..., Classifier]) -> None:
     assert seen == [0.4] * 10
 
 
-def test_a_set_smaller_than_a_batch_is_one_batch(module: Callable[..., Classifier]) -> None:
+def test_a_set_smaller_than_a_batch_is_one_batch(module: Callable[..., TrainingModule]) -> None:
     small = module("repghost", images=40, epochs=2, warm_up_epochs=0)
     assert (small.steps, small.batch_images) == (1, 40)
     assert rates(small)[0] == pytest.approx(0.6 * 40 / 1024, rel=1e-12)
 
 
-def test_optimisers_are_the_recipes(module: Callable[..., Classifier]) -> None:
+def test_optimisers_are_the_recipes(module: Callable[..., TrainingModule]) -> None:
     spared = module("repvgg")
     groups = make_optimizer(spared.net, spared.recipe).param_groups
     decay = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
@@ -99,16 +100,6 @@ def test_optimisers_are_the_recipes(module: Callable[..., Classifier]) -> None:
         module("repvgg", optimizer="adamm").configure_optimizers()
 
 
-def test_a_mean_loss_counts_images() -> None:
-    """A smaller last batch counts less, and a loss that is no number is not lost."""
-    mean = MeanLoss()
-    for loss, images in ((2.0, 3), (5.0, 1)):
-        mean.update(torch.tensor(loss), images)
-    assert float(mean.compute()) == pytest.approx((2 * 3 + 5) / 4)
-    mean.update(torch.tensor(float("nan")), 1)
-    assert math.isnan(float(mean.compute()))
-
-
 def test_the_average_is_that_of_equation_5(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """GhostNetV3, eq. 5, over weights and batch norm statistics of every step; its start is the first step's."""
     monkeypatch.setattr(running, "finish", lambda *_: None)
@@ -119,9 +110,9 @@ def test_the_average_is_that_of_equation_5(tmp_path: Path, monkeypatch: pytest.M
             pixels = generator.integers(0, 255, (32, 32, 3), dtype=np.uint8)
             Image.fromarray(pixels).save(tmp_path / "data" / name / f"{index}.png")
     expected: dict[str, torch.Tensor] = {}
-    end = Classifier.on_train_batch_end
+    end = TrainingModule.on_train_batch_end
 
-    def follow(module: Classifier, *arguments: Any) -> None:
+    def follow(module: TrainingModule, *arguments: Any) -> None:
         for key, value in module.net.state_dict().items():
             if not expected or key not in expected:
                 expected[key] = value.double().clone()
@@ -129,7 +120,7 @@ def test_the_average_is_that_of_equation_5(tmp_path: Path, monkeypatch: pytest.M
                 expected[key] = 0.8 * expected[key] + 0.2 * value.double()
         end(module, *arguments)
 
-    monkeypatch.setattr(Classifier, "on_train_batch_end", follow)
+    monkeypatch.setattr(TrainingModule, "on_train_batch_end", follow)
     recipe = {"epochs": 2, "batch_size": 4, "image_size": 32, "ema_decay": 0.8, "ema_warm_up": False}
     settings = Settings(
         tmp_path / "run", str(tmp_path / "data"), "repghostnet_050", load_recipe("finetune", recipe)

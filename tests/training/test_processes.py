@@ -15,9 +15,12 @@ from rich.console import Console
 
 from refold.errors import InputError
 from refold.training import run as running
-from refold.training.processes import Place, place, start
+from refold.training.processes import Launcher, Place, ProcessLauncher
 from refold.training.recipe import load_recipe
 from refold.training.run import Settings
+
+LAUNCHER = ProcessLauncher()
+place, start = LAUNCHER.place, LAUNCHER.start
 
 
 @pytest.fixture
@@ -51,16 +54,16 @@ def fit(settings: Settings, stop: str = "") -> list[int]:
 
 
 def end_second(how: str) -> None:
-    validate = running.Classifier.validation_step
+    validate = running.TrainingModule.validation_step
 
-    def ended(module: running.Classifier, batch: Any, batch_idx: int) -> None:
+    def ended(module: running.TrainingModule, batch: Any, batch_idx: int) -> None:
         if module.current_epoch == 1 and how == "killed":
             os.kill(os.getpid(), signal.SIGKILL)
         if module.current_epoch == 1:
             raise InputError("Enough of this.")
         validate(module, batch, batch_idx)
 
-    running.Classifier.validation_step = ended  # type: ignore[method-assign]
+    running.TrainingModule.validation_step = ended  # type: ignore[method-assign]
 
 
 def tensors(folder: Path) -> dict[str, torch.Tensor]:
@@ -141,3 +144,19 @@ def test_machines_need_a_meeting_point(
     ):
         with pytest.raises(InputError, match=message):
             running.train(dataclasses.replace(settings("run"), **given), Console(quiet=True))  # type: ignore[arg-type]
+
+
+def test_a_launcher_starts_the_run(settings: Callable[..., Settings]) -> None:
+    """Whatever brings a run into its processes is asked once, and gets all that it takes to train in each."""
+
+    class Remembering(ProcessLauncher):
+        def start(self, work: Callable[..., Any], arguments: tuple[Any, ...], **where: int) -> Any:
+            asked.append((work, arguments, where))
+
+    asked: list[tuple[Callable[..., Any], tuple[Any, ...], dict[str, int]]] = []
+    launcher: Launcher = Remembering()
+    told = settings("run", devices=3, nodes=2)
+    assert running.train(told, Console(quiet=True), launcher) is None
+    ((_, arguments, where),) = asked
+    assert arguments == (told, True, launcher)
+    assert where == {"devices": 3, "nodes": 2}

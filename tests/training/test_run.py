@@ -22,7 +22,7 @@ from refold.errors import InputError, RecipeError
 from refold.training import run as running
 from refold.training import starting
 from refold.training.callbacks import Keeper
-from refold.training.module import Classifier
+from refold.training.module import TrainingModule
 from refold.training.recipe import load_recipe
 from refold.training.run import Settings, resume, train
 
@@ -131,15 +131,15 @@ def test_an_interrupted_run_goes_on_with_the_same_bits(
 ) -> None:
     whole = settings("whole", EVERYTHING, accumulate=accumulate, workers=workers, seed=3)
     train(whole, quiet())
-    step = Classifier.training_step
+    step = TrainingModule.training_step
     stops = {(0, 1), (2, 1)}
 
-    def interrupted(module: Classifier, batch: Any, batch_idx: int) -> Any:
+    def interrupted(module: TrainingModule, batch: Any, batch_idx: int) -> Any:
         if (module.current_epoch, batch_idx) in stops:
             raise KeyboardInterrupt
         return step(module, batch, batch_idx)
 
-    monkeypatch.setattr(Classifier, "training_step", interrupted)
+    monkeypatch.setattr(TrainingModule, "training_step", interrupted)
     parts = settings("parts", EVERYTHING, accumulate=accumulate, seed=3)
     with pytest.raises(KeyboardInterrupt):
         train(parts, quiet())
@@ -178,14 +178,14 @@ def test_a_seed_decides_the_weights(settings: Callable[..., Settings]) -> None:
 def test_a_loss_that_is_no_number_keeps_the_last_good_checkpoint(
     settings: Callable[..., Settings], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    step = Classifier.training_step
+    step = TrainingModule.training_step
 
-    def poisoned(module: Classifier, batch: Any, batch_idx: int) -> Any:
+    def poisoned(module: TrainingModule, batch: Any, batch_idx: int) -> Any:
         if module.current_epoch == 1:
             next(module.net.parameters()).data.fill_(float("nan"))
         return step(module, batch, batch_idx)
 
-    monkeypatch.setattr(Classifier, "training_step", poisoned)
+    monkeypatch.setattr(TrainingModule, "training_step", poisoned)
     with pytest.raises(InputError, match=r"no longer a number in epoch 2 \(learning rate .*lower"):
         train(settings(), quiet())
     kept = refold.load(settings().output / "training.safetensors", form="training")
@@ -276,12 +276,12 @@ def test_the_best_epoch_is_kept_or_the_last(
 ) -> None:
     """Accuracies that fall from epoch to epoch, the average's below."""
 
-    def results(module: Classifier) -> dict[str, float]:
+    def results(module: TrainingModule) -> dict[str, float]:
         worse = module.current_epoch / 4
         return {"held_out_accuracy_trained": 0.9 - worse, "held_out_accuracy_average": 0.8 - worse}
 
     kept: dict[str, Any] = {}
-    monkeypatch.setattr(Classifier, "epoch_results", results)
+    monkeypatch.setattr(TrainingModule, "epoch_results", results)
     monkeypatch.setattr(running, "finish", lambda settings, module, keeper, *_: kept.update(keeper.best))
     given = settings(recipe={"ema_decay": 0.9}, keep=keep)
     train(given, quiet())
@@ -322,14 +322,14 @@ def test_the_digits_are_learnt(tmp_path: Path) -> None:
 def test_what_ends_a_training_from_outside_is_one_sentence(
     settings: Callable[..., Settings], monkeypatch: pytest.MonkeyPatch, error: Exception, message: str
 ) -> None:
-    step = Classifier.training_step
+    step = TrainingModule.training_step
 
-    def failing(module: Classifier, batch: Any, batch_idx: int) -> Any:
+    def failing(module: TrainingModule, batch: Any, batch_idx: int) -> Any:
         if module.current_epoch == 1:
             raise error
         return step(module, batch, batch_idx)
 
-    monkeypatch.setattr(Classifier, "training_step", failing)
+    monkeypatch.setattr(TrainingModule, "training_step", failing)
     with pytest.raises(InputError, match=message) as caught:
         train(settings(network="resnet10t"), quiet())
     assert str(caught.value).endswith(f"go on with: refold train --resume {settings().output}")

@@ -4,18 +4,16 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
-from functools import wraps
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_type_hints
+from typing import Annotated, Any
 
 import typer
 
+from refold.cli.options import takes_options_of
 from refold.cli.shared import (
     CHECKPOINT_SUFFIXES,
     AsJson,
@@ -25,191 +23,79 @@ from refold.cli.shared import (
     network_from,
 )
 from refold.errors import InputError
+from refold.training.settings import QuickstartOptions, Settings
 
-Seed = Annotated[int, typer.Option("--seed", help="Seed of the weights, the split and the training.")]
-Threads = Annotated[
-    int, typer.Option("--threads", min=1, help="PyTorch threads; a small network gains little from more.")
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="A value of the recipe, such as epochs=30; repeatable."),
+]
+DryRun = Annotated[
+    bool,
+    typer.Option(
+        "--dry-run", help="Print the resolved recipe, and with --data the time and memory it takes."
+    ),
 ]
 
 
-def quickstart(
-    data: Annotated[
-        Path | None,
-        typer.Option("--data", help="Your own images, one folder a class, instead of the digits."),
-    ] = None,
-    output: Annotated[
-        Path | None,
-        typer.Option("--output", "-o", help="The run's folder.", show_default="runs/quickstart-TIME"),
-    ] = None,
-    epochs: Annotated[
-        int | None,
-        typer.Option("--epochs", help="Passes over the images.", show_default="what fits the data"),
-    ] = None,
-    image_size: Annotated[int, typer.Option("--image-size", help="Side of the images in pixels.")] = 48,
-    threads: Threads = 1,
-    seed: Seed = 0,
-) -> None:
+@takes_options_of(QuickstartOptions)
+def quickstart(given: dict[str, Any]) -> None:
     """Train a multi-branch network, fold it, prove it, export it, and compare the forms in one table."""
-    from refold.quickstart import Settings, render, render_files, run
+    from refold.quickstart import render, render_files, run
     from refold.training.run import default_output
 
-    folder = output or default_output("quickstart")
+    folder = given["output"] or default_output("quickstart")
     with stopped_by_ctrl_c(folder):
-        result = run(Settings(folder, data, epochs, image_size, seed, threads), console)
+        result = run(QuickstartOptions(**{**given, "output": folder}), console)
     console.print(render(result))
     console.print(render_files(result), soft_wrap=True)
 
 
-@dataclass(frozen=True)
-class TrainingOptions:
-    """What `train` and `distill` are told alike, each option once; names and defaults are those of `Settings`."""
-
-    data: Annotated[
-        str | None,
-        typer.Option(
-            help="digits, a folder with one folder of images a class, CIFAR as distributed, wds/FOLDER or hfds/NAME."
-        ),
-    ] = None
-    network: Annotated[str, typer.Option(help="The network to train, any model name.")] = "repghostnet_050"
-    recipe: Annotated[str, typer.Option(help="A recipe's name, or a YAML file.")] = "finetune"
-    settings: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set", metavar="KEY=VALUE", help="A value of the recipe, such as epochs=30; repeatable."
-        ),
-    ] = None
-    output: Annotated[
-        Path | None,
-        typer.Option("--output", "-o", help="The run's folder.", show_default="runs/COMMAND-TIME"),
-    ] = None
-    checkpoint: Annotated[Path | None, typer.Option(help="Weights of the network to start from.")] = None
-    unfold: Annotated[
-        str | None, typer.Option(metavar="PLAN", help="Train with the branches of this plan.")
-    ] = None
-    seed: Seed = 0
-    workers: Annotated[int, typer.Option(min=0, help="Processes that prepare images, a device.")] = 0
-    threads: Threads = 1
-    accelerator: Annotated[str, typer.Option(help="auto, cpu, gpu or mps.")] = "auto"
-    devices: Annotated[int, typer.Option(min=1, help="Devices of this machine that train together.")] = 1
-    nodes: Annotated[
-        int,
-        typer.Option(
-            min=1, help="Machines that train together, each given MASTER_ADDR, MASTER_PORT and NODE_RANK."
-        ),
-    ] = 1
-    strategy: Annotated[
-        Literal["auto", "ddp", "ddp_find_unused_parameters_true"],
-        typer.Option(help="How devices train together, by Lightning's name."),
-    ] = "auto"
-    sync_batch_norm: Annotated[
-        bool, typer.Option("--sync-batch-norm", help="Take batch statistics over all devices.")
-    ] = False
-    precision: Annotated[str, typer.Option(help="32-true, bf16-mixed or 16-mixed.")] = "32-true"
-    channels_last: Annotated[bool, typer.Option(help="Keep channels last in memory.")] = True
-    compile: Annotated[bool, typer.Option("--compile", help="Run the network through torch.compile.")] = False
-    accumulate: Annotated[int, typer.Option(min=1, help="Batches that make one step.")] = 1
-    unreadable: Annotated[
-        int, typer.Option(min=0, help="Images that may be unreadable before it is an error.")
-    ] = 10
-    keep: Annotated[
-        Literal["best", "last"],
-        typer.Option(help="The network to keep: the best on held-out images, or the last."),
-    ] = "best"
-    tensorboard: Annotated[
-        bool, typer.Option("--tensorboard", help="Log each epoch for TensorBoard, too.")
-    ] = False
-    dry_run: Annotated[
-        bool,
-        typer.Option(
-            "--dry-run", help="Print the resolved recipe, and with --data the time and memory it takes."
-        ),
-    ] = False
-
-
-def _with_options(command: Callable[..., None]) -> Callable[..., None]:
-    """A command with the `TrainingOptions` after its own options; it gets them as one argument."""
-    own = [p for p in inspect.signature(command, eval_str=True).parameters.values() if p.name != "options"]
-    hints = get_type_hints(TrainingOptions, include_extras=True)
-    shared = [
-        inspect.Parameter(
-            entry.name, inspect.Parameter.KEYWORD_ONLY, default=entry.default, annotation=hints[entry.name]
-        )
-        for entry in fields(TrainingOptions)
-    ]
-
-    @wraps(command)
-    def parsed(**given: Any) -> None:
-        options = TrainingOptions(**{entry.name: given.pop(entry.name) for entry in fields(TrainingOptions)})
-        command(options=options, **given)
-
-    own = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own]
-    parsed.__signature__ = inspect.Signature([*own, *shared])  # type: ignore[attr-defined]  # what Typer reads
-    parsed.__annotations__ = {p.name: p.annotation for p in (*own, *shared)}
-    return parsed
-
-
-@_with_options
+@takes_options_of(Settings, without=("teacher", "teacher_checkpoint", "teacher_cache"))
 def train_command(
-    options: TrainingOptions,
+    given: dict[str, Any],
+    overrides: Overrides = None,
+    dry_run: DryRun = False,
     resume: Annotated[
         Path | None, typer.Option("--resume", help="Go on with the run of this folder, as it was started.")
     ] = None,
 ) -> None:
     """Train a network on images, fold it, prove it, save it and export it; --resume goes on after a stop."""
-    _train("train", options, resume)
+    _train("train", given, overrides, dry_run, resume)
 
 
-@_with_options
-def distill_command(
-    options: TrainingOptions,
-    teacher: Annotated[
-        str,
-        typer.Option("--teacher", help="A model name, whose published weights are taken, or a checkpoint."),
-    ],
-    teacher_checkpoint: Annotated[
-        Path | None, typer.Option("--teacher-checkpoint", help="Weights for the teacher's model name.")
-    ] = None,
-    teacher_cache: Annotated[
-        Path | None,
-        typer.Option(
-            "--teacher-cache", help="Keep the teacher's answers here; for images without augmentation."
-        ),
-    ] = None,
-) -> None:
+@takes_options_of(Settings, required=("teacher",))
+def distill_command(given: dict[str, Any], overrides: Overrides = None, dry_run: DryRun = False) -> None:
     """Train a network to answer as a teacher does, beside the classes; else the same as train."""
-    _train(
-        "distill",
-        options,
-        teacher=teacher,
-        teacher_checkpoint=teacher_checkpoint,
-        teacher_cache=teacher_cache,
-    )
+    _train("distill", given, overrides, dry_run)
 
 
-def _train(command: str, options: TrainingOptions, resume: Path | None = None, **teacher: Any) -> None:
+def _train(
+    command: str,
+    given: dict[str, Any],
+    overrides: list[str] | None,
+    dry_run: bool,
+    resume: Path | None = None,
+) -> None:
     from refold.training.recipe import load_recipe, parse_overrides
     from refold.training.rendering import render_estimate, render_recipe, render_result
-    from refold.training.run import Settings, default_output, expect, train
+    from refold.training.run import default_output, expect, train
     from refold.training.run import resume as go_on
 
-    own = {"data", "recipe", "settings", "output", "dry_run"}
-    given = {entry.name: getattr(options, entry.name) for entry in fields(options) if entry.name not in own}
-    recipe = load_recipe(options.recipe, parse_overrides(options.settings or []))
-    folder = resume or options.output or default_output(command)
-    if resume is not None and (options.data or options.settings or options.output):
+    data, output = given.pop("data"), given.pop("output")
+    recipe = load_recipe(given.pop("recipe"), parse_overrides(overrides or []))
+    folder = resume or output or default_output(command)
+    if resume is not None and (data or overrides or output):
         raise InputError(
             "--resume goes on with a run as it was started; leave --data, --set and --output out."
         )
-    plain: dict[str, Any] = {
-        key: str(v) if isinstance(v, Path) else v for key, v in {**given, **teacher}.items()
-    }
-    settings = Settings(folder, options.data or "", recipe=recipe, **plain)
-    if options.dry_run:
+    plain: dict[str, Any] = {key: str(v) if isinstance(v, Path) else v for key, v in given.items()}
+    settings = Settings(folder, data or "", recipe=recipe, **plain)
+    if dry_run:
         console.print(render_recipe(recipe))
-        if options.data is not None:
+        if data is not None:
             console.print(render_estimate(expect(settings, console)))
         return
-    if resume is None and options.data is None:
+    if resume is None and data is None:
         raise InputError("There is nothing to train on; give --data digits, or --data FOLDER.")
     with stopped_by_ctrl_c(folder):
         result = train(settings, console) if resume is None else go_on(resume, console)

@@ -204,7 +204,7 @@ def _doubled(model: nn.Module, exact: Exact) -> nn.Module:
 
 
 class _Decisions(TorchFunctionMode):
-    """Follows what depends on a decision: on a whole number or truth value computed from real numbers, or on rounding."""
+    """Follows what depends on a decision: on a whole number made of real ones, or rounding."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -224,7 +224,7 @@ class _Decisions(TorchFunctionMode):
         results = list(_leaves(out))
         if name == "__get" or not any(isinstance(value, Tensor) for value in results):
             return out
-        reads = [value for value in _leaves((args, kwargs or {}))]
+        reads = list(_leaves((args, kwargs or {})))
         tensors = [value for value in reads if isinstance(value, Tensor)]
         real = [value for value in tensors if value.is_floating_point()]
         tainted = any(self.came_from(value) for value in tensors)

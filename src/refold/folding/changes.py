@@ -1,4 +1,4 @@
-"""A fold as data: the places of a model that changed and what stands there now, applied to a model, written and read."""
+"""A fold as data: the places of a model that changed and what stands there now; applied, written and read."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from refold.folding.written_graphs import CannotTell, graph_from_data, graph_to_
 
 @dataclass
 class Change:
-    """One place of a model, by path, and what stands there now: another layer, other values, or another forward pass."""
+    """One place of a model, by path, and what stands there now: a layer, other values, or another forward pass."""
 
     place: str
     layer: nn.Module | None = None

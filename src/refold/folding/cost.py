@@ -60,8 +60,8 @@ class Cost:
 def count(model: nn.Module, example_input: Any) -> Cost:
     """Count what one eval-mode forward pass costs, on any device (meta included).
 
-    `example_input` is what `fold` takes. The operators are counted as they run. Parameters are counted once each, used or not; the model, its training
-    flags and the example are left as they were.
+    `example_input` is what `fold` takes. The operators are counted as they run. Parameters are counted once each,
+    used or not; the model, its training flags and the example are left as they were.
 
     Raises `InputError` where the forward pass fails on the example.
     """

@@ -275,7 +275,8 @@ def _require_copies(model: nn.Module) -> None:
         shared_copy(model)
     except Exception as error:
         raise InputError(
-            f"{type(model).__name__} cannot be copied: {first_line(error)}; remove from the model what cannot be copied."
+            f"{type(model).__name__} cannot be copied: {first_line(error)}; "
+            "remove from the model what cannot be copied."
         ) from error
 
 

@@ -74,7 +74,7 @@ class Truth:
     answers: list[Answers]
 
     def proof_of(self, candidate: nn.Module, tolerance: float, exact: Exact | None = None) -> Proof:
-        """How far a candidate is; `exact` are the float64 values of those of its parameters that are already rounded."""
+        """How far a candidate is; `exact` are the float64 values of those of its parameters that are rounded."""
         result = Comparison()
         for arguments, expected in zip(self.inputs, self.answers, strict=True):
             found = answers(candidate, arguments, float64=True, exact=exact, decisions=True)

@@ -41,7 +41,7 @@ class NewLayer:
     kept: nn.Module | None = None
 
     def settle(self, made: nn.Module, memory: Memory) -> None:
-        """Keep `made`, which `build` gave, rounded to the dtype of the model. Raises NotFoldable where it does not fit."""
+        """Keep `made`, which `build` gave, rounded to the model's dtype. Raises NotFoldable where it does not fit."""
         dtype, device = self.kind
         require_fit(made, dtype)
         size = sum(value.numel() * 8 for value in made.parameters())

@@ -1,4 +1,4 @@
-"""A pass: take shortcuts into the convolutions that they lead around: a block becomes a plain chain (RepNeXt, eq. 5 to 8)."""
+"""A pass: shortcuts go into the convolutions that they lead around, which leaves a chain (RepNeXt, eq. 5 to 8)."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ from torch import nn
 from refold.blocks import InvertedBottleneck
 from refold.errors import InputError
 from refold.models.ghostnet import GHOST_ROWS, GhostNet, GhostRow, scaled
-from refold.models.layouts import Layout
+from refold.models.layouts import CheckpointLayout
 
 
 class InvertedNetTable(NamedTuple):
@@ -46,7 +46,7 @@ class InvertedNet(GhostNet):
     Source: GhostNets on Heterogeneous Devices, table 9.
     """
 
-    layouts: tuple[Layout, ...] = ()
+    layouts: tuple[CheckpointLayout, ...] = ()
 
     @classmethod
     def preprocessing(cls, row: InvertedNetTable) -> Mapping[str, Any]:

@@ -9,7 +9,7 @@ from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from refold.errors import InputError
-from refold.models.layouts import Layout
+from refold.models.layouts import CheckpointLayout
 
 POOLINGS = ("avg", "max", "avgmax", "")
 
@@ -39,7 +39,7 @@ class ImageClassifier(nn.Module):
     used.
     """
 
-    layouts: tuple[Layout, ...] = ()
+    layouts: tuple[CheckpointLayout, ...] = ()
     first_convs: ClassVar[tuple[str, ...]] = ()
     feature_strides: ClassVar[tuple[int, ...]] = (2, 4, 8, 16, 32)
     timm_names: ClassVar[Mapping[str, str]] = {}

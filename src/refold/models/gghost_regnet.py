@@ -7,7 +7,7 @@ from torch import nn
 
 from refold.blocks import ConvNorm, ResidualBottleneck, gghost_stage
 from refold.models.classifier import ImageClassifier, check_arguments
-from refold.models.layouts import Layout
+from refold.models.layouts import CheckpointLayout
 
 
 class RegNetTable(NamedTuple):
@@ -37,7 +37,7 @@ _STEM_CHANNELS = 32
 # Those of the official code: half of the channels stay, in groups narrowed to three quarters.
 _THIN_GROUPS, _THIN_CHANNELS = 0.75, 0.5
 
-_OFFICIAL = Layout(
+_OFFICIAL = CheckpointLayout(
     "official G-Ghost-RegNetX",
     (
         (r"^conv1\.", "stem.conv."),

@@ -11,7 +11,7 @@ from torch import nn
 
 from refold.blocks import ConvFactory, ConvNorm, GhostBottleneck, GhostModule, GhostModuleFactory
 from refold.models.classifier import ExpandedHead, ImageClassifier, check_arguments
-from refold.models.layouts import Layout
+from refold.models.layouts import CheckpointLayout
 
 
 class GhostRow(NamedTuple):
@@ -97,7 +97,7 @@ class GhostNet(ImageClassifier):
     Source: GhostNets on Heterogeneous Devices, table 1.
     """
 
-    layouts: tuple[Layout, ...] = (Layout("official GhostNet", CONCATENATED_RENAMES),)
+    layouts: tuple[CheckpointLayout, ...] = (CheckpointLayout("official GhostNet", CONCATENATED_RENAMES),)
     first_convs: ClassVar[tuple[str, ...]] = ("stem.conv",)
     rows: ClassVar[Sequence[GhostRow]] = GHOST_ROWS
     module: ClassVar[GhostModuleFactory] = GhostModule

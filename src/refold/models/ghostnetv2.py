@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from refold.models.ghostnet import CONCATENATED_RENAMES, GHOST_ROWS, GhostNet, GhostRow
-from refold.models.layouts import Layout
+from refold.models.layouts import CheckpointLayout
 
 # The width of each network.
 NETWORKS = {"ghostnetv2_050": 0.5, "ghostnetv2_100": 1.0, "ghostnetv2_130": 1.3, "ghostnetv2_160": 1.6}
@@ -29,7 +29,7 @@ class GhostNetV2(GhostNet):
     Source: GhostNetV3, section 3 and figure 2a; the official code for the blocks with attention.
     """
 
-    layouts: tuple[Layout, ...] = (
-        Layout("official GhostNetV2", (*CONCATENATED_RENAMES, *ATTENTION_RENAMES)),
+    layouts: tuple[CheckpointLayout, ...] = (
+        CheckpointLayout("official GhostNetV2", (*CONCATENATED_RENAMES, *ATTENTION_RENAMES)),
     )
     rows = with_attention(GHOST_ROWS)

@@ -6,7 +6,7 @@ from refold.blocks import GhostModule, RepeatedConvNorm
 from refold.errors import InputError
 from refold.models.ghostnet import CONCATENATED_RENAMES
 from refold.models.ghostnetv2 import ATTENTION_RENAMES, GhostNetV2
-from refold.models.layouts import Layout
+from refold.models.layouts import CheckpointLayout
 
 # The width of each network.
 NETWORKS = {"ghostnetv3_050": 0.5, "ghostnetv3_100": 1.0, "ghostnetv3_130": 1.3, "ghostnetv3_160": 1.6}
@@ -54,7 +54,7 @@ class GhostNetV3(GhostNetV2):
         self.layouts = _layouts(branches)
 
 
-def _layouts(branches: int) -> tuple[Layout, ...]:
+def _layouts(branches: int) -> tuple[CheckpointLayout, ...]:
     """The names of both sources, which differ in the norms of branches; the 1x1 branch is the last one here."""
     renames = (
         *CONCATENATED_RENAMES,
@@ -70,4 +70,6 @@ def _layouts(branches: int) -> tuple[Layout, ...]:
         ),
     )
     timm_norm = (r"(\.conv\.branches\.\d+)\.bn1\.", r"\1.bn.")
-    return Layout("official GhostNetV3", renames), Layout("timm GhostNetV3", (*renames, timm_norm))
+    return CheckpointLayout("official GhostNetV3", renames), CheckpointLayout(
+        "timm GhostNetV3", (*renames, timm_norm)
+    )

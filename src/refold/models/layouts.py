@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Layout:
+class CheckpointLayout:
     """A way of naming a network's weights, as the substitutions that turn its names into refold's.
 
     ``renames`` are pairs of a regular expression and its replacement, applied to each name one after the
@@ -34,10 +34,12 @@ class Layout:
         return {self.rename(key): key for key in keys}
 
 
-OWN_LAYOUT = Layout("refold")
+OWN_LAYOUT = CheckpointLayout("refold")
 
 
-def recognise(keys: Iterable[str], layouts: Collection[Layout], own_keys: Collection[str]) -> Layout:
+def recognise(
+    keys: Iterable[str], layouts: Collection[CheckpointLayout], own_keys: Collection[str]
+) -> CheckpointLayout:
     """The layout whose refold names meet the most of the network's ``own_keys``.
 
     In a draw it is the one that renames the most keys: a checkpoint in plain form meets few names, or
@@ -45,7 +47,7 @@ def recognise(keys: Iterable[str], layouts: Collection[Layout], own_keys: Collec
     """
     keys = list(keys)
 
-    def score(layout: Layout) -> tuple[int, int]:
+    def score(layout: CheckpointLayout) -> tuple[int, int]:
         renamed = [layout.rename(key) for key in keys]
         met = sum(key in own_keys for key in renamed)
         return met, sum(new != old for new, old in zip(renamed, keys, strict=True))

@@ -15,7 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from refold.algebra import batch_norm_affine
 from refold.errors import CheckpointError
-from refold.models.layouts import Layout, recognise
+from refold.models.layouts import CheckpointLayout, recognise
 
 # Where training scripts put the weights inside a checkpoint; averaged weights are the ones meant for use.
 _WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model")
@@ -94,7 +94,7 @@ def rename_weights(weights: Mapping[str, Any], network: nn.Module) -> dict[str, 
     return {new: weights[key] for new, key in layout.rename_all(weights).items()}
 
 
-def _layouts(network: nn.Module) -> tuple[Layout, ...]:
+def _layouts(network: nn.Module) -> tuple[CheckpointLayout, ...]:
     return getattr(network, "layouts", ())
 
 

@@ -7,7 +7,7 @@ from torch import nn
 
 from refold.blocks import ConvNorm, InvertedBottleneck, depthwise
 from refold.models.classifier import ExpandedHead, ImageClassifier, check_arguments
-from refold.models.layouts import Layout
+from refold.models.layouts import CheckpointLayout
 
 
 class ConvRow(NamedTuple):
@@ -29,7 +29,7 @@ class BottleneckRow(NamedTuple):
     out_channels: int
 
 
-class Plan(NamedTuple):
+class MobileNetV4Layers(NamedTuple):
     """The layers of one size: the stem's channels, stages of convolutions, then stages of bottlenecks."""
 
     stem_channels: int
@@ -45,8 +45,8 @@ def _rows(out_channels: int, *rows: tuple[int, int, int]) -> tuple[BottleneckRow
     )
 
 
-_PLANS = {
-    "small": Plan(
+_LAYERS = {
+    "small": MobileNetV4Layers(
         32,
         ((ConvRow(3, 2, 32), ConvRow(1, 1, 32)), (ConvRow(3, 2, 96), ConvRow(1, 1, 64))),
         (
@@ -54,7 +54,7 @@ _PLANS = {
             _rows(128, (3, 3, 576), (5, 5, 512), (0, 5, 512), (0, 5, 384), *[(0, 3, 512)] * 2),
         ),
     ),
-    "medium": Plan(
+    "medium": MobileNetV4Layers(
         32,
         ((ConvRow(3, 2, 128), ConvRow(1, 1, 48, activation=False)),),
         (
@@ -83,7 +83,7 @@ _PLANS = {
             ),
         ),
     ),
-    "large": Plan(
+    "large": MobileNetV4Layers(
         24,
         ((ConvRow(3, 2, 96), ConvRow(1, 1, 48, activation=False)),),
         (
@@ -115,12 +115,12 @@ _SHORTCUTS: dict[str, Shortcuts] = {
 }
 
 NETWORKS = {
-    f"{family}_{size}": (plan, shortcuts)
+    f"{family}_{size}": (layers, shortcuts)
     for family, shortcuts in _SHORTCUTS.items()
-    for size, plan in _PLANS.items()
+    for size, layers in _LAYERS.items()
 }
 
-_TIMM = Layout(
+_TIMM = CheckpointLayout(
     "timm MobileNetV4",
     (
         (r"^conv_stem\.", "stem.conv."),
@@ -155,29 +155,29 @@ class MobileNetV4(ImageClassifier):
 
     first_convs: ClassVar[tuple[str, ...]] = ("stem.conv",)
     timm_names: ClassVar[Mapping[str, str]] = {
-        f"mobilenetv4_{size}": f"mobilenetv4_conv_{size}" for size in _PLANS
+        f"mobilenetv4_{size}": f"mobilenetv4_conv_{size}" for size in _LAYERS
     }
 
     def __init__(
         self,
-        table: tuple[Plan, Shortcuts],
+        table: tuple[MobileNetV4Layers, Shortcuts],
         num_classes: int = 1000,
         in_chans: int = 3,
         drop_rate: float = 0.2,
         global_pool: str = "avg",
     ) -> None:
         check_arguments(num_classes, in_chans, drop_rate, global_pool)
-        plan, shortcuts = table
-        widths = [plan.stem_channels]
+        layers, shortcuts = table
+        widths = [layers.stem_channels]
         stages = []
-        for convs in plan.convs:
+        for convs in layers.convs:
             stages.append(_convolutions(widths[-1], convs))
             widths.append(convs[-1].out_channels)
-        stages += _bottlenecks(widths[-1], plan.bottlenecks, shortcuts)
-        widths += [rows[-1].out_channels for rows in plan.bottlenecks]
+        stages += _bottlenecks(widths[-1], layers.bottlenecks, shortcuts)
+        widths += [rows[-1].out_channels for rows in layers.bottlenecks]
         names = ("stem", *(f"stages.{stage}" for stage in range(len(stages))))
         super().__init__(
-            stem=ConvNorm(in_chans, plan.stem_channels, 3, stride=2, activation=True),
+            stem=ConvNorm(in_chans, layers.stem_channels, 3, stride=2, activation=True),
             stages=stages,
             final_conv=ConvNorm(widths[-1], _FINAL_CHANNELS, activation=True),
             head=ExpandedHead(

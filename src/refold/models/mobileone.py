@@ -8,7 +8,7 @@ from torch import nn
 
 from refold.blocks import BranchSum, RepVGGBlock, repeated_kernels
 from refold.models.classifier import ImageClassifier, check_arguments
-from refold.models.layouts import Layout
+from refold.models.layouts import CheckpointLayout
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ def _unit(
     return block(3, in_channels, stride, in_channels), block(1, out_channels, 1, 1)
 
 
-def _layouts(table: MobileOneTable) -> tuple[Layout, ...]:
+def _layouts(table: MobileOneTable) -> tuple[CheckpointLayout, ...]:
     """The names of both sources; the 1x1 branch is the last one here, after the only one of the stem.
 
     In plain form a sum of branches is one convolution, but the only branch of a block without skip stays where it is.
@@ -130,4 +130,6 @@ def _layouts(table: MobileOneTable) -> tuple[Layout, ...]:
         (r"\.reparam_conv\.", ".conv."),
         (r"\.attn\.", ".se."),
     )
-    return Layout("timm MobileOne", timm), Layout("official MobileOne", (*official, *timm))
+    return CheckpointLayout("timm MobileOne", timm), CheckpointLayout(
+        "official MobileOne", (*official, *timm)
+    )

@@ -5,7 +5,7 @@ from functools import partial
 from refold.blocks import RepGhostModule
 from refold.models.ghostnet import GHOST_RENAMES, GHOST_ROWS, GhostNet
 from refold.models.ghostnetv2 import with_attention
-from refold.models.layouts import Layout
+from refold.models.layouts import CheckpointLayout
 
 # The width of each network.
 NETWORKS = {
@@ -23,7 +23,7 @@ ATTENTION_NETWORKS = {"repghostnet_dfc_100": 1.0, "repghostnet_dfc_130": 1.3, "r
 # Without a concatenation half of GhostNet's channels do between the modules, except in two blocks.
 _MID_CHANNELS = (8, 24, 36, 36, 60, 120, 100, 120, 120, 240, 336, 336, 480, 480, 480, 480)
 
-_LAYOUT = Layout(
+_LAYOUT = CheckpointLayout(
     "official RepGhostNet",
     (
         *GHOST_RENAMES,
@@ -46,7 +46,7 @@ class RepGhostNet(GhostNet):
     Source: RepGhost, table 2.
     """
 
-    layouts: tuple[Layout, ...] = (_LAYOUT,)
+    layouts: tuple[CheckpointLayout, ...] = (_LAYOUT,)
     rows = tuple(
         row._replace(mid_channels=mid_channels)
         for row, mid_channels in zip(GHOST_ROWS, _MID_CHANNELS, strict=True)

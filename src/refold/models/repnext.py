@@ -9,7 +9,7 @@ from torch import nn
 
 from refold.blocks import ConvNorm, RepNeXtBlock, RepUnit1, RepUnit2, RepUnit3
 from refold.models.classifier import ImageClassifier, check_arguments
-from refold.models.layouts import Layout
+from refold.models.layouts import CheckpointLayout
 
 
 class RepNeXtTable(NamedTuple):
@@ -38,7 +38,7 @@ NETWORKS = {
 
 _DEEPEST = 27
 
-_OFFICIAL = Layout(
+_OFFICIAL = CheckpointLayout(
     "official RepNeXt",
     (
         # In plain form what lies between two stages is a convolution alone.
@@ -68,7 +68,7 @@ _OFFICIAL = Layout(
 )
 
 # Where the batch norms between the stages are taken out of their containers and not replaced.
-_OFFICIAL_PLAIN = Layout(
+_OFFICIAL_PLAIN = CheckpointLayout(
     "official plain RepNeXt",
     ((r"^downsample_layers\.([123])\.0\.", r"downsample_layers.\1.1."), *_OFFICIAL.renames),
 )

@@ -7,7 +7,7 @@ from torch import nn
 
 from refold.blocks import RepVGGBlock
 from refold.models.classifier import ImageClassifier, check_arguments
-from refold.models.layouts import Layout
+from refold.models.layouts import CheckpointLayout
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ NETWORKS = {
     "repvgg_d2se": RepVGGTable((8, 14, 24, 1), (64, 160, 320, 640, 2560), squeeze_ratio=16),
 }
 
-_OFFICIAL = Layout(
+_OFFICIAL = CheckpointLayout(
     "official RepVGG",
     (
         (r"^stage0\.", "stem."),
@@ -62,7 +62,7 @@ _OFFICIAL = Layout(
     ),
 )
 
-_TIMM = Layout(
+_TIMM = CheckpointLayout(
     "timm RepVGG",
     (
         (r"\.conv_kxk\.", ".conv.branches.0."),

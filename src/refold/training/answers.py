@@ -8,11 +8,11 @@ import json
 import re
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
 from PIL import Image
 from rich.console import Console
 from safetensors import SafetensorError
@@ -23,19 +23,52 @@ from torch.utils.data import DataLoader
 
 from refold.errors import InputError
 from refold.files import make_folder, written_aside
-from refold.training.batches import Batch, SeededImages, chance_in, collate
-from refold.training.callbacks import progress
-from refold.training.data import Source
-from refold.training.module import Classifier
+from refold.training.batches import Batch, Collate, SeededImages, chance_in
+from refold.training.images import Images, Source
+from refold.training.progress import progress
 from refold.training.recipe import Recipe
+from refold.training.teacher import Teacher
 
 _DIGEST = 16
 _SECONDS_BETWEEN_FILES = 60.0
 _IMAGE_KEYS = ("image_size", "crop_scale", "crop_ratio", "crop_padding")
 
 
-class TeacherCache(Callback):
-    """Ask the teacher once about each training image, and keep its logits in ``folder`` for this and other runs.
+@dataclass(frozen=True)
+class Questions:
+    """The training images that a teacher can be asked about, as the student sees them.
+
+    They are the same in every epoch and asked about by ``processes`` processes, of which this is the ``rank``-th, in
+    batches of ``batch_size``. ``preprocessing`` and ``recipe`` say how ``prepare`` prepares them.
+    """
+
+    images: Images
+    classes: int
+    prepare: Callable[[Image.Image], Tensor]
+    collate: Collate
+    preprocessing: dict[str, Any]
+    recipe: Recipe
+    batch_size: int
+    seed: int
+    workers: int
+    rank: int
+    processes: int
+    device: torch.device
+
+    def batches(self, indices: list[int]) -> Iterable[Batch]:
+        """The images with these indices."""
+        keys = [(0, index) for index in indices]
+        size = self.batch_size
+        return DataLoader(
+            SeededImages(self.images, self.prepare, self.seed),
+            batch_sampler=[keys[start : start + size] for start in range(0, len(keys), size)],
+            collate_fn=self.collate,
+            num_workers=self.workers,
+        )
+
+
+class TeacherCache:
+    """Ask a teacher once about each training image, and keep its logits in ``folder`` for this and other runs.
 
     A file belongs to one teacher, with its weights, and one preparation of the images; in it answers are found by what
     an image holds. So another teacher, another image size and changed images are asked anew, and nothing else is.
@@ -57,35 +90,37 @@ class TeacherCache(Callback):
         self.folder = folder
         self.console = console
 
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        assert isinstance(pl_module, Classifier)
-        images = pl_module.images.training
-        path = make_folder(self.folder) / f"{_key(pl_module)}.safetensors"
+    def answers(self, teacher: Teacher, questions: Questions) -> Tensor:
+        """The logits ``(training images, classes)``; those of an image that cannot be read are no numbers."""
+        images = questions.images
+        path = make_folder(self.folder) / f"{_key(teacher, questions)}.safetensors"
         with progress(self.console) as shown:
             task = shown.add_task("Looking for the teacher's answers", total=len(images), note="")
             digests = [_digest(source, lambda: shown.advance(task)) for source in images.sources]
         known = _read(path)
         before = len(known)
+        is_first = questions.rank == 0
         missing = [index for index, digest in enumerate(digests) if digest not in known]
-        own = missing[pl_module.global_rank :: pl_module.processes]
-        self._ask(pl_module, digests, own, known, path if trainer.is_global_zero else None)
-        if pl_module.processes > 1:
-            everybody: list[Any] = [None] * pl_module.processes
+        own = missing[questions.rank :: questions.processes]
+        self._ask(teacher, questions, digests, own, known, path if is_first else None)
+        if questions.processes > 1:
+            everybody: list[Any] = [None] * questions.processes
             all_gather_object(everybody, {digests[i]: known[digests[i]] for i in own if digests[i] in known})
             for answers in everybody:
                 known |= answers
             # Machines that do not share the folder may have missed others.
             left = [index for index in missing if digests[index] not in known]
-            self._ask(pl_module, digests, left, known, None)
-        if trainer.is_global_zero and len(known) > before:
+            self._ask(teacher, questions, digests, left, known, None)
+        if is_first and len(known) > before:
             _write(path, known)
         # An image that cannot be read now may be readable later: its answer is then no number, and training says so.
-        unknown = torch.full((len(pl_module.images.class_names),), torch.nan)
-        pl_module.answers = torch.stack([known.get(digest, unknown) for digest in digests])
+        unknown = torch.full((questions.classes,), torch.nan)
+        return torch.stack([known.get(digest, unknown) for digest in digests])
 
     def _ask(
         self,
-        module: Classifier,
+        teacher: Teacher,
+        questions: Questions,
         digests: list[bytes],
         indices: list[int],
         known: dict[bytes, Tensor],
@@ -94,14 +129,13 @@ class TeacherCache(Callback):
         """Ask the teacher about some images, and with a ``path`` write what is known from time to time."""
         if not indices:
             return
-        assert module.teacher is not None
-        teacher = module.teacher.to(module.device)
+        teacher.to(questions.device)
         with progress(self.console) as shown:
             task = shown.add_task("Asking the teacher", total=len(indices), note="")
             written = time.monotonic()
-            for batch in _batches(indices, module):
+            for batch in questions.batches(indices):
                 if len(batch.images):
-                    answers = teacher(batch.images.to(module.device)).float().cpu()
+                    answers = teacher(batch.images.to(questions.device)).float().cpu()
                     known.update(zip((digests[i] for i in batch.indices.tolist()), answers, strict=True))
                 shown.advance(task, len(batch.images) + len(batch.unreadable))
                 if path is not None and time.monotonic() > written + _SECONDS_BETWEEN_FILES:
@@ -109,26 +143,13 @@ class TeacherCache(Callback):
                     written = time.monotonic()
 
 
-def _batches(indices: list[int], module: Classifier) -> Iterable[Batch]:
-    size = module.batch_images
-    keys = [(0, index) for index in indices]
-    return DataLoader(
-        SeededImages(module.images.training, module.augment, module.seed),
-        batch_sampler=[keys[start : start + size] for start in range(0, len(keys), size)],
-        collate_fn=collate,
-        num_workers=module.workers,
-    )
-
-
-def _key(module: Classifier) -> str:
+def _key(teacher: Teacher, questions: Questions) -> str:
     """A digest of what decides the teacher's answer to an image."""
-    assert module.teacher is not None
-    teacher = module.teacher
     digest = hashlib.sha256()
-    recipe = dataclasses.asdict(module.recipe)
+    recipe = dataclasses.asdict(questions.recipe)
     order = None if teacher.class_order is None else teacher.class_order.tolist()
     prepared = {
-        "preprocessing": module.preprocessing,
+        "preprocessing": questions.preprocessing,
         "recipe": {key: recipe[key] for key in _IMAGE_KEYS},
         "size": teacher.size,
         "scale": teacher.scale.flatten().tolist(),

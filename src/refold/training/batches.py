@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision import transforms as torchvision_transforms
 
 from refold.errors import InputError
-from refold.training.data import Images, read_image
+from refold.training.images import Images, read_image
 from refold.training.recipe import Recipe
 
 Key = tuple[int, int]
@@ -37,6 +37,9 @@ class Batch(NamedTuple):
 
 Example = tuple[Tensor | None, int, str, int]
 """An image, or None for one that could not be read; its class; the message of what could not be read; its place."""
+
+
+Collate = Callable[[Sequence[Example]], Batch]
 
 
 class SeededImages(Dataset[Example]):
@@ -107,6 +110,18 @@ class EpochBatches(Sampler[list[Key]]):
             yield [(self.epoch, index) for index in batch[self.rank :: self.processes]]
 
 
+def collate_classes(examples: Sequence[Example]) -> Batch:
+    """Stack the images that could be read, and the numbers of their classes."""
+    images = [example[0] for example in examples if example[0] is not None]
+    readable = [example for example in examples if example[0] is not None]
+    return Batch(
+        torch.stack(images) if images else torch.empty(0, 3, 1, 1),
+        torch.tensor([target for _, target, _, _ in readable], dtype=torch.int64),
+        [message for image, _, message, _ in examples if image is None],
+        torch.tensor([index for _, _, _, index in readable], dtype=torch.int64),
+    )
+
+
 def training_loader(
     images: Images,
     transform: Callable[[Image.Image], Tensor],
@@ -116,8 +131,12 @@ def training_loader(
     workers: int,
     rank: int = 0,
     processes: int = 1,
+    collate: Collate = collate_classes,
 ) -> DataLoader[Any]:
-    """Shuffled and augmented batches of `SeededImages`; ``batch_size`` counts all processes."""
+    """Shuffled and augmented batches of `SeededImages`; ``batch_size`` counts all processes.
+
+    ``collate`` makes a batch of examples.
+    """
     return DataLoader(
         SeededImages(images, transform, seed),
         batch_sampler=EpochBatches(len(images), batch_size, seed, rank, processes),
@@ -135,8 +154,9 @@ def held_out_loader(
     workers: int,
     rank: int = 0,
     processes: int = 1,
+    collate: Collate = collate_classes,
 ) -> DataLoader[Any]:
-    """All held-out images in order, each once over all processes."""
+    """All held-out images in order, each once over all processes; ``collate`` is that of `training_loader`."""
     keys = [(0, index) for index in range(rank, len(images), processes)]
     batches = [keys[start : start + batch_size] for start in range(0, len(keys), batch_size)]
     return DataLoader(
@@ -145,18 +165,6 @@ def held_out_loader(
         collate_fn=collate,
         num_workers=workers,
         persistent_workers=workers > 0,
-    )
-
-
-def collate(examples: Sequence[Example]) -> Batch:
-    """Stack the images that could be read."""
-    images = [example[0] for example in examples if example[0] is not None]
-    readable = [example for example in examples if example[0] is not None]
-    return Batch(
-        torch.stack(images) if images else torch.empty(0, 3, 1, 1),
-        torch.tensor([target for _, target, _, _ in readable], dtype=torch.int64),
-        [message for image, _, message, _ in examples if image is None],
-        torch.tensor([index for _, _, _, index in readable], dtype=torch.int64),
     )
 
 

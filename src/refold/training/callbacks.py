@@ -12,45 +12,36 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    Progress,
-    ProgressColumn,
-    Task,
-    TaskProgressColumn,
-    TextColumn,
-    TimeRemainingColumn,
-)
-from rich.table import Column
-from rich.text import Text
 from torch import nn
 from torch.distributed import all_gather_object
 
 from refold.errors import InputError
 from refold.files import write_text, written_aside
-from refold.training.module import Classifier
+from refold.training.module import TrainingModule
+from refold.training.progress import progress
 
-Row = dict[str, Any]
+EpochRow = dict[str, Any]
 
 
 class Keeper(Callback):
     """After each epoch: the best network so far, the state to resume from, and a line of the history.
 
-    ``save`` writes a network with its row; the best is the one with the highest held-out accuracy, of the
-    trained weights and their average, the later of two equals. With ``last`` the newest epoch counts as the best,
+    ``save`` writes a network with its row; the best is the one with the highest held-out score of the task, of
+    the trained weights and their average, the later of two equals. With ``last`` the newest epoch counts as the best,
     and its average where there is one, so that the held-out images choose nothing. Its files appear whole or not
     at all.
     """
 
     def __init__(
-        self, state: Path, history: Path, save: Callable[[nn.Module, Row], None], last: bool = False
+        self, state: Path, history: Path, save: Callable[[nn.Module, EpochRow], None], last: bool = False
     ) -> None:
         self.state_file = state
         self.history_file = history
         self.save = save
         self.last = last
-        self.rows: list[Row] = []
-        self.best: Row | None = None
+        self.rows: list[EpochRow] = []
+        self.best: EpochRow | None = None
+        self.score = ""
         self._start = time.perf_counter()
 
     def state_dict(self) -> dict[str, Any]:
@@ -63,22 +54,23 @@ class Keeper(Callback):
         self._start = time.perf_counter()
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        assert isinstance(pl_module, Classifier)
+        assert isinstance(pl_module, TrainingModule)
         results = pl_module.epoch_results()
-        accuracies = {name: results[f"held_out_accuracy_{name}"] for name in pl_module.accuracies}
+        self.score = f"held_out_{pl_module.task.score}"
+        scores = {name: results[f"{self.score}_{name}"] for name in pl_module.held_out_measures}
         # Of equals the last: the moving average of the weights.
-        candidates = list(accuracies)[-1:] if self.last else reversed(list(accuracies))
-        weights = max(candidates, key=lambda name: accuracies[name])
-        row: Row = {
+        candidates = list(scores)[-1:] if self.last else reversed(list(scores))
+        weights = max(candidates, key=lambda name: scores[name])
+        row: EpochRow = {
             "epoch": trainer.current_epoch + 1,
             "learning_rate": trainer.optimizers[0].param_groups[0]["lr"],
             **results,
             "weights": weights,
-            "held_out_accuracy": accuracies[weights],
+            self.score: scores[weights],
             "seconds": time.perf_counter() - self._start,
         }
         self.rows.append(row)
-        if self.last or self.best is None or row["held_out_accuracy"] >= self.best["held_out_accuracy"]:
+        if self.last or self.best is None or row[self.score] >= self.best[self.score]:
             self.best = row
             if trainer.is_global_zero:
                 self.save(pl_module.network(weights), row)
@@ -143,7 +135,7 @@ class Unreadable(Callback):
 
 
 class LiveProgress(Callback):
-    """A bar over the whole training: images a second, time left, the last epoch's accuracy."""
+    """A bar over the whole training: images a second, time left, the last epoch's score."""
 
     def __init__(self, console: Console, title: str, keeper: Keeper) -> None:
         self.progress = progress(console)
@@ -152,7 +144,7 @@ class LiveProgress(Callback):
         self.task = self.progress.add_task(title, total=None, note="", visible=False)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        assert isinstance(pl_module, Classifier)
+        assert isinstance(pl_module, TrainingModule)
         epoch_images = pl_module.batches * pl_module.batch_images
         if trainer.is_global_zero:
             self.progress.update(
@@ -166,12 +158,12 @@ class LiveProgress(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        assert isinstance(pl_module, Classifier)
+        assert isinstance(pl_module, TrainingModule)
         self.progress.advance(self.task, pl_module.batch_images)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         row = self.keeper.rows[-1]
-        note = f"epoch {row['epoch']}: {row['held_out_accuracy']:.1%} held out"
+        note = f"epoch {row['epoch']}: {row[self.keeper.score]:.1%} held out"
         self.progress.update(self.task, note=note)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -181,29 +173,7 @@ class LiveProgress(Callback):
         self.progress.stop()
 
 
-class _Speed(ProgressColumn):
-    def get_table_column(self) -> Column:
-        return Column(no_wrap=True)
-
-    def render(self, task: Task) -> Text:
-        return Text("" if not task.speed else f"{task.speed:,.0f} images/s")
-
-
-def progress(console: Console) -> Progress:
-    """A bar of images with their speed and the time left; tasks carry a ``note``."""
-    return Progress(
-        TextColumn("{task.description}", table_column=Column(no_wrap=True)),
-        BarColumn(bar_width=None),
-        TaskProgressColumn(),
-        _Speed(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}", table_column=Column(no_wrap=True)),
-        console=console,
-        expand=True,
-    )
-
-
-def _as_csv(rows: list[Row]) -> str:
+def _as_csv(rows: list[EpochRow]) -> str:
     text = io.StringIO()
     writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
     writer.writeheader()

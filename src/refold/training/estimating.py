@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from refold.training.batches import Batch, held_out_loader, training_loader
-from refold.training.data import LabelledImages
-from refold.training.module import Classifier, make_optimizer
+from refold.training.images import LabelledImages
+from refold.training.module import TrainingModule, make_optimizer
 
 _PROBE = 8
 _TIMED = 3
@@ -79,7 +79,7 @@ class Estimate:
 
 
 def estimate(
-    module: Classifier,
+    module: TrainingModule,
     sample: LabelledImages,
     device: torch.device,
     context: Callable[[], AbstractContextManager[Any]],
@@ -94,8 +94,8 @@ def estimate(
     those of the ``program`` were found before.
     """
     module.to(device).train()
-    if module.teacher is not None:
-        module.teacher.to(device)
+    if module.teaching is not None:
+        module.teaching.attach(module.net, device)
     optimizer = make_optimizer(module.net, module.recipe)
     share = max(2, module.batch_images // module.processes)
 
@@ -136,7 +136,7 @@ def estimate(
         gradients=sum(p.numel() * p.element_size() for p in module.net.parameters() if p.requires_grad),
         optimizer=sum(v.numel() * v.element_size() for v in state),
         average=0 if module.average is None else _bytes(module.average),
-        teacher=0 if module.teacher is None else _bytes(module.teacher.network),
+        teacher=0 if module.teaching is None else _bytes(module.teaching.teacher.network),
         activations=round((saved() + batch.images.nbytes) * scale),
         reading=reading,
         loading=loading * scale,
@@ -157,11 +157,13 @@ def memory_of_process() -> int:
 
 
 def _batch(
-    module: Classifier, sample: LabelledImages, size: int, device: torch.device
+    module: TrainingModule, sample: LabelledImages, size: int, device: torch.device
 ) -> tuple[Batch, float]:
     """A batch of real images, repeated where the sample has fewer, and the seconds that it took to prepare."""
     part = min(size, len(sample.training))
-    loader = training_loader(sample.training, module.augment, part, seed=module.seed, workers=0)
+    loader = training_loader(
+        sample.training, module.augment, part, seed=module.seed, workers=0, collate=module.task.collate
+    )
     start = time.perf_counter()
     batch: Batch = next(iter(loader))
     seconds = (time.perf_counter() - start) * size / part
@@ -174,7 +176,7 @@ def _batch(
 
 
 def _validate(
-    module: Classifier,
+    module: TrainingModule,
     sample: LabelledImages,
     device: torch.device,
     context: Callable[[], AbstractContextManager[Any]],
@@ -184,10 +186,11 @@ def _validate(
     count = 0
     start = _now(device)
     with torch.inference_mode(), context():
-        for batch in held_out_loader(sample.held_out, module.measure, 32, workers=0):
+        batches = held_out_loader(sample.held_out, module.measure, 32, workers=0, collate=module.task.collate)
+        for number, batch in enumerate(batches):
             if len(batch.images):
                 on_device = batch._replace(images=batch.images.to(device), targets=batch.targets.to(device))
-                module.validation_step(on_device, 0)
+                module.validation_step(on_device, number)
                 count += len(batch.images)
     return (_now(device) - start) / max(count, 1)
 

@@ -17,10 +17,10 @@ from refold.export import export, get_engine
 from refold.files import write_text
 from refold.folding import fold
 from refold.training.batches import held_out_loader
-from refold.training.callbacks import Keeper, Row, Unreadable
+from refold.training.callbacks import EpochRow, Keeper, Unreadable
 from refold.training.curves import draw_curves
-from refold.training.data import LabelledImages
-from refold.training.module import Classifier
+from refold.training.images import LabelledImages
+from refold.training.module import TrainingModule
 from refold.training.settings import (
     CARD,
     CURVES,
@@ -35,7 +35,7 @@ from refold.training.settings import (
 
 
 def finish(
-    settings: Settings, module: Classifier, keeper: Keeper, unreadable: Unreadable, console: Console
+    settings: Settings, module: TrainingModule, keeper: Keeper, unreadable: Unreadable, console: Console
 ) -> Result:
     """Fold the best network as it was saved, write what belongs to the run, and say what it gave."""
     folder, images = settings.output, module.images
@@ -53,15 +53,16 @@ def finish(
         reference, truth = _network_answers(net, module)
         plain_answers, _ = _network_answers(plain, module)
         onnx_answers, _ = _answers(lambda batch: session(batch)[0], module)
-    draw_curves(folder / CURVES, f"{settings.network}, {images.title}", keeper.rows)
+    draw_curves(folder / CURVES, f"{settings.network}, {images.title}", keeper.rows, module.task.score)
     assert keeper.best is not None
+    score_of = module.task.score_of
     names = [TRAINING, PLAIN, ONNX, REPORT, CARD, HISTORY, CURVES]
     result = Result(
         best=keeper.best,
         epochs=len(keeper.rows),
-        training_accuracy=_share(reference == truth),
-        plain_accuracy=_share(plain_answers == truth),
-        onnx_accuracy=_share(onnx_answers == truth),
+        training_accuracy=score_of(reference, truth),
+        plain_accuracy=score_of(plain_answers, truth),
+        onnx_accuracy=score_of(onnx_answers, truth),
         same_answers=int((plain_answers == reference).sum()),
         onnx_same_answers=int((onnx_answers == reference).sum()),
         held_out_images=len(truth),
@@ -81,7 +82,7 @@ def finish(
 
 
 def provenance(
-    settings: Settings, images: LabelledImages, row: Row, unreadable: Unreadable
+    settings: Settings, images: LabelledImages, row: EpochRow, unreadable: Unreadable
 ) -> dict[str, Any]:
     """Where the network of an epoch comes from: data, settings with the recipe, and versions."""
     return {
@@ -97,7 +98,7 @@ def provenance(
     }
 
 
-def _network_answers(net: nn.Module, module: Classifier) -> tuple[Tensor, Tensor]:
+def _network_answers(net: nn.Module, module: TrainingModule) -> tuple[Tensor, Tensor]:
     device = module.trainer.strategy.root_device
     net.eval().to(device)
     answers = _answers(lambda batch: net(batch.to(device)), module)
@@ -105,16 +106,15 @@ def _network_answers(net: nn.Module, module: Classifier) -> tuple[Tensor, Tensor
     return answers
 
 
-def _answers(classify: Callable[[Tensor], Tensor], module: Classifier) -> tuple[Tensor, Tensor]:
-    """Predicted and true classes of the held-out images, int64 ``(images,)``."""
-    predictions, truth = [], []
+def _answers(run: Callable[[Tensor], Tensor], module: TrainingModule) -> tuple[Tensor, Tensor]:
+    """The answers about the held-out images and what would be right, as the task has them."""
+    answers, truth = [], []
+    batches = held_out_loader(
+        module.images.held_out, module.measure, 128, workers=module.workers, collate=module.task.collate
+    )
     with torch.inference_mode():
-        for batch in held_out_loader(module.images.held_out, module.measure, 128, workers=module.workers):
+        for batch in batches:
             if len(batch.images):
-                predictions.append(classify(batch.images).argmax(dim=1).cpu())
+                answers.append(module.task.answers(run(batch.images)).cpu())
                 truth.append(batch.targets)
-    return torch.cat(predictions), torch.cat(truth)
-
-
-def _share(right: Tensor) -> float:
-    return right.double().mean().item()
+    return torch.cat(answers), torch.cat(truth)

@@ -1,43 +1,42 @@
-"""What Lightning trains: a classifier by a recipe, beside the moving average of its weights."""
+"""What Lightning trains: a network for a task by a recipe, beside the moving average of its weights."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from itertools import chain
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
-from timm.data import Mixup
 from timm.optim import create_optimizer_v2, get_optimizer_info, list_optimizers
 from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.distributed import all_reduce
-from torch.nn import functional as F
 from torch.utils.data import DataLoader
-from torchmetrics import Metric
-from torchmetrics.classification import MulticlassAccuracy
 
 from refold.blocks.parallel.synchronised import synchronise_norms
 from refold.errors import InputError, RecipeError
+from refold.training.answers import Questions
 from refold.training.batches import Batch, held_out_loader, recipe_transforms, reseed, training_loader
-from refold.training.data import LabelledImages
-from refold.training.distillation import FeatureLosses, Teacher, distillation_loss, divergence
+from refold.training.distillation import FeatureLosses
+from refold.training.images import LabelledImages
+from refold.training.measures import MeanLoss
 from refold.training.recipe import Recipe
+from refold.training.task import Task
+from refold.training.teaching import Teaching
 
 TRAINED, AVERAGE = "trained", "average"
 
 
-class Classifier(LightningModule):
-    """Train ``net`` by ``recipe``; with an ``ema_decay``, ``average`` follows its weights and buffers.
+class TrainingModule(LightningModule):
+    """Train ``net`` for ``task`` by ``recipe``; with an ``ema_decay``, ``average`` follows its weights and buffers.
 
     ``preprocessing`` is what the network's images look like, in timm's terms. ``accumulate`` batches make one
     step, and together with all ``processes`` ``recipe.batch_size`` images, or all there are if they are fewer.
     ``sync_batch_norm`` takes batch statistics over the processes; ``compile`` runs the training form through
-    `torch.compile`. With a ``teacher`` the held-out images tell also how far the answers are from the teacher's;
-    ``answers``, where they are set, are its logits ``(training images, classes)``, and it is not asked in training.
+    `torch.compile`. With a ``teaching`` the network learns from its teacher, too, and the held-out images tell also how
+    far the answers are from the teacher's.
     """
 
     def __init__(
@@ -46,6 +45,7 @@ class Classifier(LightningModule):
         recipe: Recipe,
         images: LabelledImages,
         preprocessing: dict[str, Any],
+        task: Task,
         *,
         seed: int,
         workers: int = 0,
@@ -54,7 +54,7 @@ class Classifier(LightningModule):
         sync_batch_norm: bool = False,
         channels_last: bool = True,
         compile: bool = False,
-        teacher: Teacher | None = None,
+        teaching: Teaching | None = None,
     ) -> None:
         super().__init__()
         self.net = net
@@ -69,7 +69,8 @@ class Classifier(LightningModule):
         self.synchronises = sync_batch_norm and processes > 1
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         self.compiles = compile
-        self.teacher = teacher
+        self.task = task
+        self.teaching = teaching
         self.batch_images = self.step_images // accumulate
         if self.batch_images // processes < 2:
             raise InputError(
@@ -80,12 +81,6 @@ class Classifier(LightningModule):
         self.steps = len(images.training) // self.step_images
         self.batches = self.steps * accumulate
         self.augment, self.measure = recipe_transforms(recipe, preprocessing, images.mirror)
-        classes = len(images.class_names)
-        self.mixup = (
-            Mixup(recipe.mixup, recipe.cutmix, label_smoothing=recipe.label_smoothing, num_classes=classes)
-            if recipe.mixup or recipe.cutmix
-            else None
-        )
         self.average: ModelEmaV3 | None = None
         if recipe.ema_decay is not None:
             # The power 3/4 reaches 0.9999 in some 200,000 steps, about half of a paper's run.
@@ -94,23 +89,13 @@ class Classifier(LightningModule):
             ).requires_grad_(False)
         self.training_loss = MeanLoss()
         names = [TRAINED] if self.average is None else [TRAINED, AVERAGE]
-        self.accuracies: Any = nn.ModuleDict(
-            {name: MulticlassAccuracy(classes, average="micro") for name in names}
-        )
-        self.losses: Any = nn.ModuleDict({name: MeanLoss() for name in names})
-        self.answers: Tensor | None = None
-        self.feature_losses: FeatureLosses | None = None
+        self.held_out_measures: Any = nn.ModuleDict({name: task.measures() for name in names})
         self.divergences: Any = nn.ModuleDict()
-        self._held_out_answers: dict[int, Tensor] = {}
-        if teacher is not None:
+        self.feature_losses: FeatureLosses | None = None
+        if teaching is not None:
             self.divergences.update({name: MeanLoss() for name in names})
-            if recipe.feature_weight or recipe.relation_weight:
-                self.feature_losses = FeatureLosses(
-                    net,
-                    teacher.network,
-                    feature_weight=recipe.feature_weight,
-                    relation_weight=recipe.relation_weight,
-                )
+            # A module of its own here, so that its weights move, learn and are kept with the others.
+            self.feature_losses = teaching.feature_losses
         self._averaged_steps = 0
 
     def network(self, name: str) -> nn.Module:
@@ -126,12 +111,27 @@ class Classifier(LightningModule):
             self.net = synchronise_norms(self.net, self.trainer.strategy.root_device)
 
     def on_fit_start(self) -> None:
-        if self.teacher is not None:
-            self.teacher.to(self.device)
-            if self.feature_losses is not None:
-                self.feature_losses.attach(self.net, self.teacher.network)
+        if self.teaching is not None:
+            self.teaching.begin(self.net, self._questions())
         if self.compiles:
             self.net.compile()  # in place, so that names, files and the average know nothing of it
+
+    def _questions(self) -> Questions:
+        """What a teacher may be asked before training begins."""
+        return Questions(
+            self.images.training,
+            len(self.images.class_names),
+            self.augment,
+            self.task.collate,
+            self.preprocessing,
+            self.recipe,
+            batch_size=self.batch_images,
+            seed=self.seed,
+            workers=self.workers,
+            rank=self.global_rank,
+            processes=self.processes,
+            device=self.device,
+        )
 
     def on_train_start(self) -> None:
         self._averaged_steps = self.global_step  # a resumed run has made steps already
@@ -145,6 +145,7 @@ class Classifier(LightningModule):
             workers=self.workers,
             rank=self.global_rank,
             processes=self.processes,
+            collate=self.task.collate,
         )
 
     def val_dataloader(self) -> DataLoader[Any]:
@@ -155,6 +156,7 @@ class Classifier(LightningModule):
             workers=self.workers,
             rank=self.global_rank,
             processes=self.processes,
+            collate=self.task.collate,
         )
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
@@ -163,8 +165,6 @@ class Classifier(LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor | None:
         images, targets = batch.images, batch.targets
-        if self.mixup is not None and len(images) % 2:
-            images, targets = images[:-1], targets[:-1]  # it mixes pairs
         if len(images) < 2:  # the statistics of one image are none
             if self.processes == 1:
                 return None
@@ -172,21 +172,12 @@ class Classifier(LightningModule):
                 f"A process has {len(images)} readable images of its batch and needs 2; repair the images, or give "
                 "a larger batch_size."
             )
-        smoothing = self.recipe.label_smoothing
-        if self.mixup is not None:
-            images, targets = self.mixup(images, targets)
-            smoothing = 0.0
+        images, targets = self.task.mix(images, targets)
         images = images.contiguous(memory_format=self.memory_format)
-        logits = self.net(images)
-        loss = F.cross_entropy(logits, targets, label_smoothing=smoothing)
-        if self.teacher is not None:
-            if self.answers is None:
-                answers = self.teacher(images)
-            else:
-                answers = self.answers[batch.indices.cpu()].to(logits.device)
-            loss = distillation_loss(loss, logits, answers, self.recipe.alpha, self.recipe.temperature)
-            if self.feature_losses is not None:
-                loss = loss + self.feature_losses()
+        outputs = self.net(images)
+        loss = self.task.loss(outputs, targets)
+        if self.teaching is not None:
+            loss = self.teaching.loss(loss, outputs, images, batch.indices)
         if self.device.type == "cpu":  # elsewhere looking at each loss would make the device wait
             self.check(float(loss.detach()))
         self.training_loss.update(loss.detach(), len(images))
@@ -202,33 +193,29 @@ class Classifier(LightningModule):
             self.average.update(self.net, step=self.global_step)
         self._averaged_steps = self.global_step
         if self.processes > 1 and batch_idx + 1 == self.batches:
-            for name in self.accuracies:
+            for name in self.held_out_measures:
                 _average_statistics(self.network(name), self.processes)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         if not len(batch.images):
             return
-        for name in self.accuracies:
-            logits = self.network(name)(batch.images).float()
-            self.accuracies[name].update(logits, batch.targets)
-            self.losses[name].update(F.cross_entropy(logits, batch.targets), len(batch.targets))
-            if self.teacher is not None:
-                if batch_idx not in self._held_out_answers:  # these images are the same in every epoch
-                    self._held_out_answers[batch_idx] = self.teacher(batch.images).float().cpu()
-                answers = self._held_out_answers[batch_idx].to(logits.device)
-                self.divergences[name].update(divergence(logits, answers), len(answers))
+        for name in self.held_out_measures:
+            outputs = self.network(name)(batch.images).float()
+            self.held_out_measures[name].update(outputs, batch.targets)
+            if self.teaching is not None:
+                distance = self.teaching.divergence(outputs, batch.images, batch_idx)
+                self.divergences[name].update(distance, len(outputs))
 
     def epoch_results(self) -> dict[str, float]:
-        """What the epoch gave: losses and accuracies (shares) by name; raises `InputError` for a bad loss."""
+        """What the epoch gave: losses and the task's measures by name; raises `InputError` for a bad loss."""
         results = {"loss": float(self.training_loss.compute())}
         self.check(results["loss"])
-        for name in self.accuracies:
-            results[f"held_out_loss_{name}"] = float(self.losses[name].compute())
-            results[f"held_out_accuracy_{name}"] = float(self.accuracies[name].compute())
-            if self.teacher is not None:
+        for name, measures in self.held_out_measures.items():
+            for measure, value in measures.compute().items():
+                results[f"held_out_{measure}_{name}"] = value
+            if self.teaching is not None:
                 results[f"held_out_divergence_{name}"] = float(self.divergences[name].compute())
-        metrics = (self.accuracies, self.losses, self.divergences)
-        for metric in (self.training_loss, *chain(*(each.values() for each in metrics))):
+        for metric in (self.training_loss, *self.held_out_measures.values(), *self.divergences.values()):
             metric.reset()
         self.check(results[f"held_out_loss_{TRAINED}"])
         return results
@@ -265,30 +252,6 @@ class Classifier(LightningModule):
 
     def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
         scheduler.step_update(self.global_step)
-
-
-class MeanLoss(Metric):
-    """The mean over images, of all processes, of losses that are means of batches.
-
-    Without a look at each value, which would make an accelerator wait; `torchmetrics.MeanMetric` takes no weights then.
-    """
-
-    total: Tensor
-    images: Tensor
-
-    def __init__(self) -> None:
-        super().__init__()
-        for name in ("total", "images"):
-            self.add_state(name, torch.zeros(()), dist_reduce_fx="sum")
-
-    def update(self, loss: Tensor, images: int) -> None:
-        """Count the mean of a batch of that many images."""
-        self.total += loss * images
-        self.images += images
-
-    def compute(self) -> Tensor:
-        """The mean so far."""
-        return self.total / self.images
 
 
 def _average_statistics(net: nn.Module, processes: int) -> None:

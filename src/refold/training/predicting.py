@@ -15,7 +15,8 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from refold.errors import InputError
 from refold.export import get_engine
-from refold.training.data import read_image
+from refold.training.images import read_image
+from refold.training.task import ClassificationTask, Task
 
 _BATCH = 32
 
@@ -35,12 +36,12 @@ class Prediction:
 
 
 @dataclass(frozen=True)
-class ImageClassifier:
-    """A function from prepared images ``(n, 3, height, width)`` to logits, how to prepare them, and its classes."""
+class ImagePredictor:
+    """A function from prepared images ``(n, 3, height, width)`` to outputs, how to prepare them, and what they mean."""
 
-    classify: Callable[[Tensor], Tensor]
+    run: Callable[[Tensor], Tensor]
     preprocessing: dict[str, Any]
-    class_names: Sequence[str] | None
+    task: Task
 
     def predict(self, images: Sequence[Path], top: int = 5) -> Iterator[Prediction]:
         """The ``top`` likeliest classes of each image, in order; an unreadable image carries its error."""
@@ -57,27 +58,18 @@ class ImageClassifier:
                     prepared.append(prepare(read_image(path)))
                 except InputError as error:
                     errors[path] = str(error)
-            answers = iter(self._answers(torch.stack(prepared), top) if prepared else [])
+            answers: Iterator[list[tuple[str, float]]] = iter(())
+            if prepared:
+                with torch.inference_mode():
+                    answers = iter(self.task.likeliest(self.run(torch.stack(prepared)), top))
             for path in paths:
                 if path in errors:
                     yield Prediction(str(path), [], errors[path])
                 else:
                     yield Prediction(str(path), next(answers))
 
-    def _answers(self, batch: Tensor, top: int) -> list[list[tuple[str, float]]]:
-        with torch.inference_mode():
-            shares = self.classify(batch).float().softmax(dim=1)
-        likeliest = shares.topk(min(top, shares.shape[1]), dim=1)
-        return [
-            [(self._name(index), share) for share, index in zip(values, indices, strict=True)]
-            for values, indices in zip(likeliest.values.tolist(), likeliest.indices.tolist(), strict=True)
-        ]
 
-    def _name(self, index: int) -> str:
-        return str(index) if self.class_names is None else self.class_names[index]
-
-
-def network_classifier(net: nn.Module) -> ImageClassifier:
+def network_classifier(net: nn.Module) -> ImagePredictor:
     """A network with what its checkpoint says, or as timm knows its name; a thousand classes are ImageNet's."""
     card = getattr(net, "card", None)
     preprocessing = dict(resolve_model_data_config(net))
@@ -87,10 +79,10 @@ def network_classifier(net: nn.Module) -> ImageClassifier:
     if names is None and getattr(net, "num_classes", None) == 1000:
         imagenet = ImageNetInfo()
         names = [imagenet.index_to_description(index) for index in range(1000)]
-    return ImageClassifier(net.eval(), preprocessing, names)
+    return ImagePredictor(net.eval(), preprocessing, ClassificationTask(names))
 
 
-def onnx_classifier(path: Path, threads: int = 1) -> ImageClassifier:
+def onnx_classifier(path: Path, threads: int = 1) -> ImagePredictor:
     """An ONNX file of a training run, with the ``card.json`` beside it.
 
     Raises `InputError` where the file or the card is missing or not understood.
@@ -107,7 +99,7 @@ def onnx_classifier(path: Path, threads: int = 1) -> ImageClassifier:
             "are not known; give the checkpoint that it was exported from."
         ) from error
     session = get_engine("onnxruntime").open(path, threads=threads)
-    return ImageClassifier(lambda batch: session(batch)[0], preprocessing, names)
+    return ImagePredictor(lambda batch: session(batch)[0], preprocessing, ClassificationTask(names))
 
 
 def find_images(paths: Sequence[Path]) -> list[Path]:

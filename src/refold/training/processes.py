@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from torch.distributed import is_torchelastic_launched
 from torch.multiprocessing import get_context
@@ -46,61 +46,77 @@ class Place:
         return self.rank == 0
 
 
-def place() -> Place | None:
-    """The place that torchrun, or `start`, gave this process; None where neither did.
+class Launcher(Protocol):
+    """What brings a run into the processes that it trains in."""
 
-    Raises `InputError` where the machines do not have equally many processes.
-    """
-    if not is_torchelastic_launched():
-        return None
-    rank, processes, devices = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"))
-    if processes % devices:
-        raise InputError(
-            f"torchrun started {devices} of {processes} processes here; start equally many on each machine."
+    def place(self) -> Place | None:
+        """Where this process is among those of a run; None where they are still to be started."""
+
+    def start(self, work: Callable[..., Any], arguments: tuple[Any, ...], *, devices: int, nodes: int) -> Any:
+        """Call ``work`` in ``devices`` processes on this machine, which find their `place`; what the first one gave."""
+
+
+class ProcessLauncher:
+    """Takes the processes that torchrun started, and starts them itself where it did not."""
+
+    def place(self) -> Place | None:
+        """The place that torchrun, or `start`, gave this process.
+
+        Raises `InputError` where the machines do not have equally many processes.
+        """
+        if not is_torchelastic_launched():
+            return None
+        rank, processes, devices = (
+            int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
         )
-    return Place(rank, devices, processes // devices)
+        if processes % devices:
+            raise InputError(
+                f"torchrun started {devices} of {processes} processes here; start equally many on each machine."
+            )
+        return Place(rank, devices, processes // devices)
 
+    def start(self, work: Callable[..., Any], arguments: tuple[Any, ...], *, devices: int, nodes: int) -> Any:
+        """Call ``work`` in ``devices`` new processes, which find their `place`, and return what the first gave.
 
-def start(work: Callable[..., Any], arguments: tuple[Any, ...], *, devices: int, nodes: int) -> Any:
-    """Call ``work`` in ``devices`` new processes, which find their `place`, and return what the first gave.
-
-    With several ``nodes`` the same is called on each, where MASTER_ADDR, MASTER_PORT and NODE_RANK name the meeting
-    point and the machine; what the first process gave is returned on its machine, elsewhere None.
-    Raises what a process raised of `RefoldError`, and `InputError` where a process was ended from outside. The other
-    processes are ended then.
-    """
-    environment, first_rank = _environment(devices, nodes)
-    # Started anew: a fork of a process in which a backward pass ran cannot run one.
-    context = get_context("spawn")
-    logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)  # what ends them is said once
-    answers = context.SimpleQueue()
-    with _ended_by_sigterm():
-        running = start_processes(
-            _enter,
-            (first_rank, environment, answers, work, arguments),
-            nprocs=devices,
-            join=False,
-            start_method="spawn",
-        )
-        try:
-            while not running.join(grace_period=_GRACE):
-                pass
-        except (ProcessExitedException, ProcessRaisedException) as error:
-            said = []
-            while not answers.empty():
-                said.append(answers.get())
-            for answer in said:
-                if isinstance(answer, BaseException) and not isinstance(answer, PeerEnded):
-                    raise answer from None
-            if isinstance(error, ProcessExitedException):
-                raise InputError(
-                    f"Process {first_rank + error.error_index} of {devices * nodes} was ended from outside "
-                    f"({error.signal_name or f'exit code {error.exit_code}'})."
-                ) from None
-            raise
-        finally:
-            _end(running.processes)
-    return answers.get() if first_rank == 0 else None
+        With several ``nodes`` the same is called on each, where MASTER_ADDR, MASTER_PORT and NODE_RANK name the meeting
+        point and the machine; what the first process gave is returned on its machine, elsewhere None.
+        Raises what a process raised of `RefoldError`, and `InputError` where a process was ended from outside. The
+        other processes are ended then.
+        """
+        environment, first_rank = _environment(devices, nodes)
+        # Started anew: a fork of a process in which a backward pass ran cannot run one.
+        context = get_context("spawn")
+        logging.getLogger("torch.multiprocessing.spawn").setLevel(
+            logging.ERROR
+        )  # what ends them is said once
+        answers = context.SimpleQueue()
+        with _ended_by_sigterm():
+            running = start_processes(
+                _enter,
+                (first_rank, environment, answers, work, arguments),
+                nprocs=devices,
+                join=False,
+                start_method="spawn",
+            )
+            try:
+                while not running.join(grace_period=_GRACE):
+                    pass
+            except (ProcessExitedException, ProcessRaisedException) as error:
+                said = []
+                while not answers.empty():
+                    said.append(answers.get())
+                for answer in said:
+                    if isinstance(answer, BaseException) and not isinstance(answer, PeerEnded):
+                        raise answer from None
+                if isinstance(error, ProcessExitedException):
+                    raise InputError(
+                        f"Process {first_rank + error.error_index} of {devices * nodes} was ended from outside "
+                        f"({error.signal_name or f'exit code {error.exit_code}'})."
+                    ) from None
+                raise
+            finally:
+                _end(running.processes)
+        return answers.get() if first_rank == 0 else None
 
 
 def _environment(devices: int, nodes: int) -> tuple[dict[str, str], int]:

@@ -12,7 +12,7 @@ from typing import Any
 from timm.data.readers import create_reader
 
 from refold.errors import InputError, first_line
-from refold.training.data import Images, LabelledImages, hold_out_share
+from refold.training.images import Images, LabelledImages, hold_out_share
 
 _EXTRAS = {"datasets": "hf", "webdataset": "wds"}
 _ENDINGS = ("jpg", "jpeg", "png", "webp")
@@ -40,7 +40,7 @@ class Member:
 
 
 @dataclass(frozen=True)
-class Row:
+class HubImage:
     """An image of a Hugging Face data set on disk."""
 
     reader: Any
@@ -205,7 +205,7 @@ def _hub_reader(kind: str, name: str, split: str, keys: tuple[str, str]) -> Any:
 
 
 def _rows(reader: Any, title: str) -> Images:
-    sources = [Row(reader, index, title) for index in range(len(reader))]
+    sources = [HubImage(reader, index, title) for index in range(len(reader))]
     return Images(sources, [int(target) for target in reader.iter_targets()])
 
 

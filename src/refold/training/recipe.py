@@ -10,14 +10,19 @@ from dataclasses import dataclass, field
 from difflib import get_close_matches
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 
 from refold.errors import RecipeError
 from refold.files import PathLike
+from refold.training.options import Option, declared_options
 
 _PACKAGED = files("refold.training") / "recipes"
+
+NotNegative = Annotated[float, Option(least=0)]
+Share = Annotated[float, Option(least=0, most=1)]
+OptionalShare = Annotated[float | None, Option(least=0, most=1)]
 
 
 @dataclass(frozen=True)
@@ -35,41 +40,41 @@ class Recipe:
     `distillation.relation_loss`).
     """
 
-    epochs: int
-    batch_size: int
+    epochs: Annotated[int, Option(least=1)]
+    batch_size: Annotated[int, Option(least=2)]
     optimizer: str
-    learning_rate: float
-    learning_rate_batch_size: int
-    weight_decay: float
+    learning_rate: NotNegative
+    learning_rate_batch_size: Annotated[int, Option(least=1)]
+    weight_decay: NotNegative
     learning_rate_scaling: Literal["linear", "square_root", "none"] = "linear"
     momentum: float = 0.9
     decay_norms_and_biases: bool = False
     gradient_clip: float | None = None
     schedule: Literal["cosine", "multistep", "poly", "none"] = "cosine"
-    minimum_learning_rate: float = 0.0
+    minimum_learning_rate: NotNegative = 0.0
     milestones: tuple[int, ...] = ()
     decay_rate: float = 0.1
-    warm_up_epochs: int = 0
+    warm_up_epochs: Annotated[int, Option(least=0)] = 0
     warm_up_learning_rate: float = 0.0
-    label_smoothing: float = 0.0
-    dropout: float | None = None
-    drop_path: float | None = None
-    ema_decay: float | None = None
+    label_smoothing: Share = 0.0
+    dropout: OptionalShare = None
+    drop_path: OptionalShare = None
+    ema_decay: OptionalShare = None
     ema_warm_up: bool = True
-    image_size: int = 224
+    image_size: Annotated[int, Option(least=8)] = 224
     crop_scale: tuple[float, float] = (0.08, 1.0)
     crop_ratio: tuple[float, float] = (0.75, 4 / 3)
     crop_padding: int | None = None
-    horizontal_flip: float = 0.5
+    horizontal_flip: Share = 0.5
     color_jitter: float = 0.0
     auto_augment: str | None = None
-    random_erasing: float = 0.0
+    random_erasing: Share = 0.0
     mixup: float = 0.0
     cutmix: float = 0.0
-    alpha: float = 0.5
-    temperature: float = 1.0
-    feature_weight: float = 0.0
-    relation_weight: float = 0.0
+    alpha: Share = 0.5
+    temperature: Annotated[float, Option(least=1e-6)] = 1.0
+    feature_weight: NotNegative = 0.0
+    relation_weight: NotNegative = 0.0
 
     @property
     def scaled_learning_rate(self) -> float:
@@ -264,40 +269,18 @@ def _described(expected: Any) -> str:
     return names[expected]
 
 
-_LEAST = {
-    "epochs": 1,
-    "batch_size": 2,
-    "learning_rate_batch_size": 1,
-    "image_size": 8,
-    "temperature": 1e-6,
-    "warm_up_epochs": 0,
-    "learning_rate": 0,
-    "minimum_learning_rate": 0,
-    "weight_decay": 0,
-    "feature_weight": 0,
-    "relation_weight": 0,
-}
-_SHARES = (
-    "label_smoothing",
-    "dropout",
-    "drop_path",
-    "ema_decay",
-    "horizontal_flip",
-    "random_erasing",
-    "alpha",
-)
-
-
 def _check_together(recipe: Recipe, name: str) -> None:
-    for key, least in _LEAST.items():
-        if not getattr(recipe, key) >= least:
-            raise RecipeError(
-                f"'{key}' is {getattr(recipe, key)} in the recipe '{name}'; give at least {least}."
-            )
-    for key in _SHARES:
+    for declared in declared_options(Recipe):
+        key, least, most = declared.name, declared.option.least, declared.option.most
         value = getattr(recipe, key)
-        if value is not None and not 0 <= value <= 1:
-            raise RecipeError(f"'{key}' is {value} in the recipe '{name}'; give a number from 0 to 1.")
+        if value is None or least is None:
+            continue
+        if most is None and not value >= least:
+            raise RecipeError(f"'{key}' is {value} in the recipe '{name}'; give at least {least}.")
+        if most is not None and not least <= value <= most:
+            raise RecipeError(
+                f"'{key}' is {value} in the recipe '{name}'; give a number from {least} to {most}."
+            )
     if recipe.schedule == "multistep" and not recipe.milestones:
         raise RecipeError(
             f"The recipe '{name}' has a multistep schedule without milestones; give some epochs."

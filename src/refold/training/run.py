@@ -27,22 +27,24 @@ from torch import nn
 from refold.checkpoints import example_input, save
 from refold.errors import InputError, RefoldError, first_line
 from refold.files import make_folder, write_text
-from refold.training.answers import TeacherCache
 from refold.training.batches import reseed
-from refold.training.callbacks import Keeper, LiveProgress, Row, Unreadable
-from refold.training.data import Images, LabelledImages, open_data
-from refold.training.distillation import Teacher, open_teacher
+from refold.training.callbacks import EpochRow, Keeper, LiveProgress, Unreadable
+from refold.training.data import open_data
 from refold.training.estimating import Estimate, estimate, memory_of_process
 from refold.training.finishing import finish, provenance
-from refold.training.module import Classifier, make_optimizer
-from refold.training.processes import PeerEnded, Place, place, start
+from refold.training.images import Images, LabelledImages
+from refold.training.module import TrainingModule, make_optimizer
+from refold.training.processes import Launcher, PeerEnded, Place, ProcessLauncher
 from refold.training.recipe import ResolvedRecipe
 from refold.training.settings import HISTORY, RUN, STATE, TENSORBOARD, TRAINING, Result, Settings
-from refold.training.starting import build_network, fit_in_memory, preprocessing_for, ready, teacher_network
+from refold.training.starting import build_network, fit_in_memory, preprocessing_for, ready
+from refold.training.task import task_of
+from refold.training.teaching import open_teaching
 from refold.unfolding import unfold
 
 __all__ = ["Result", "Settings", "default_output", "expect", "resume", "train"]
 
+_LAUNCHER = ProcessLauncher()
 _SAMPLE = 256
 _PEER_ENDED = "Another process of the run ended; it says why."
 _PEER_IS_GONE = ("Connection closed by peer", "Connection reset by peer", "NCCL")
@@ -53,23 +55,23 @@ def default_output(command: str) -> Path:
     return Path("runs") / time.strftime(f"{command}-%Y%m%d-%H%M%S")
 
 
-def train(settings: Settings, console: Console) -> Result | None:
+def train(settings: Settings, console: Console, launcher: Launcher = _LAUNCHER) -> Result | None:
     """Train, fold, prove, save and export; everything that is written goes into ``settings.output``.
 
-    Several devices train in processes of their own, which are started here unless torchrun did it; the first of all
-    writes and returns the result, the others None.
+    Several devices train in processes of their own, which the ``launcher`` starts unless torchrun did it; the first of
+    all writes and returns the result, the others None.
     Raises `InputError` where the images, the recipe or a setting cannot be used, where the folder holds a run
     already, and where the loss stops being a number; `NotEquivalent` where a form differs.
     """
-    if (place() or Place()).is_first and (settings.output / RUN).exists():
+    if (launcher.place() or Place()).is_first and (settings.output / RUN).exists():
         raise InputError(
             f"'{settings.output}' holds a run already; give another folder, or go on with it: "
             f"refold train --resume {settings.output}"
         )
-    return _run(settings, console)
+    return _run(settings, console, launcher)
 
 
-def resume(folder: Path, console: Console) -> Result | None:
+def resume(folder: Path, console: Console, launcher: Launcher = _LAUNCHER) -> Result | None:
     """Go on with the run of a folder, from its last whole epoch; a finished run is folded and exported again.
 
     On one CPU process the weights are bit for bit those of a run that was never interrupted. Under torchrun each
@@ -84,10 +86,10 @@ def resume(folder: Path, console: Console) -> Result | None:
         raise InputError(f"'{folder}' holds no run to go on with: there is no {RUN} in it.") from error
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise InputError(f"'{folder / RUN}' is not understood ({error}); start the run again.") from error
-    if (place() or Place()).is_first:
+    if (launcher.place() or Place()).is_first:
         for leftover in folder.glob(".*.part"):
             leftover.unlink()  # half-written when the process was killed
-    return _run(settings, console)
+    return _run(settings, console, launcher)
 
 
 def expect(settings: Settings, console: Console) -> Estimate:
@@ -112,7 +114,7 @@ def expect(settings: Settings, console: Console) -> Estimate:
     parts = [len(images.training) + len(images.held_out) for images in (everything, sample)]
     factor = parts[0] / parts[1] if in_memory else 0.0
     with _threads(settings.threads), _quiet(), console.status("Measuring a few steps"):
-        module = _classifier(settings, everything, here)
+        module = _module(settings, everything, here, console)
         alone = dataclasses.replace(settings, devices=1, nodes=1, strategy="auto", tensorboard=False)
         trainer = _trainer(alone, module, [])
         return estimate(
@@ -138,12 +140,12 @@ def _pixel_bytes(images: LabelledImages) -> int:
     return sum(4 * source.width * source.height for source in sources if isinstance(source, Image))
 
 
-def _run(settings: Settings, console: Console) -> Result | None:
+def _run(settings: Settings, console: Console, launcher: Launcher = _LAUNCHER) -> Result | None:
     settings.check()
-    here = place()
+    here = launcher.place()
     if here is None and settings.devices * settings.nodes > 1:
-        result: Result | None = start(
-            _started, (settings, console.quiet), devices=settings.devices, nodes=settings.nodes
+        result: Result | None = launcher.start(
+            _started, (settings, console.quiet, launcher), devices=settings.devices, nodes=settings.nodes
         )
         return result
     here = here or Place()
@@ -154,9 +156,9 @@ def _run(settings: Settings, console: Console) -> Result | None:
     unreadable = Unreadable(console, settings.unreadable)
     images = ready(open_data(settings.data, settings.seed), recipe, unreadable, console, here.devices)
     with _threads(settings.threads), _quiet():
-        module = _classifier(settings, images, here)
+        module = _module(settings, images, here, console)
         make_optimizer(module.net, recipe)  # what is unknown is said before anything is written
-        _trainer(settings, module, list(_teacher_cache(settings, module, console)))
+        _trainer(settings, module, [])
         if here.is_first:
             make_folder(settings.output)
             write_text(settings.output / RUN, json.dumps(settings.to_dict(), indent=2))
@@ -164,28 +166,25 @@ def _run(settings: Settings, console: Console) -> Result | None:
         return finish(settings, module, keeper, unreadable, console) if here.is_first else None
 
 
-def _started(settings: Settings, quiet: bool) -> Result | None:
-    return _run(settings, Console(quiet=quiet))
+def _started(settings: Settings, quiet: bool, launcher: Launcher) -> Result | None:
+    return _run(settings, Console(quiet=quiet), launcher)
 
 
-def _classifier(settings: Settings, images: LabelledImages, here: Place) -> Classifier:
+def _module(settings: Settings, images: LabelledImages, here: Place, console: Console) -> TrainingModule:
     recipe = settings.recipe.recipe
-    classes = len(images.class_names)
+    task = task_of(images, recipe)
     reseed(settings.seed)
-    net = build_network(settings.network, classes, recipe, settings.checkpoint)
+    net = build_network(settings.network, len(images.class_names), recipe, settings.checkpoint)
     preprocessing = preprocessing_for(net, recipe, settings.checkpoint)
     net = _unfolded(net, settings, preprocessing)
     if settings.channels_last:
         net = net.to(memory_format=torch.channels_last)
-    teacher: Teacher | None = None
-    if settings.teacher is not None:
-        answering = teacher_network(settings.teacher, classes, settings.teacher_checkpoint)
-        teacher = open_teacher(answering, settings.teacher, images.class_names, preprocessing)
-    module = Classifier(
+    module = TrainingModule(
         net,
         recipe,
         images,
         preprocessing,
+        task,
         seed=settings.seed,
         workers=settings.workers,
         accumulate=settings.accumulate,
@@ -193,7 +192,7 @@ def _classifier(settings: Settings, images: LabelledImages, here: Place) -> Clas
         sync_batch_norm=settings.sync_batch_norm,
         channels_last=settings.channels_last,
         compile=settings.compile,
-        teacher=teacher,
+        teaching=open_teaching(settings, net, images, preprocessing, console),
     )
     # Lightning makes it double only after it has read the weights to go on from.
     return module.double() if settings.precision == "64-true" else module
@@ -205,10 +204,10 @@ def _unfolded(net: nn.Module, settings: Settings, preprocessing: dict[str, Any])
     return unfold(net, settings.unfold, example_input=example_input(net, preprocessing["input_size"]))
 
 
-def _fit(settings: Settings, module: Classifier, unreadable: Unreadable, console: Console) -> Keeper:
+def _fit(settings: Settings, module: TrainingModule, unreadable: Unreadable, console: Console) -> Keeper:
     state = settings.output / STATE
 
-    def keep(net: nn.Module, row: Row) -> None:
+    def keep(net: nn.Module, row: EpochRow) -> None:
         save(
             net,
             settings.output / TRAINING,
@@ -218,26 +217,15 @@ def _fit(settings: Settings, module: Classifier, unreadable: Unreadable, console
         )
 
     keeper = Keeper(state, settings.output / HISTORY, keep, last=settings.keep == "last")
-    answers = _teacher_cache(settings, module, console)
     live = LiveProgress(console, f"Training {settings.network}", keeper)
-    trainer = _trainer(settings, module, [*answers, unreadable, keeper, live])
+    trainer = _trainer(settings, module, [unreadable, keeper, live])
     begun = _readable(state)
     with _interruptible(settings):
         trainer.fit(module, ckpt_path=begun, weights_only=True)
     return keeper
 
 
-def _teacher_cache(settings: Settings, module: Classifier, console: Console) -> list[TeacherCache]:
-    if settings.teacher_cache is None:
-        return []
-    if module.teacher is None:
-        raise InputError(
-            "There is no teacher whose answers could be kept; name one, or give no teacher_cache."
-        )
-    return [TeacherCache(Path(settings.teacher_cache), module.recipe, module.images.mirror, console)]
-
-
-def _trainer(settings: Settings, module: Classifier, callbacks: list[Callback]) -> Trainer:
+def _trainer(settings: Settings, module: TrainingModule, callbacks: list[Callback]) -> Trainer:
     recipe = settings.recipe.recipe
     try:
         return Trainer(

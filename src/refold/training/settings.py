@@ -5,9 +5,10 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 from refold.errors import InputError
+from refold.training.options import Option
 from refold.training.recipe import ResolvedRecipe
 
 STATE, TRAINING, PLAIN, ONNX = "last.ckpt", "training.safetensors", "plain.safetensors", "plain.onnx"
@@ -17,10 +18,13 @@ TENSORBOARD = "tensorboard"
 Keep = Literal["best", "last"]
 Strategy = Literal["auto", "ddp", "ddp_find_unused_parameters_true"]
 
+Seed = Annotated[int, Option("Seed of the weights, the split and the training.")]
+Threads = Annotated[int, Option("PyTorch threads; a small network gains little from more.", least=1)]
+
 
 @dataclass(frozen=True)
 class Settings:
-    """What a run may be told, beside its recipe.
+    """What a run may be told, beside its recipe; the options of `refold train` and `refold distill` are made of it.
 
     ``data`` is what `refold.training.data.open_data` understands. ``checkpoint`` holds weights to start from,
     ``unfold`` names a plan of `refold.unfold`, ``teacher`` a network or a checkpoint to learn from; ``teacher_cache``
@@ -32,30 +36,47 @@ class Settings:
     best on the held-out images, or the last. ``tensorboard`` logs each epoch for TensorBoard as well.
     """
 
-    output: Path
-    data: str
-    network: str
-    recipe: ResolvedRecipe
-    checkpoint: str | None = None
-    unfold: str | None = None
-    teacher: str | None = None
-    teacher_checkpoint: str | None = None
-    teacher_cache: str | None = None
-    seed: int = 0
-    workers: int = 0
-    threads: int = 1
-    accelerator: str = "auto"
-    devices: int = 1
-    nodes: int = 1
-    strategy: Strategy = "auto"
-    sync_batch_norm: bool = False
-    precision: str = "32-true"
-    channels_last: bool = True
-    compile: bool = False
-    accumulate: int = 1
-    unreadable: int = 10
-    keep: Keep = "best"
-    tensorboard: bool = False
+    output: Annotated[Path, Option("The run's folder.", short="-o", shown_default="runs/COMMAND-TIME")]
+    data: Annotated[
+        str,
+        Option(
+            "digits, a folder with one folder of images a class, CIFAR as distributed, wds/FOLDER or hfds/NAME."
+        ),
+    ]
+    network: Annotated[str, Option("The network to train, any model name.", default="repghostnet_050")]
+    recipe: Annotated[
+        ResolvedRecipe, Option("A recipe's name, or a YAML file.", given_as=str, default="finetune")
+    ]
+    checkpoint: Annotated[str | None, Option("Weights of the network to start from.", given_as=Path)] = None
+    unfold: Annotated[str | None, Option("Train with the branches of this plan.", metavar="PLAN")] = None
+    teacher: Annotated[
+        str | None, Option("A model name, whose published weights are taken, or a checkpoint.")
+    ] = None
+    teacher_checkpoint: Annotated[
+        str | None, Option("Weights for the teacher's model name.", given_as=Path)
+    ] = None
+    teacher_cache: Annotated[
+        str | None,
+        Option("Keep the teacher's answers here; for images without augmentation.", given_as=Path),
+    ] = None
+    seed: Seed = 0
+    workers: Annotated[int, Option("Processes that prepare images, a device.", least=0)] = 0
+    threads: Threads = 1
+    accelerator: Annotated[str, Option("auto, cpu, gpu or mps.")] = "auto"
+    devices: Annotated[int, Option("Devices of this machine that train together.", least=1)] = 1
+    nodes: Annotated[
+        int,
+        Option("Machines that train together, each given MASTER_ADDR, MASTER_PORT and NODE_RANK.", least=1),
+    ] = 1
+    strategy: Annotated[Strategy, Option("How devices train together, by Lightning's name.")] = "auto"
+    sync_batch_norm: Annotated[bool, Option("Take batch statistics over all devices.")] = False
+    precision: Annotated[str, Option("32-true, bf16-mixed or 16-mixed.")] = "32-true"
+    channels_last: Annotated[bool, Option("Keep channels last in memory.")] = True
+    compile: Annotated[bool, Option("Run the network through torch.compile.")] = False
+    accumulate: Annotated[int, Option("Batches that make one step.", least=1)] = 1
+    unreadable: Annotated[int, Option("Images that may be unreadable before it is an error.", least=0)] = 10
+    keep: Annotated[Keep, Option("The network to keep: the best on held-out images, or the last.")] = "best"
+    tensorboard: Annotated[bool, Option("Log each epoch for TensorBoard, too.")] = False
 
     def check(self) -> None:
         """Raise `InputError` where a setting is none of its choices."""
@@ -73,6 +94,23 @@ class Settings:
     def to_dict(self) -> dict[str, Any]:
         """The same as plain JSON-able values."""
         return {**dataclasses.asdict(self), "output": str(self.output)}
+
+
+@dataclass(frozen=True)
+class QuickstartOptions:
+    """What a run of `refold.quickstart` may be told.
+
+    ``data`` None means the bundled digits, ``epochs`` None a number that fits the data.
+    """
+
+    output: Annotated[Path, Option("The run's folder.", short="-o", shown_default="runs/quickstart-TIME")]
+    data: Annotated[Path | None, Option("Your own images, one folder a class, instead of the digits.")] = None
+    epochs: Annotated[int | None, Option("Passes over the images.", shown_default="what fits the data")] = (
+        None
+    )
+    image_size: Annotated[int, Option("Side of the images in pixels.")] = 48
+    seed: Seed = 0
+    threads: Threads = 1
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""What a run starts from: the network to train, its teacher, and the images in memory."""
+"""What a run starts from: the network to train, and the images in memory."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from refold.checkpoints import load, read_card
 from refold.errors import CheckpointError, InputError
 from refold.files import PathLike
 from refold.models import create_model, load_checkpoint
-from refold.training.callbacks import Unreadable, progress
-from refold.training.data import LabelledImages, read_into_memory
+from refold.training.callbacks import Unreadable
+from refold.training.images import LabelledImages, read_into_memory
+from refold.training.progress import progress
 from refold.training.recipe import Recipe
 from refold.unfolding import rebuild
 
 _LARGEST_MEMORY = 2 * 1024**3
-_CHECKPOINT_SUFFIXES = {".safetensors", ".pth", ".pt", ".ckpt", ".bin", ".tar"}
 
 
 def build_network(name: str, classes: int, recipe: Recipe, checkpoint: PathLike | None = None) -> nn.Module:
@@ -74,25 +74,6 @@ def preprocessing_for(net: nn.Module, recipe: Recipe, checkpoint: PathLike | Non
         "std": list(known.get("std") or IMAGENET_DEFAULT_STD),
         "crop_pct": 1.0 if side < 128 else known.get("crop_pct") or 0.875,
     }
-
-
-def teacher_network(name: str, classes: int, checkpoint: PathLike | None = None) -> nn.Module:
-    """A teacher in eval mode: a checkpoint of refold's in either form, or a named network and its weights.
-
-    A named network without a checkpoint takes the weights that are published for it.
-    Raises `InputError`, `CheckpointError` or `UnknownModel` where that is not possible.
-    """
-    if any(name.endswith(suffix) for suffix in _CHECKPOINT_SUFFIXES):
-        if checkpoint is not None:
-            raise InputError(f"The teacher '{name}' is a checkpoint already; give no second one.")
-        return load(name)
-    if checkpoint is None:
-        return create_model(name, pretrained=True).eval()
-    if read_card(checkpoint) is not None:
-        return load(checkpoint)
-    net = create_model(name, num_classes=classes)
-    load_checkpoint(net, checkpoint)
-    return net.eval()
 
 
 def ready(

@@ -1,6 +1,6 @@
 """Training-time branches for any model, and the way back to its own architecture."""
 
-from refold.blocks.parallel import Form, ParallelBranches
+from refold.blocks.parallel import BranchComputation, ParallelBranches
 from refold.unfolding.original import original_state_dict
 from refold.unfolding.plans import PLANS, Plan
 from refold.unfolding.rebuilding import rebuild
@@ -9,7 +9,7 @@ from refold.unfolding.unfold import unfold
 
 __all__ = [
     "PLANS",
-    "Form",
+    "BranchComputation",
     "ParallelBranches",
     "Plan",
     "UnfoldReport",

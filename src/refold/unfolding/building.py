@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from timm.layers import Conv2dSame, pad_same
 from torch import Tensor, nn
 
-from refold.blocks.parallel import Form, ParallelBranches
+from refold.blocks.parallel import BranchComputation, ParallelBranches
 from refold.blocks.parallel.branch import Branch, common_geometry, padding_of
 from refold.unfolding.plans import Kind, Shape
 
@@ -33,7 +33,7 @@ def build(
     repeats: int,
     *,
     scale: float,
-    form: Form,
+    form: BranchComputation,
 ) -> ParallelBranches | None:
     """The layer `conv` with its `norm` (`nn.Identity` for none), and beside it what the plan adds, where it fits.
 

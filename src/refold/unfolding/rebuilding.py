@@ -9,7 +9,7 @@ from typing import Any
 from timm.layers import BatchNormAct2d, Conv2dSame
 from torch import nn
 
-from refold.blocks.parallel import Form
+from refold.blocks.parallel import BranchComputation
 from refold.errors import CheckpointError, InputError
 from refold.unfolding.building import SamePadded, build, without_padding
 from refold.unfolding.report import UnfoldedLayer, UnfoldReport
@@ -60,7 +60,9 @@ def described(report: UnfoldReport, original: nn.Module) -> UnfoldReport:
     )
 
 
-def add_branches(model: nn.Module, layer: UnfoldedLayer, scale: float, form: Form) -> UnfoldedLayer | None:
+def add_branches(
+    model: nn.Module, layer: UnfoldedLayer, scale: float, form: BranchComputation
+) -> UnfoldedLayer | None:
     """Put branches beside one convolution of the model, in place, and count them; None where none fits.
 
     The last batch norm of each new branch starts at `scale`.

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from refold.blocks.parallel import Form
+from refold.blocks.parallel import BranchComputation
 from refold.unfolding.plans import Kind, Shape
 
 
@@ -38,7 +38,7 @@ class UnfoldReport:
     layers: list[UnfoldedLayer]
     norms: dict[str, str] = field(repr=False)
     """The batch norm behind each convolution of the original."""
-    form: Form = "auto"
+    form: BranchComputation = "auto"
     before: dict[str, Any] | None = field(default=None, repr=False)
     """How a model that was folded before it was unfolded came to be: the options of that `fold`, and as `unfold` the
     record of what was unfolded before that, if anything was."""

@@ -14,14 +14,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from refold.blocks.parallel import Form
+from refold.blocks.parallel import BranchComputation
+from refold.conversion.observation import run_once
 from refold.errors import InputError, NotEquivalent, first_line
 from refold.models.images import example_input as default_input
-from refold.models.observation import run_once
 from refold.unfolding.plans import Kind, Plan, find_plan
 from refold.unfolding.rebuilding import add_branches, described, require_no_branches
 from refold.unfolding.report import UnfoldedLayer, UnfoldReport
-from refold.unfolding.selection import Candidate, observe
+from refold.unfolding.selection import UnfoldableLayer, observe
 
 Start = Literal["preserving", "random"]
 
@@ -37,7 +37,7 @@ def unfold(
     stages: int | Collection[int] | None = None,
     branches: int | Mapping[str, int] | None = None,
     start: Start = "preserving",
-    form: Form = "auto",
+    form: BranchComputation = "auto",
     example_input: Any = None,
 ) -> nn.Module:
     """A copy of `model` with training-time branches, which `refold.fold` takes back to the original architecture.
@@ -65,18 +65,20 @@ def unfold(
     chosen = find_plan(plan)
     if start not in get_args(Start):
         raise InputError(f"There is no start '{start}'; choose one of {', '.join(get_args(Start))}.")
-    if form not in get_args(Form):
-        raise InputError(f"There is no form '{form}'; choose one of {', '.join(get_args(Form))}.")
+    if form not in get_args(BranchComputation):
+        raise InputError(
+            f"There is no form '{form}'; choose one of {', '.join(get_args(BranchComputation))}."
+        )
     wide = _copy(model)
     given = default_input(model) if example_input is None else example_input
     arguments = given if isinstance(given, tuple) else (given,)
     seen = observe(wide, arguments)
-    if not seen.candidates:
+    if not seen.unfoldable:
         raise InputError(_nothing_to_unfold(model))
     report = described(UnfoldReport(chosen.name, [], seen.norms, form), wide)
     name = type(model).__name__
     selected = _select(
-        seen.candidates, chosen, _several(kinds), _several(layers), _several(exclude), _several(stages), name
+        seen.unfoldable, chosen, _several(kinds), _several(layers), _several(exclude), _several(stages), name
     )
     repeats = _repeats(selected, branches, chosen)
     asked = [
@@ -142,14 +144,14 @@ def _nothing_to_unfold(model: nn.Module) -> str:
 
 
 def _select(
-    found: Sequence[Candidate],
+    found: Sequence[UnfoldableLayer],
     plan: Plan,
     kinds: Collection[Kind] | None,
     layers: Sequence[str],
     exclude: Sequence[str],
     stages: Collection[int] | None,
     model: str,
-) -> list[Candidate]:
+) -> list[UnfoldableLayer]:
     """The candidates that were asked for. Raises InputError where a condition matches nothing, saying what there is."""
     for kind in kinds or ():
         if kind not in get_args(Kind):
@@ -187,7 +189,7 @@ def _select(
 
 
 def _repeats(
-    selected: Sequence[Candidate], branches: int | Mapping[str, int] | None, plan: Plan
+    selected: Sequence[UnfoldableLayer], branches: int | Mapping[str, int] | None, plan: Plan
 ) -> dict[str, int]:
     rules = plan.repeats if branches is None else branches
     if not isinstance(rules, Mapping):

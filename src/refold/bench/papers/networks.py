@@ -10,9 +10,10 @@ from torch.nn.functional import adaptive_avg_pool2d
 
 from refold.bench.papers.published import PaperRow
 from refold.checkpoints import example_input
+from refold.conversion import pointwise_to_linear
 from refold.errors import InputError
 from refold.folding import fold
-from refold.models import create_model, pointwise_to_linear
+from refold.models import create_model
 from refold.models.ghostnet import GHOST_ROWS
 
 _TORCHVISION, _OPERATORS = "torchvision/", "refold/ghost_operators"

@@ -22,7 +22,7 @@ from refold.blocks.parallel.choosing import Part, choose
 from refold.blocks.parallel.forms import from_moments, stacked
 from refold.errors import InputError
 
-Form = Literal["auto", "looped", "stacked", "moments"]
+BranchComputation = Literal["auto", "looped", "stacked", "moments"]
 
 
 class ParallelBranches(nn.Module):
@@ -53,15 +53,17 @@ class ParallelBranches(nn.Module):
         skip: nn.Module | None = None,
         *,
         adds_input: bool = False,
-        form: Form = "auto",
+        form: BranchComputation = "auto",
     ) -> None:
         super().__init__()
-        if form not in get_args(Form):
-            raise InputError(f"There is no form '{form}'; choose one of {', '.join(get_args(Form))}.")
+        if form not in get_args(BranchComputation):
+            raise InputError(
+                f"There is no form '{form}'; choose one of {', '.join(get_args(BranchComputation))}."
+            )
         self.branches = nn.ModuleList(branches)
         self.skip = skip
         self.adds_input = adds_input
-        self.form: Form = form
+        self.form: BranchComputation = form
         linear = [i for i, branch in enumerate(branches) if is_linear(branch)]
         self._others = [i for i in range(len(branches)) if i not in linear]
         self._pointwise: list[int] = []

@@ -10,10 +10,11 @@ from torch import Tensor, nn
 
 from golden import drawn_weights
 from refold.blocks import BasicBlock, GGhostStage, ResidualBottleneck
+from refold.conversion import stages_to_gghost
 from refold.errors import InputError
 from refold.folding import fold
 from refold.folding.cost import count
-from refold.models import create_model, stages_to_gghost
+from refold.models import create_model
 
 
 def gghost_stages(model: nn.Module) -> dict[str, GGhostStage]:

@@ -13,9 +13,10 @@ from torch.nn import functional as F
 import refold
 from golden import drawn_weights
 from refold.blocks import GhostConv2d
+from refold.conversion import convolutions_to_ghost
 from refold.errors import InputError
 from refold.folding.cost import count
-from refold.models import convolutions_to_ghost, create_model
+from refold.models import create_model
 
 
 def ghosts(model: nn.Module) -> dict[str, GhostConv2d]:

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from refold.blocks import GhostConv2d, GhostModule
+from refold.conversion.layer_kinds import replaced
+from refold.conversion.observation import ConvolutionRun, observe_convolutions, run_once
 from refold.errors import InputError, first_line
 from refold.folding.recording import has_hooks
-from refold.models.conversion import replaced
 from refold.models.images import example_input as image_for
-from refold.models.observation import Call, observe_convolutions, run_once
 
 _GHOSTS = (GhostModule, GhostConv2d)
 _SHAPE = ("kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
@@ -63,21 +63,21 @@ def convolutions_to_ghost(
     # Held until the end: the identity of a replaced module must not be given to a new one.
     whole = copy.deepcopy(model)
     arguments = (image_for(whole) if example_input is None else example_input,)
-    calls, _ = observe_convolutions(whole, arguments)
+    runs, _ = observe_convolutions(whole, arguments)
     layers = {name: module for name, module in whole.named_modules() if isinstance(module, nn.Conv2d)}
     ghosts = [
         module for module in whole.modules() if isinstance(module, _GHOSTS) and module.cheap is not None
     ]
     parts = {id(part) for ghost in ghosts for part in ghost.modules()}
-    reasons = {name: _reason_to_leave(layer, calls, parts, ratio) for name, layer in layers.items()}
+    reasons = {name: _reason_to_leave(layer, runs, parts, ratio) for name, layer in layers.items()}
     included, excluded = _matches("include", include, layers), _matches("exclude", exclude, layers)
     replacements: dict[int, nn.Module] = {}
     for name in _chosen(reasons, included - excluded, excluded):
         layer = layers[name]
-        call = calls[id(layer)]
-        replacements[id(layer)] = _ghost(layer, call, ratio, cheap_kernel_size)
-        if call.norm is not None:
-            replacements[id(call.norm)] = _rest_of(call.norm)
+        run = runs[id(layer)]
+        replacements[id(layer)] = _ghost(layer, run, ratio, cheap_kernel_size)
+        if run.norm is not None:
+            replacements[id(run.norm)] = _rest_of(run.norm)
     if not replacements:
         raise InputError(_nothing_to_replace(model, reasons, excluded))
     vars(whole).pop("architecture", None)  # by its record another network would be built
@@ -101,24 +101,24 @@ class _Reason:
 
 
 def _reason_to_leave(
-    layer: nn.Conv2d, calls: dict[int, Call], parts_of_ghosts: set[int], ratio: int
+    layer: nn.Conv2d, runs: dict[int, ConvolutionRun], parts_of_ghosts: set[int], ratio: int
 ) -> _Reason | None:
-    call = calls.get(id(layer))
+    run = runs.get(id(layer))
     if type(layer) is not nn.Conv2d:
         return _Reason("is a subclass of nn.Conv2d", is_final=True)
     if is_parametrized(layer) or has_hooks(layer):
         return _Reason("has hooks or a computed weight", is_final=True)
-    if call is None:
+    if run is None:
         return _Reason("does not run", is_final=True)
     if id(layer) in parts_of_ghosts:
         return _Reason("is part of a ghost module", is_final=True)
-    if call.place == 0:
+    if run.place == 0:
         return _Reason("is the first one")
     if layer.groups > 1:
         return _Reason("is grouped")
     if layer.out_channels < 2 * ratio:
         return _Reason(f"has fewer than {2 * ratio} output channels")
-    if call.pixels == 1:
+    if run.pixels == 1:
         return _Reason("gives a single pixel")
     return None
 
@@ -159,9 +159,9 @@ def _nothing_to_replace(model: nn.Module, reasons: dict[str, _Reason | None], ex
     )
 
 
-def _ghost(layer: nn.Conv2d, call: Call, ratio: int, cheap_kernel_size: int) -> GhostConv2d:
+def _ghost(layer: nn.Conv2d, run: ConvolutionRun, ratio: int, cheap_kernel_size: int) -> GhostConv2d:
     """The module for a layer and its norm, with the first filters of the layer and values of the norm."""
-    norm = call.norm
+    norm = run.norm
     shape: dict[str, Any] = {name: getattr(layer, name) for name in _SHAPE}
     with torch.device(layer.weight.device):
         ghost = GhostConv2d(
@@ -172,7 +172,7 @@ def _ghost(layer: nn.Conv2d, call: Call, ratio: int, cheap_kernel_size: int) -> 
             ratio=ratio,
             cheap_kernel_size=cheap_kernel_size,
             norm=None if norm is None else _norm_like(norm),
-            activation=call.activation,
+            activation=run.activation,
         ).to(layer.weight.dtype)
     kept = ghost.get_parameter("primary.conv.weight").shape[0] // layer.groups
     # Every group of a grouped layer keeps as many of its filters.

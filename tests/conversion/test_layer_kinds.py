@@ -10,15 +10,11 @@ from torch import Tensor, nn
 from golden import drawn_weights
 from refold.blocks import AddedC3, PointwiseLinear, RepUnit3
 from refold.checkpoints import load, read_card, save
+from refold.conversion import concatenation_to_addition, linear_to_pointwise, pointwise_to_linear
 from refold.errors import InputError
 from refold.folding.cost import count
 from refold.folding.fold import fold
-from refold.models import (
-    concatenation_to_addition,
-    create_model,
-    linear_to_pointwise,
-    pointwise_to_linear,
-)
+from refold.models import create_model
 from refold.models.repnext import RepNeXt, RepNeXtTable
 
 

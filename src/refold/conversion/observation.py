@@ -5,10 +5,11 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
-from timm.layers import BatchNormAct2d
+from timm.layers import BatchNormAct2d, Conv2dSame
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
@@ -32,11 +33,12 @@ _FUNCTIONS: dict[str, type[nn.Module]] = {
 
 
 @dataclass
-class Call:
+class ConvolutionRun:
     """How a convolution ran: its place in the order, how often, and the shape of its first output.
 
     ``norm`` is the batch norm that alone reads the output, if one does. ``activation`` computes what reads the output
     or that of the norm first, if that is an activation; it never works in place.
+    ``is_looked_into`` says whether code around it read its parameters, as can be seen of the classes in `WATCHED`.
     """
 
     place: int
@@ -44,6 +46,7 @@ class Call:
     shape: torch.Size
     norm: nn.Module | None = None
     activation: nn.Module | None = None
+    is_looked_into: bool = False
 
     @property
     def pixels(self) -> int:
@@ -53,14 +56,14 @@ class Call:
 
 def observe_convolutions(
     model: nn.Module, arguments: tuple[Any, ...]
-) -> tuple[dict[int, Call], list[Tensor]]:
+) -> tuple[dict[int, ConvolutionRun], list[Tensor]]:
     """How each ``nn.Conv2d`` of the model runs on the positional arguments, by its id, and what the model returns.
 
     Those that do not run have no entry. The model runs once, in evaluation mode, and is left as it was.
     Raises ``InputError`` where it does not run.
     """
     watch = _Watch()
-    with watch.hooked(model), watch:
+    with _parameters_watched(model) as looked_into, watch.hooked(model), watch:
         try:
             outputs = run_once(model, arguments)
         except Exception as error:
@@ -72,7 +75,7 @@ def observe_convolutions(
             ) from error
         for output in outputs:
             watch.note(output, "return")
-    return {key: watch.call(key) for key in watch.outputs}, outputs
+    return {key: watch.run_of(key, key in looked_into) for key in watch.outputs}, outputs
 
 
 @torch.no_grad()
@@ -158,10 +161,11 @@ class _Watch(TorchFunctionMode):
         if args:
             self.note(args[0], module)
 
-    def call(self, convolution: int) -> Call:
+    def run_of(self, convolution: int, is_looked_into: bool) -> ConvolutionRun:
         """What the run showed of the convolution with this id."""
         out = self.outputs[convolution]
-        found = Call(list(self.outputs).index(convolution), self.times[convolution], out.shape)
+        place = list(self.outputs).index(convolution)
+        found = ConvolutionRun(place, self.times[convolution], out.shape, is_looked_into=is_looked_into)
         norm = self.norms.get(id(out))
         is_own = (
             norm is not None
@@ -197,3 +201,49 @@ def _activation(readers: list[nn.Module | str]) -> nn.Module | None:
     if hasattr(own, "inplace"):
         own.inplace = False  # type: ignore[assignment]  # an attribute of activations, which nn.Module does not know
     return own
+
+
+@contextmanager
+def _parameters_watched(model: nn.Module) -> Iterator[set[int]]:
+    """The ids of the convolutions whose parameters are read by code around them meanwhile."""
+    looked_into: set[int] = set()
+    changed = [module for module in model.modules() if type(module) in WATCHED]
+    for module in changed:
+        vars(module)["_look"] = partial(looked_into.add, id(module))
+        module.__class__ = WATCHED[type(module)]
+    try:
+        yield looked_into
+    finally:
+        for module in changed:
+            module.__class__ = type(module).__bases__[-1]
+            del vars(module)["_look"]
+
+
+class _Watched:
+    """A convolution that notes when code around it asks for its parameters."""
+
+    _runs = False
+
+    def forward(self, *inputs: Any, **others: Any) -> Any:
+        self._runs = True
+        try:
+            return super().forward(*inputs, **others)  # type: ignore[misc]  # that of the convolution
+        finally:
+            del self._runs
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("weight", "bias") and not self._runs:
+            vars(self)["_look"]()
+        return super().__getattr__(name)  # type: ignore[misc]  # that of nn.Module
+
+
+class _WatchedConv2d(_Watched, nn.Conv2d):
+    pass
+
+
+class _WatchedConv2dSame(_Watched, Conv2dSame):  # type: ignore[misc]  # timm is not typed
+    pass
+
+
+WATCHED: dict[type, type] = {nn.Conv2d: _WatchedConv2d, Conv2dSame: _WatchedConv2dSame}
+"""The classes of convolutions that are seen being looked into, and what they are meanwhile."""

@@ -1,0 +1,64 @@
+"""Options of a command line from the dataclass that declares them."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Collection
+from functools import wraps
+from typing import Annotated, Any
+
+import typer
+
+from refold.training.options import Declared, declared_options
+
+Command = Callable[..., None]
+
+
+def takes_options_of(
+    declaration: type, *, without: Collection[str] = (), required: Collection[str] = ()
+) -> Callable[[Command], Command]:
+    """Let a command take the options that a dataclass declares, before its own options.
+
+    It gets their values by name as its first argument. Options ``without`` are left out, ``required`` ones must be
+    given.
+    """
+    declared = [option for option in declared_options(declaration) if option.name not in without]
+
+    def with_options(command: Command) -> Command:
+        own = list(inspect.signature(command, eval_str=True).parameters.values())[1:]
+
+        @wraps(command)
+        def parsed(**values: Any) -> None:
+            given = {option.name: values.pop(option.name) for option in declared}
+            command(given, **values)
+
+        parameters = [
+            *(_parameter(option, option.name in required) for option in declared),
+            *(parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in own),
+        ]
+        parsed.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]  # what Typer reads
+        parsed.__annotations__ = {p.name: p.annotation for p in parameters}
+        return parsed
+
+    return with_options
+
+
+def _parameter(declared: Declared, is_required: bool) -> inspect.Parameter:
+    said = declared.option
+    name = f"--{declared.name.replace('_', '-')}"
+    # A switch that is on by default needs the form that turns it off, which Typer adds where no name is given.
+    names = [] if declared.default is True else [name, *([said.short] if said.short else [])]
+    option = typer.Option(
+        *names,
+        help=said.help,
+        min=said.least,
+        max=said.most,
+        metavar=said.metavar,
+        show_default=said.shown_default or True,
+    )
+    return inspect.Parameter(
+        declared.name,
+        inspect.Parameter.KEYWORD_ONLY,
+        default=inspect.Parameter.empty if is_required else declared.default,
+        annotation=Annotated[declared.type, option],
+    )

@@ -1,0 +1,127 @@
+"""A trained network that answers for images prepared for another one: loading it, and asking it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from refold.checkpoints import load, read_card
+from refold.errors import InputError
+from refold.files import PathLike
+from refold.models import create_model, load_checkpoint
+
+_CHECKPOINT_SUFFIXES = {".safetensors", ".pth", ".pt", ".ckpt", ".bin", ".tar"}
+
+
+def teacher_network(name: str, classes: int, checkpoint: PathLike | None = None) -> nn.Module:
+    """A teacher in eval mode: a checkpoint of refold's in either form, or a named network and its weights.
+
+    A named network without a checkpoint takes the weights that are published for it.
+    Raises `InputError`, `CheckpointError` or `UnknownModel` where that is not possible.
+    """
+    if any(name.endswith(suffix) for suffix in _CHECKPOINT_SUFFIXES):
+        if checkpoint is not None:
+            raise InputError(f"The teacher '{name}' is a checkpoint already; give no second one.")
+        return load(name)
+    if checkpoint is None:
+        return create_model(name, pretrained=True).eval()
+    if read_card(checkpoint) is not None:
+        return load(checkpoint)
+    net = create_model(name, num_classes=classes)
+    load_checkpoint(net, checkpoint)
+    return net.eval()
+
+
+class Teacher:
+    """A trained network that answers for images prepared for the student, by its own preprocessing.
+
+    ``network`` maps images to logits; ``preprocessing`` (timm's terms: ``input_size``, ``mean``, ``std``) is the
+    teacher's, ``student_preprocessing`` what the images were prepared with. ``class_order`` lists, for each
+    class of the student, its place among the teacher's. It is no module, so that the student's parameters and
+    checkpoints never include it.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        preprocessing: dict[str, Any],
+        student_preprocessing: dict[str, Any],
+        class_order: Sequence[int] | None = None,
+    ) -> None:
+        self.network = network.eval().requires_grad_(False)
+        self.size = tuple(preprocessing["input_size"][-2:])
+        # x_student · std_s + mean_s are pixels, and (pixels − mean_t) / std_t what the teacher wants.
+        mean, std = _channels(preprocessing["mean"]), _channels(preprocessing["std"])
+        student_mean = _channels(student_preprocessing["mean"])
+        student_std = _channels(student_preprocessing["std"])
+        self.scale = student_std / std
+        self.shift = (student_mean - mean) / std
+        self.class_order = None if class_order is None else torch.tensor(class_order)
+
+    def to(self, device: torch.device) -> Teacher:
+        """Move to the device of the images."""
+        self.network.to(device)
+        self.scale, self.shift = self.scale.to(device), self.shift.to(device)
+        if self.class_order is not None:
+            self.class_order = self.class_order.to(device)
+        return self
+
+    def prepare(self, images: Tensor) -> Tensor:
+        """The student's images ``(n, 3, height, width)`` as the teacher wants them, at its input size."""
+        images = images * self.scale + self.shift
+        if tuple(images.shape[-2:]) != self.size:
+            images = F.interpolate(images, self.size, mode="bicubic", align_corners=False, antialias=True)
+        return images
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor) -> Tensor:
+        """Logits ``(n, classes)`` in the student's order of classes."""
+        self.network.eval()
+        logits: Tensor = self.network(self.prepare(images))
+        return logits if self.class_order is None else logits[:, self.class_order]
+
+
+def open_teacher(
+    network: nn.Module, title: str, class_names: Sequence[str], student_preprocessing: dict[str, Any]
+) -> Teacher:
+    """A teacher for a student with these classes; its preprocessing is that of its card or timm's of its name.
+
+    Raises `InputError` where the teacher's classes are others.
+    """
+    card = getattr(network, "card", None)
+    preprocessing = dict(getattr(network, "pretrained_cfg", None) or {})
+    if card is not None and card.preprocessing is not None:
+        preprocessing |= card.preprocessing
+    preprocessing.setdefault("mean", IMAGENET_DEFAULT_MEAN)
+    preprocessing.setdefault("std", IMAGENET_DEFAULT_STD)
+    preprocessing.setdefault("input_size", student_preprocessing["input_size"])
+    names = None if card is None else card.class_names
+    if names is not None and sorted(names) != sorted(class_names):
+        stranger = sorted(set(names) ^ set(class_names))[0]
+        raise InputError(
+            f"The teacher '{title}' knows other classes than the data: '{stranger}' is only in one of them; "
+            "give a teacher that was trained on the same classes."
+        )
+    teacher = Teacher(
+        network,
+        preprocessing,
+        student_preprocessing,
+        None if names is None or list(names) == list(class_names) else [names.index(n) for n in class_names],
+    )
+    with torch.no_grad():
+        answered = network(torch.zeros(1, 3, *teacher.size)).shape[-1]
+    if answered != len(class_names):
+        raise InputError(
+            f"The teacher '{title}' knows {answered} classes and the data has {len(class_names)}; "
+            "give a teacher that was trained on the same classes."
+        )
+    return teacher
+
+
+def _channels(values: Sequence[float]) -> Tensor:
+    return torch.tensor(tuple(values), dtype=torch.float32).view(1, -1, 1, 1)
