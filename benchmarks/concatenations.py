@@ -24,7 +24,7 @@ from torch import fx, nn
 import refold
 from pages import put_table
 from refold import folding
-from refold.bench.objective import EngineStopwatch, fingerprint, fold_by_latency
+from refold.bench.objective import EngineStopwatch, Latency, fingerprint
 from refold.bench.timing import Timing
 from refold.files import write_text
 from refold.folding.alternatives import SINK, Alternative
@@ -69,7 +69,8 @@ def choose(name: str, engine: str, memory: Path) -> dict[str, Any]:
     begun = time.monotonic()
     with EngineStopwatch(engine) as stopwatch:
         time_parts = Remembering(stopwatch, memory)
-        chosen: Any = fold_by_latency(refold.create_model(name).eval(), image_for(name), time_parts, engine)
+        objective = Latency(engine, stopwatch=time_parts)
+        chosen: Any = refold.fold(refold.create_model(name).eval(), image_for(name), objective=objective)
     report = chosen.fold_report
     return {
         "seconds": round(time.monotonic() - begun),

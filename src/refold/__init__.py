@@ -18,10 +18,10 @@ from refold.export import export
 
 if TYPE_CHECKING:
     from refold.bench import benchmark
-    from refold.bench.objective import fold
+    from refold.bench.objective import Latency
     from refold.bench.papers import list_papers, paper
     from refold.checkpoints import load, save
-    from refold.folding import FoldReport, Proof, verify
+    from refold.folding import FoldReport, Proof, fold, verify
     from refold.models import create_model, list_models, load_checkpoint
     from refold.unfolding import UnfoldReport, original_state_dict, unfold
 
@@ -29,6 +29,7 @@ __all__ = [
     "CheckpointError",
     "FoldReport",
     "InputError",
+    "Latency",
     "NotEquivalent",
     "NotFoldable",
     "Proof",
@@ -55,8 +56,8 @@ _HOME = {
     "benchmark": "refold.bench.runner",
     **dict.fromkeys(("list_papers", "paper"), "refold.bench.papers"),
     **dict.fromkeys(("load", "save"), "refold.checkpoints"),
-    "fold": "refold.bench.objective",
-    **dict.fromkeys(("FoldReport", "Proof", "verify"), "refold.folding"),
+    "Latency": "refold.bench.objective",
+    **dict.fromkeys(("FoldReport", "Proof", "fold", "verify"), "refold.folding"),
     **dict.fromkeys(("create_model", "list_models", "load_checkpoint"), "refold.models"),
     **dict.fromkeys(("UnfoldReport", "original_state_dict", "unfold"), "refold.unfolding"),
 }

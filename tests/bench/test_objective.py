@@ -13,11 +13,11 @@ from rich.console import Console
 from torch import Tensor, fx, nn
 
 import refold
-from refold.bench.objective import fold, fold_by_latency
+from refold.bench.objective import Latency
 from refold.bench.timing import Timing
 from refold.bench.turns import TimingFailed
 from refold.errors import InputError
-from refold.folding import count
+from refold.folding import count, fold
 
 
 class Ghost(nn.Module):
@@ -80,7 +80,7 @@ def decided(plain: Any) -> dict[tuple[str, str], bool]:
 
 def test_what_is_faster_is_kept_and_what_is_not_is_left() -> None:
     model, clock = network().eval(), Clock(concatenations_cost)
-    plain: Any = fold_by_latency(model, IMAGE, clock, "onnxruntime", threads=2)
+    plain: Any = fold(model, IMAGE, objective=Latency(threads=2, stopwatch=clock))
     assert decided(plain) == {
         ("4", "shortcut"): False,
         ("2", "sink"): True,
@@ -106,8 +106,10 @@ def test_what_is_faster_is_kept_and_what_is_not_is_left() -> None:
 def test_shortcuts_are_chosen_by_the_clock_too() -> None:
     for sums_cost, kept in ((5.0, True), (0.0, False)):
         clock = Clock(lambda runs, own=sums_cost: 10.0 + own * runs.get("add", 0) + runs["convolution"])
-        plain: Any = fold_by_latency(
-            nn.Sequential(Shortcut(), nn.Sigmoid()), torch.zeros(1, 16, 12, 12), clock, "x"
+        plain: Any = fold(
+            nn.Sequential(Shortcut(), nn.Sigmoid()),
+            torch.zeros(1, 16, 12, 12),
+            objective=Latency(stopwatch=clock),
         )
         assert decided(plain)["0", "shortcut"] is kept
         assert ("add" in plain.fold_report.after.operators) is not kept
@@ -135,7 +137,7 @@ def test_all_is_undone_where_the_whole_network_is_not_faster() -> None:
         return 10.0 - runs.get("concatenation", 0) if whole else concatenations_cost(runs)
 
     model = network().eval()
-    plain: Any = fold_by_latency(model, IMAGE, Clock(cost), "onnxruntime")
+    plain: Any = fold(model, IMAGE, objective=Latency(stopwatch=Clock(cost)))
     assert plain.fold_report.after.operators["concatenation"] == 2
     assert decided(plain)["", "whole network"] is False
     assert "rewrites" not in plain.fold_report.options
@@ -146,7 +148,7 @@ def test_what_cannot_be_measured_is_left_with_the_reason() -> None:
     def clock(networks: Sequence[nn.Module], example: Tensor) -> tuple[Timing, ...]:
         raise TimingFailed("no answer within 120 s; its process was ended")
 
-    plain: Any = fold_by_latency(network().eval(), IMAGE, clock, "onnxruntime")
+    plain: Any = fold(network().eval(), IMAGE, objective=Latency(stopwatch=clock))
     assert not any(each.kept for each in plain.fold_report.decisions)
     assert {each.note for each in plain.fold_report.decisions} == {
         "no answer within 120 s; its process was ended"
@@ -161,17 +163,17 @@ def test_channels_last_is_tried_where_the_engine_takes_the_layout() -> None:
         return tuple(Timing((2.0 if plain else 1.0,) * 8) for plain in last or [True] * len(networks))
 
     net = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 8, 3))
-    plain: Any = fold_by_latency(net, IMAGE, clock, "pytorch")
+    plain: Any = fold(net, IMAGE, objective=Latency("pytorch", stopwatch=clock))
     assert plain.fold_report.decisions[-1].change == "channels last in memory"
     assert plain.get_parameter("0.weight").is_contiguous(memory_format=torch.channels_last)
-    plain = fold_by_latency(net, IMAGE, clock, "onnxruntime")
+    plain = fold(net, IMAGE, objective=Latency(stopwatch=clock))
     assert not plain.fold_report.decisions
 
 
 def test_the_choices_are_repeated_from_the_checkpoint(tmp_path: Any) -> None:
     model = refold.create_model("densenet121", num_classes=3, growth_rate=4, block_config=(2, 2)).eval()
     x = torch.randn(1, 3, 64, 64)
-    plain: Any = fold_by_latency(model, x, Clock(concatenations_cost), "onnxruntime", prove=False)
+    plain: Any = fold(model, x, objective=Latency(stopwatch=Clock(concatenations_cost)), prove=False)
     kept = [each for each in plain.fold_report.decisions if each.kept and each.kind == "sink"]
     assert len(plain.fold_report.options["rewrites"]) == len(kept) == 4
     refold.save(plain, tmp_path / "plain.safetensors")
@@ -182,16 +184,16 @@ def test_the_choices_are_repeated_from_the_checkpoint(tmp_path: Any) -> None:
 
 def test_what_makes_no_sense_is_refused() -> None:
     net = nn.Sequential(nn.Conv2d(3, 4, 1))
-    with pytest.raises(InputError, match="objective='latency' alone"):
-        fold(net, IMAGE, engine="onnxruntime")
+    with pytest.raises(InputError, match=r'refold\.Latency\("onnxruntime"\)'):
+        fold(net, IMAGE, objective="latency")  # type: ignore[arg-type]
     with pytest.raises(InputError, match="no engine 'tensorflow'"):
-        fold(net, IMAGE, objective="latency", engine="tensorflow")
+        Latency("tensorflow")
     with pytest.raises(InputError, match="one engine only"):
-        fold(net, IMAGE, objective="latency", engine="all")
+        Latency("all")
     with pytest.raises(InputError, match="takes one tensor"):
-        fold(net, (IMAGE, IMAGE), objective="latency")
+        fold(net, (IMAGE, IMAGE), objective=Latency())
     with pytest.raises(InputError, match="leave out one"):
-        fold(net, IMAGE, objective="latency", rewrites=["sink cat"])
+        fold(net, IMAGE, objective=Latency(), rewrites=["sink cat"])
     with pytest.raises(InputError, match="objective is 'speed'"):
         fold(net, IMAGE, objective="speed")  # type: ignore[arg-type]
 
@@ -203,7 +205,7 @@ def test_on_a_real_engine() -> None:
     ).eval()
     told: list[str] = []
     plain: Any = refold.fold(
-        model, torch.zeros(1, 3, 56, 56), objective="latency", engine="onnxruntime", on_progress=told.append
+        model, torch.zeros(1, 3, 56, 56), objective=refold.Latency(on_progress=told.append)
     )
     (sink, *_) = plain.fold_report.decisions
     assert sink.kind == "sink"

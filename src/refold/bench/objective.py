@@ -1,4 +1,4 @@
-"""`refold.fold`: for the objective "latency", exact rewrites are measured on an engine, and those that pay are kept."""
+"""The latency on an engine as an objective of folding: exact rewrites are measured, and those that pay are kept."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, fx, nn
@@ -20,9 +20,9 @@ from refold.bench.turns import TimedNetwork, TimingFailed, WorkerProcess, interl
 from refold.bench.worker import PYTORCH
 from refold.errors import InputError, first_line
 from refold.export import FORMATS, Request, get_engine
-from refold.folding import Decision
-from refold.folding import fold as fold_without_measuring
+from refold.folding import Decision, fold
 from refold.folding.alternatives import Alternative
+from refold.folding.fold import Shortcuts
 
 Progress = Callable[[str], None]
 
@@ -136,108 +136,80 @@ class LatencyJudge:
         return self._known[key]
 
 
-def fold(
-    model: nn.Module,
-    example_input: Any,
-    *,
-    prove: bool = True,
-    objective: Literal["macs", "operators", "latency"] = "macs",
-    shortcuts: Literal["keep", "fold"] = "keep",
-    rewrites: Sequence[str] = (),
-    engine: str | None = None,
-    threads: int = 1,
-    time_limit: float = 120.0,
-    on_progress: Progress | None = None,
-) -> nn.Module:
-    """A plain network that computes what `model` computes in evaluation mode, every linear part one layer.
+@dataclass(frozen=True)
+class Latency:
+    """The time that one call of a network takes on an engine, as the objective of a fold.
 
-    `example_input` is what the model is called with: a tensor, `[batch, channels, *size]` as a rule, or the tuple of
-    positional arguments. The model is left untouched; the result keeps its class, dtype, device and methods, is in
-    evaluation mode, and carries a `FoldReport` as `fold_report`. With `prove` (the default) every region is proved in
-    float64, borders included, at two sizes, and then the whole network.
+    `refold.fold(model, example, objective=Latency("onnxruntime", threads=1))` rewrites the plain network further,
+    exactly and proved, wherever that is faster on `engine` ("pytorch" and those of `refold.export`) with `threads`
+    threads: shortcuts are folded, concatenations sink into the convolutions behind them, 1x1 convolutions of one pixel
+    and linear layers take each other's place. Each is measured by itself, on the size of the example, a single batch
+    of images, and kept where it gains more than 1% and noise; at the end the whole network is measured, and if it is
+    not faster all is undone. `fold_report.decisions` has the figures. Measuring takes minutes; `on_progress` is told
+    what is measured, and what does not answer within `time_limit` seconds is left as it was. `stopwatch` times
+    networks in another way than in the engine.
 
-    No fold may raise the multiply-accumulates, unless the `objective` is "operators": then those of depthwise
-    convolutions, which memory holds up rather than arithmetic, do not count, and depthwise kernels of several sizes,
-    each for a part of the channels, become one (RepNeXt, eq. 2).
-    `shortcuts="fold"` also takes each shortcut around a chain of convolutions into them, wherever it passes through
-    the chain's activations, at the price of more channels (RepNeXt, eq. 5 to 8).
-
-    With the `objective` "latency" the plain network is rewritten further, exactly and proved, wherever that is faster
-    on `engine` (by default ONNX Runtime; "pytorch" and those of `refold.export`) with `threads` threads: shortcuts are
-    folded, concatenations sink into the convolutions behind them, 1x1 convolutions of one pixel and linear layers
-    take each other's place. Each is measured by itself, on the size of `example_input`, a single batch of images,
-    and kept where it gains more than 1% and noise; at the end the whole network is measured, and if it is not faster
-    all is undone. `fold_report.decisions` has the figures. Measuring takes minutes; `on_progress` is told what is
-    measured, and what does not answer within `time_limit` seconds is left as it was.
-    `rewrites` are the names, in `fold_report.options`, of what was kept in such a fold: to do the same unmeasured.
-
-    Raises `InputError` where the model does not run on the example, an option is unknown, or the engine is not
-    installed, `NotEquivalent` where the proof fails.
+    Raises `InputError` where the engine is unknown or not installed.
     """
-    if objective != "latency":
-        if engine is not None:
-            raise InputError(
-                f"engine is {engine!r}; it is for objective='latency' alone, which measures on it."
-            )
-        options: dict[str, Any] = {"objective": objective, "shortcuts": shortcuts, "rewrites": rewrites}
-        return fold_without_measuring(model, example_input, prove=prove, **options)
-    if rewrites:
-        raise InputError(
-            "rewrites were given and objective='latency' would choose others; leave out one of them."
-        )
-    (name, *others) = engine_names(engine or "onnxruntime")
-    if others:
-        raise InputError("The latency can be that of one engine only; name one.")
-    if name != PYTORCH:
-        get_engine(name)
-    with EngineStopwatch(name, threads=threads, time_limit=time_limit) as stopwatch:
-        return fold_by_latency(
-            model,
-            example_input,
-            stopwatch,
-            name,
-            prove=prove,
-            shortcuts=shortcuts,
-            threads=threads,
-            report=on_progress or (lambda text: None),
-        )
 
+    engine: str = "onnxruntime"
+    threads: int = 1
+    time_limit: float = 120.0
+    on_progress: Progress = lambda text: None
+    stopwatch: Stopwatch | None = None
 
-def fold_by_latency(
-    model: nn.Module,
-    example_input: Any,
-    time: Stopwatch,
-    engine: str,
-    *,
-    prove: bool = True,
-    shortcuts: Literal["keep", "fold"] = "keep",
-    threads: int = 1,
-    report: Progress = lambda text: None,
-) -> nn.Module:
-    """What `fold` does for the objective "latency", with any way to time networks."""
-    image = _one_image(example_input)
-    judge = LatencyJudge(time, report)
-    found = fold_without_measuring(model, image, prove=prove, shortcuts=shortcuts, rewrites=judge)
-    account: Any = found.fold_report
-    if account.options.get("rewrites"):
-        report("the whole network")
-        plain = fold_without_measuring(model, image, prove=False, shortcuts=shortcuts)
-        whole = _whole(time, [plain, found], image, "all that was kept")
-        judge.decisions.append(whole)
-        if not whole.kept:
-            found = fold_without_measuring(model, image, prove=prove, shortcuts=shortcuts)
+    def __post_init__(self) -> None:
+        (name, *others) = engine_names(self.engine)
+        if others:
+            raise InputError("The latency can be that of one engine only; name one.")
+        if name != PYTORCH:
+            get_engine(name)
+
+    def fold(
+        self, model: nn.Module, example_input: Any, *, prove: bool, shortcuts: Shortcuts, tolerance: float
+    ) -> nn.Module:
+        """The plain network with what pays on the engine; `refold.fold` calls it."""
+        if self.stopwatch is not None:
+            return self._fold(model, example_input, self.stopwatch, prove, shortcuts, tolerance)
+        with EngineStopwatch(self.engine, threads=self.threads, time_limit=self.time_limit) as stopwatch:
+            return self._fold(model, example_input, stopwatch, prove, shortcuts, tolerance)
+
+    def _fold(
+        self,
+        model: nn.Module,
+        example_input: Any,
+        time: Stopwatch,
+        prove: bool,
+        shortcuts: Shortcuts,
+        tolerance: float,
+    ) -> nn.Module:
+        image = _one_image(example_input)
+        judge = LatencyJudge(time, self.on_progress)
+        options: dict[str, Any] = {"shortcuts": shortcuts, "tolerance": tolerance}
+        found = fold(model, image, prove=prove, rewrites=judge, **options)
+        account: Any = found.fold_report
+        if account.options.get("rewrites"):
+            self.on_progress("the whole network")
+            plain = fold(model, image, prove=False, **options)
+            whole = _whole(time, [plain, found], image, "all that was kept")
+            judge.decisions.append(whole)
+            if not whole.kept:
+                found = fold(model, image, prove=prove, **options)
+                account = found.fold_report
+                account.notes.append(f"{_UNDONE}: the whole network was not faster")
+                judge.decisions = [
+                    replace(d, kept=False, note=_UNDONE) if d.kept else d for d in judge.decisions
+                ]
+        if self.engine in _CHANNELS_LAST:
+            self.on_progress("channels last")
+            last = copy.deepcopy(found).to(memory_format=torch.channels_last)
+            whole = _whole(time, [found, last], image, "channels last in memory")
+            judge.decisions.append(whole)
+            found = last if whole.kept else found
             account = found.fold_report
-            account.notes.append(f"{_UNDONE}: the whole network was not faster")
-            judge.decisions = [replace(d, kept=False, note=_UNDONE) if d.kept else d for d in judge.decisions]
-    if engine in _CHANNELS_LAST:
-        report("channels last")
-        last = copy.deepcopy(found).to(memory_format=torch.channels_last)
-        whole = _whole(time, [found, last], image, "channels last in memory")
-        judge.decisions.append(whole)
-        found = last if whole.kept else found
-        account = found.fold_report
-    account.decisions, account.measured = judge.decisions, {"engine": engine, "threads": threads}
-    return found
+        account.decisions = judge.decisions
+        account.measured = {"engine": self.engine, "threads": self.threads}
+        return found
 
 
 def _written(network: nn.Module, folder: Path, engine: str, example: Tensor) -> Path:

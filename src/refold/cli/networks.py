@@ -112,13 +112,15 @@ def fold_command(
     num_classes: NumClasses = None,
 ) -> None:
     """Fold a network into its plain form, prove it, and write the plain checkpoint."""
-    from refold.bench.objective import fold
     from refold.checkpoints import example_input, save
     from refold.files import check_writable, write_text
+    from refold.folding import fold
 
     for path in (output, report):
         if path is not None:
             check_writable(path)
+    if objective != "latency" and engine is not None:
+        raise InputError(f"--engine is {engine}; it is for --objective latency alone, which measures on it.")
     if original and (report is not None or (objective, shortcuts) != ("macs", "keep")):
         raise InputError("--original folds branches only; leave --report, --objective and --shortcuts out.")
     model = network_from(target, checkpoint, num_classes)
@@ -127,15 +129,13 @@ def fold_command(
         _save_original(model, example, output)
         return
     with console.status("folding") as status:
-        plain: Any = fold(
-            model,
-            example,
-            objective=objective,
-            shortcuts=shortcuts,
-            engine=engine,
-            threads=threads,
-            on_progress=lambda text: status.update(f"measuring {escape(text)}"),
-        )
+        chosen: Any = objective
+        if objective == "latency":
+            from refold.bench.objective import Latency
+
+            tell = lambda text: status.update(f"measuring {escape(text)}")  # noqa: E731
+            chosen = Latency(engine or "onnxruntime", threads=threads, on_progress=tell)
+        plain: Any = fold(model, example, objective=chosen, shortcuts=shortcuts)
     console.print(plain.fold_report)
     save(plain, output)
     console.print(f"Plain checkpoint: {escape(str(output))}", soft_wrap=True)

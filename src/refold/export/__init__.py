@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from refold.export.engines import FORMATS, CannotRun, Contents, Engine, Format, get_engine, installed_engines
 from refold.export.report import ExportReport
 from refold.export.request import FLOAT16, FLOAT32, Normalization, Precision, Request
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import nn
 
     from refold.files import PathLike
 
@@ -34,7 +34,7 @@ __all__ = [
 def export(
     model: nn.Module,
     path: PathLike,
-    example_input: Tensor | tuple[Tensor, ...],
+    example_input: Any,
     *,
     engine: str = "onnxruntime",
     dynamic_batch: bool = True,
@@ -47,9 +47,10 @@ def export(
 ) -> ExportReport:
     """Write the eval-mode function of a model for an inference engine, and check the file by running it.
 
-    ``example_input`` is a tensor, or the tuple of positional arguments, batch first. A model in training form
-    is folded (and proved) first unless ``fold`` is False; the argument is untouched. ``half`` asks for float16
-    weights, and float16 arithmetic where the engine has it; inputs and outputs stay as they are.
+    ``example_input`` is what `refold.fold` takes, batch first; what of it is no tensor is fixed in the file.
+    A model in training form is folded (and proved) first unless ``fold`` is False; the argument is untouched.
+    ``half`` asks for float16 weights, and float16 arithmetic where the engine has it; inputs and outputs stay as they
+    are.
     ``normalize`` bakes in (x - mean) / std, True meaning the mean and std that the model's checkpoint or
     ``pretrained_cfg`` names, and ``softmax`` a softmax over axis 1. The file carries class names
     (those of the checkpoint unless given) and preprocessing where its format has room for them.
@@ -63,8 +64,9 @@ def export(
     file is left then.
     """
     from refold.export.checked import export_checked
+    from refold.export.preparing import called_with_tensors
 
-    inputs = example_input if isinstance(example_input, tuple) else (example_input,)
+    model, inputs = called_with_tensors(model, example_input)
     precision: Precision = FLOAT16 if half else FLOAT32
     return export_checked(
         model,

@@ -10,9 +10,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from refold.errors import InputError
 from refold.export.request import FLOAT16, Inputs, Normalization, Precision, Request
+from refold.folding.arguments import Arguments, as_arguments
 
 _PREPROCESSING = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
 
@@ -44,6 +46,43 @@ class Prepared(nn.Module):
             image = image * self.scale + self.shift
         output: Tensor = self.model(image)
         return output.softmax(dim=1) if self.softmax else output
+
+
+class Called(nn.Module):
+    """A network that is called with tensors alone, whatever it is given besides and however: that is fixed."""
+
+    def __init__(self, model: nn.Module, call: Arguments) -> None:
+        super().__init__()
+        self.model = model
+        leaves, self._structure = tree_flatten(call)
+        self._leaves = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        self._places = [index for index, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+
+    def forward(self, *tensors: Tensor) -> Any:
+        """Call the network with `tensors` in the places of those of the example."""
+        leaves = list(self._leaves)
+        for place, tensor in zip(self._places, tensors, strict=True):
+            leaves[place] = tensor
+        args, kwargs = tree_unflatten(leaves, self._structure)
+        return self.model(*args, **kwargs)
+
+
+def called_with_tensors(model: nn.Module, example_input: Any) -> tuple[nn.Module, Inputs]:
+    """A model that takes the tensors of an example, as `refold.fold` takes it, and these.
+
+    Raises `InputError` where the example holds no tensor.
+    """
+    args, kwargs = as_arguments(model, example_input)
+    if args and not kwargs and all(isinstance(value, Tensor) for value in args):
+        return model, args
+    tensors = tuple(leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor))
+    if not tensors:
+        raise InputError("The example holds no tensor; an exported network needs one input at least.")
+    wrapped = Called(model, (args, kwargs)).eval()
+    for name in ("card", "pretrained_cfg", "architecture", "fold_report"):
+        if hasattr(model, name):
+            setattr(wrapped, name, getattr(model, name))
+    return wrapped, tensors
 
 
 class HalfInside(nn.Module):
@@ -192,4 +231,4 @@ def with_batch_axis(
     # An axis that has one element in the example would be taken for a constant.
     inputs = tuple(torch.cat([tensor, tensor]) if tensor.dim() else tensor for tensor in request.inputs)
     shapes: tuple[Any, ...] = tuple({0: batch} if tensor.dim() else None for tensor in inputs)
-    return inputs, (shapes,) if isinstance(model, HalfInside) else shapes
+    return inputs, (shapes,) if isinstance(model, (HalfInside, Called)) else shapes

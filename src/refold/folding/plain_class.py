@@ -113,6 +113,8 @@ def _drop_unused(module: nn.Module, graph: fx.Graph, kept: set[str]) -> set[str]
             if child is None:
                 # The name stays, without a tensor: PyTorch's own layers ask for it when they are printed.
                 setattr(parent, name, None)
+                if name == "num_batches_tracked":  # a norm that counts puts it back when it is loaded
+                    parent.track_running_stats = False  # type: ignore[assignment]  # nn.Module types attributes
             else:
                 delattr(parent, name)
             if not prefix:
