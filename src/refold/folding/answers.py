@@ -66,10 +66,10 @@ def compare(expected: Answers, found: Answers, tolerance: float) -> Comparison:
     if pending:
         if len(expected.basis) != len(found.basis) or not expected.basis:
             return Comparison(float("inf"))
-        for e, f in zip(expected.basis, found.basis, strict=True):
-            if isinstance(e, Tensor) and isinstance(f, Tensor):
-                result.add(_counted(e, distance(e, f)))
-            elif e != f:
+        for was, now in zip(expected.basis, found.basis, strict=True):
+            if isinstance(was, Tensor) and isinstance(now, Tensor):
+                result.add(_counted(was, distance(was, now)))
+            elif was != now:
                 result.distance = float("inf")
         result.decided = pending
     return result

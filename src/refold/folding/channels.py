@@ -152,7 +152,7 @@ class Channels:
         return Role.KEEPS if self._keeps_channels(node, shape) else Role.OTHER
 
     def _convolution_role(self, operator: Map, shape: tuple[int, ...]) -> Role:
-        convolution = operator.build(_META)
+        convolution = operator.structure
         if convolution.spatial_axes != len(shape) - 2:
             return Role.OTHER
         if convolution.groups == 1:

@@ -48,7 +48,7 @@ def commuting_norms(planner: Planner, taken: Set[fx.Node]) -> list[Rewrite]:
             and (node, "passage") not in planner.excluded
         ):
             passage = _passage(planner, node, taken)
-            if passage is not None and is_channelwise(meaning.build(_META)):
+            if passage is not None and is_channelwise(meaning.structure):
                 found.append(_rewrite(planner, passage))
     return found
 

@@ -122,7 +122,7 @@ class Composer:
         if isinstance(operator, Moved):
             return self._moved(inner[0], operator, source)
         if isinstance(operator, Map):
-            convolution = operator.build(device)
+            convolution = operator.structure if device.type == "meta" else operator.build(device)
             if inner[0].moved is not None:
                 convolution = with_spatial_axes(
                     convolution, self._axes(inner[0], source, convolution.spatial_axes)
@@ -138,8 +138,8 @@ class Composer:
         if isinstance(operator, Bordered):
             if inner[0].moved or inner[0].flattened:
                 raise NotFoldable("its border is put around moved channels")
-            known = self._explicit(inner[0], source, len(operator.padding), like)
-            return replace(inner[0], convolution=constant_padding(known, operator.padding, operator.value))
+            whole = self._explicit(inner[0], source, len(operator.padding), like)
+            return replace(inner[0], convolution=constant_padding(whole, operator.padding, operator.value))
         if isinstance(operator, Sum):
             return self._sum(inner, operator, source, like)
         axes = self._axes(inner[0], source, operator.spatial_axes)

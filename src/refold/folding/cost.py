@@ -76,7 +76,8 @@ def count(model: nn.Module, example_input: Any) -> Cost:
                 f"{type(model).__name__} cannot run on an input of shape {shapes_listed(arguments)}: "
                 f"{first_line(error)}; give an example input that its forward pass accepts."
             ) from error
-    return counting.cost(model)
+    cost: Cost = counting.cost(model)
+    return cost
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from torch import fx, nn
 from refold.errors import NotFoldable
 from refold.folding.graphs import GraphCopy
 from refold.folding.planning import Planner
-from refold.folding.rewrite import NewLayer, Rewrite
+from refold.folding.rewrite import NewLayer, Rewrite, Value
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Extract:
         """The same with the rewrite."""
         return self._network(self.rewrite.steps)
 
-    def _network(self, steps: dict[fx.Node, object]) -> nn.Module:
+    def _network(self, steps: dict[fx.Node, Value]) -> nn.Module:
         recording = self.planner.recording
         parts: dict[str, object] = {}
 
@@ -58,7 +58,7 @@ class Extract:
             parts[place] = copy.deepcopy(layer.module)
             return place
 
-        written = GraphCopy(recording, steps, kept, kept, register)  # type: ignore[arg-type]  # steps are values
+        written = GraphCopy(recording, steps, kept, kept, register)
         written.values[self.source] = written.graph.placeholder("x")
         for node in self.planner.graph.nodes:
             if node in self.nodes:

@@ -92,7 +92,7 @@ def fold(
                 "rewrites were given and the objective would choose others; leave out one of them."
             )
         return objective.fold(model, example_input, prove=prove, shortcuts=shortcuts, tolerance=tolerance)
-    if objective == "latency":
+    if str(objective) == "latency":
         raise InputError(
             'objective is "latency", of what? Give it with its engine: refold.Latency("onnxruntime").'
         )
@@ -100,7 +100,7 @@ def fold(
     model, notes = unwrapped(model)
     arguments = as_arguments(model, example_input)
     limit = tolerance if prove else None
-    regions = [partial(linear_regions, depthwise_counts=objective == "macs"), _commuting]
+    regions: list[Pass] = [partial(linear_regions, depthwise_counts=objective == "macs"), _commuting]
     with plain_mode():
         stage = _Stage(model, arguments, limit)
         plain, report = stage.fold(regions, may_cost=objective == "operators")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -32,6 +33,11 @@ class Map:
     build: Build
     multiplies: bool
     """Whether it runs as a convolution or matrix product, and not as a cheap element-wise operator."""
+
+    @cached_property
+    def structure(self) -> Convolution:
+        """The convolution without its numbers, on the meta device."""
+        return self.build(torch.device("meta"))
 
 
 @dataclass(frozen=True)

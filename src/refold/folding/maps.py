@@ -8,7 +8,7 @@ from typing import Any, overload
 import torch
 from torch import Tensor, fx
 
-from refold.algebra import Convolution, average_pool, batch_norm, pointwise, zero_padding
+from refold.algebra import Convolution, affine, average_pool, batch_norm, pointwise, zero_padding
 from refold.errors import NotFoldable
 from refold.folding.linear import Bordered, Map, Use
 
@@ -77,6 +77,8 @@ def batch_norm_map(
     axes = len(use.shape(source)) - 2
 
     def build(device: torch.device) -> Convolution:
+        if device.type == "meta":  # its shape alone, which planning asks for often
+            return affine(on(device, mean), on(device, mean), axes)
         numbers = (on(device, mean), on(device, variance), on(device, weight), on(device, bias))
         return batch_norm(*numbers, epsilon, axes)
 

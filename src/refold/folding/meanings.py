@@ -76,8 +76,9 @@ def batch_norm(use: Use) -> Map:
     module = use.module
     if module is None:
         (mean, variance, weight, bias), epsilon, training = batch_norm_arguments(use)
-        tensors = (use.constant(value) for value in (mean, variance, weight, bias))
-        return batch_norm_map(use, use.argument(0, "input"), *tensors, epsilon, training)
+        tensors: list[Any] = [use.constant(value) for value in (mean, variance, weight, bias)]
+        settings: tuple[Any, ...] = (*tensors, epsilon, training)
+        return batch_norm_map(use, use.argument(0, "input"), *settings)
     if type(module).forward not in (_BatchNorm.forward, nn.SyncBatchNorm.forward):
         raise NotFoldable("its class has a forward of its own")
     weight, bias = _weights(module)
@@ -99,12 +100,13 @@ def batch_norm_arguments(use: Use) -> tuple[tuple[Any, Any, Any, Any], float, bo
 
 
 def average_pool(use: Use) -> Map | None:
-    names = (("kernel_size", None), ("stride", None), ("padding", 0), ("ceil_mode", False))
-    names += (("count_include_pad", True), ("divisor_override", None))
+    names: tuple[tuple[str, Any], ...] = (("kernel_size", None), ("stride", None), ("padding", 0))
+    names += (("ceil_mode", False), ("count_include_pad", True), ("divisor_override", None))
     if use.module is None:
-        given = [use.argument(1 + i, name, default) for i, (name, default) in enumerate(names)]
+        given: list[Any] = [use.argument(1 + i, name, default) for i, (name, default) in enumerate(names)]
         return average_pool_map(use, use.argument(0, "input"), *given)
-    return average_pool_map(use, use.source, *(getattr(use.module, name, default) for name, default in names))
+    given = [getattr(use.module, name, default) for name, default in names]
+    return average_pool_map(use, use.source, *given)
 
 
 def padding(use: Use) -> Map | Bordered | None:
@@ -159,7 +161,7 @@ def permuted(use: Use) -> Moved | None:
     name = str(getattr(use.node.target, "__name__", use.node.target))
     if name == "permute":
         given = use.argument(1, "dims")
-        order = tuple(given) if isinstance(given, (tuple, list)) else use.node.args[1:]
+        order: tuple[Any, ...] = tuple(given) if isinstance(given, (tuple, list)) else use.node.args[1:]
     else:
         pair = [
             use.argument(1, "dim0", use.node.kwargs.get("source")),
@@ -275,7 +277,7 @@ def border(use: Use) -> Bordered | None:
     )
     if not isinstance(meaning, Map) or value is None:
         return None
-    ends = meaning.build(torch.device("meta")).padding
+    ends = meaning.structure.padding
     widths = {
         (i, j): end for i, pair in enumerate(ends) for j, end in ((True, pair[0]), (False, pair[1])) if end
     }

@@ -294,7 +294,7 @@ def word_of(use: Use, linear: Linear | None) -> str:
     if is_batch_norm(use):
         return "batch norm"
     if isinstance(linear, Map) and linear.multiplies:
-        return "convolution" if linear.build(torch.device("meta")).spatial_axes else "linear"
+        return "convolution" if linear.structure.spatial_axes else "linear"
     if node.op == "call_module":
         return type(use.module).__name__
     if node.op in ("placeholder", "output"):

@@ -308,7 +308,7 @@ class Planner:
             return _NOTHING
         constants = self.constants.operations(node)
         if isinstance(operator, Map) and operator.multiplies:
-            macs, weights, layers = self._layer_price(node, operator.build(torch.device("meta")))
+            macs, weights, layers = self._layer_price(node, operator.structure)
             return macs, weights, layers + constants
         own = max(1, len(inputs_of(operator)) - 1) if isinstance(operator, Sum) else 1
         return 0, 0, own + constants

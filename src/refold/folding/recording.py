@@ -79,7 +79,12 @@ _METADATA = {
 """What code may ask of a tensor without looking at its values."""
 _REFLECTED = {"__rsub__": operator.sub, "__rdiv__": operator.truediv, "__rtruediv__": operator.truediv}
 _REFLECTED |= {"__rpow__": operator.pow, "__rmatmul__": operator.matmul, "__rfloordiv__": operator.floordiv}
-_INFIX = {"add": operator.add, "sub": operator.sub, "mul": operator.mul, "div": operator.truediv}
+_INFIX: dict[str, Callable[..., Any]] = {
+    "add": operator.add,
+    "sub": operator.sub,
+    "mul": operator.mul,
+    "div": operator.truediv,
+}
 _INFIX |= {"neg": operator.neg, "matmul": operator.matmul, "__getitem__": operator.getitem}
 
 
@@ -141,6 +146,12 @@ class Recording:
     rounds_to: set[torch.dtype] = field(default_factory=set)
     outputs: list[Tensor] = field(default_factory=list)
     """The tensors that the model returned, in its own dtype."""
+
+    def sweep(self) -> None:
+        """Forget sizes that nothing is computed from."""
+        for node in reversed(list(self.graph.nodes)):
+            if not node.users and "number" in node.meta:
+                self.graph.erase_node(node)
 
     @cached_property
     def within(self) -> dict[Scope, list[fx.Node]]:
@@ -273,8 +284,8 @@ class _Recorder(TorchFunctionMode):
             own = apply.__get__(None, cls)
             return recorder._function(own, own, args, kwargs)
 
-        nn.Module.__call__ = call  # type: ignore[assignment,method-assign]  # as torch.fx does
-        torch.autograd.Function.apply = classmethod(apply_function)  # type: ignore[assignment]
+        nn.Module.__call__ = call  # type: ignore[method-assign]  # as torch.fx does
+        torch.autograd.Function.apply = classmethod(apply_function)
         try:
             with self:
                 yield
@@ -301,9 +312,6 @@ class _Recorder(TorchFunctionMode):
             changes = node.op == "get_attr" and str(node.target) in recording.written
             if changes or recording.varying.intersection(node.all_input_nodes):
                 recording.varying.add(node)
-        for node in reversed(list(recording.graph.nodes)):
-            if not node.users and node.meta.get("number"):
-                recording.graph.erase_node(node)
 
     def compute(self, function: Callable[..., Any], operands: tuple[Any, ...], value: int | float) -> Any:
         """Write down arithmetic on sizes."""
@@ -536,7 +544,8 @@ class _Recorder(TorchFunctionMode):
     def _sizes(self, value: Tensor, out: int | torch.Size, *given: Any, dim: int | None = None) -> Any:
         axis = given[0] if given and isinstance(given[0], int) else dim
         if isinstance(out, torch.Size):
-            return torch.Size([self._side(value, axis) for axis in range(len(out))])
+            sides: list[Any] = [self._side(value, axis) for axis in range(len(out))]
+            return torch.Size(sides)
         return (
             out
             if axis is None

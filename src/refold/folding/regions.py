@@ -212,7 +212,7 @@ def bundle(planner: Planner, regions: list[Region]) -> list[Bundle]:
 def _shares_behind(planner: Planner, node: fx.Node, free: dict[fx.Node, Region]) -> list[_Share] | None:
     """How the scale and shift of `node` divide among convolutions before it; None where they do not."""
     operator = planner.operators.get(node)
-    if not isinstance(operator, Map) or operator.multiplies or not is_channelwise(operator.build(_META)):
+    if not isinstance(operator, Map) or operator.multiplies or not is_channelwise(operator.structure):
         return None
     convolution = operator.build(_CPU)
     axes = convolution.spatial_axes
@@ -232,7 +232,7 @@ def _spatial_axes(planner: Planner, node: fx.Node, free: dict[fx.Node, Region]) 
         return free[node].structure.spatial_axes
     operator = planner.operators.get(node)
     if isinstance(operator, Map) and operator.multiplies:
-        return operator.build(_META).spatial_axes
+        return operator.structure.spatial_axes
     return None
 
 
@@ -281,7 +281,7 @@ def _single(planner: Planner, node: fx.Node) -> Region:
     """A region of one convolution that runs as it is."""
     meaning = planner.operators[node]
     assert isinstance(meaning, Map)
-    structure, compute = meaning.build(_META), partial(meaning.build, _CPU)
+    structure, compute = meaning.structure, partial(meaning.build, _CPU)
     return Region(meaning.input, node, {node: meaning}, frozenset([node]), structure, compute)
 
 

@@ -28,7 +28,7 @@ def reshaped_products(planner: Planner) -> list[Rewrite]:
     for node, operator in planner.operators.items():
         if node.op != "call_module" or not isinstance(operator, Map) or not operator.multiplies:
             continue
-        structure = operator.build(_META)
+        structure = operator.structure
         linear = structure.spatial_axes == 0
         if structure.weight.numel() < _LEAST_WEIGHTS or (node, "reshape") in planner.excluded:
             continue
@@ -84,7 +84,7 @@ def _has_one_pixel(planner: Planner, node: fx.Node) -> bool:
         if entry is not None and entry.word == "pooling" and entry.channels == "moved":
             return _averages_all(planner, node, len(shape) - 2)
         operator = planner.operators.get(node)
-        pointwise_map = isinstance(operator, Map) and _is_pointwise(operator.build(_META))
+        pointwise_map = isinstance(operator, Map) and _is_pointwise(operator.structure)
         passes = pointwise_map or isinstance(operator, Same) or (entry is not None and entry.elementwise)
         if not passes or len(node.all_input_nodes) != 1:
             return False

@@ -319,5 +319,5 @@ def _small(
             (1, [extent + 7 + extra - 2 * i for i, extent in enumerate(reach)]),
         ):
             yield [(batch, shape[1], *sides) for shape in shapes]
-    for sides in ((12, 9, 8), (23, 38, 21)):
-        yield [(2, shape[1], *sides[:axes]) for shape in shapes]
+    for larger in ((12, 9, 8), (23, 38, 21)):
+        yield [(2, shape[1], *larger[:axes]) for shape in shapes]

@@ -17,6 +17,7 @@ from refold.folding.recording import Built, ModuleCall, Recording, Scope, has_ho
 from refold.folding.rewrite import NewLayer, Value
 from refold.folding.surroundings import fixed_part
 
+_STARS: dict[Any, str] = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
 _PLAIN = (type(None), bool, int, float, str, torch.dtype, torch.device)
 
 
@@ -75,11 +76,10 @@ class ScopeGraph:
         times = Counter(node for value in bound.arguments.values() for node in nodes_in(value))
         twice = [node for node, count in times.items() if count > 1 and node in self._recording.shapes]
         for name, parameter in signature.parameters.items():
-            stars = {parameter.VAR_POSITIONAL: "*", parameter.VAR_KEYWORD: "**"}.get(parameter.kind, "")
-            default = inspect.Signature.empty if stars else parameter.default
-            node = graph.create_node(
-                "placeholder", stars + name, () if default is inspect.Signature.empty else (default,)
-            )
+            stars = _STARS.get(parameter.kind, "")
+            empty = bool(stars) or parameter.default is inspect.Signature.empty
+            default: tuple[Any, ...] = () if empty else (parameter.default,)
+            node = graph.create_node("placeholder", stars + name, default)
             value = bound.arguments.get(name, parameter.default)
             if any(True for _ in nodes_in(value)):
                 self._copy.items(node, value)
@@ -162,7 +162,7 @@ class ScopeGraph:
 
     def _name_below(self, path: str) -> str:
         module = self._recording.attribute(path)
-        name = self._below.get(id(module))
+        name: str | None = self._below.get(id(module))
         if not name:
             raise NotFoldable(
                 f"{path} is called from {self._scope[-1].path or 'the model'}, which does not hold it"

@@ -137,7 +137,7 @@ def _activation(planner: Planner, node: fx.Node) -> Activation | None:
         module = planner.use(node).layer
         if type(module).__module__ != "torch.nn.modules.activation":
             return None
-        name, settings = type(module).__name__, vars(module)
+        name, settings = type(module).__name__, dict[Any, Any](vars(module))
     else:
         name = str(getattr(node.target, "__name__", node.target))
         settings = dict(enumerate(node.args[1:])) | dict(node.kwargs)

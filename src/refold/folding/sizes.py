@@ -109,7 +109,12 @@ def _comparison(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 _BINARY = ("add", "sub", "mul", "floordiv", "truediv", "mod", "pow")
-_UNARY = {"__neg__": operator.neg, "__abs__": operator.abs, "__ceil__": math.ceil, "__floor__": math.floor}
+_UNARY: dict[str, Callable[..., Any]] = {
+    "__neg__": operator.neg,
+    "__abs__": operator.abs,
+    "__ceil__": math.ceil,
+    "__floor__": math.floor,
+}
 _UNARY |= {"__trunc__": math.trunc, "__round__": round}
 for _name in _BINARY:
     for _class in (Size, Ratio):

@@ -156,7 +156,8 @@ class _Parts:
             epsilon, given = module.eps, (module.running_mean, module.running_var, module.weight, module.bias)
         else:
             given, epsilon, _ = batch_norm_arguments(use)
-            given = tuple(use.constant(value) for value in given)
+            mean, variance, weight, bias = (use.constant(value) for value in given)
+            given = (mean, variance, weight, bias)
         mean, variance, weight, bias = (None if v is None else v.detach().double().cpu()[rows] for v in given)
         assert mean is not None
         assert variance is not None

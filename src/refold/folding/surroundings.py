@@ -55,6 +55,7 @@ def record_twice(original: nn.Module, arguments: Arguments, copy: Any) -> Record
     _settle_unseen(recorded)
     if second is not None:
         _compare(recorded, second)
+    first.sweep()
     _close_convolutions(recorded)
     return recorded
 
@@ -88,11 +89,7 @@ def _settle_unseen(recorded: Recorded) -> None:
 def _compare(recorded: Recorded, second: Recording) -> None:
     first = recorded.first
     twins = {node.meta["key"]: node for node in second.graph.nodes if "key" in node.meta}
-    lines: dict[Scope, list[Key]] = defaultdict(list)
-    for recording in (first, second):
-        for node in recording.graph.nodes:
-            if node.op not in ("output", "get_attr", "placeholder"):
-                lines[(*node.meta["scope"], recording is first)].append(node.meta["key"])  # type: ignore[arg-type]  # marked by whose it is
+    lines = [_lines(recording) for recording in (first, second)]
     for node in first.graph.nodes:
         if node.op in ("output", "placeholder", "get_attr"):
             continue
@@ -110,10 +107,10 @@ def _compare(recorded: Recorded, second: Recording) -> None:
             recorded.moved |= {(v, node) for v, w in pairs if not alike or v.meta["key"] != w.meta["key"]}
     moved = {reader for _, reader in recorded.moved}
     for scope in first.calls:
-        same = lines[(*scope, True)] == lines[(*scope, False)] and scope in second.calls  # type: ignore[index]  # marked by whose it is
-        own = [node for node in first.graph.nodes if node.meta.get("scope") == scope]
+        same = lines[0].get(scope) == lines[1].get(scope) and scope in second.calls
         calls = [each.calls.get(scope) for each in (first, second)]
         same = same and len({repr(fixed_part((c.args, c.kwargs))) for c in calls if c is not None}) == 1
+        own = [node for node in first.within.get(scope, ()) if node.meta["scope"] == scope]
         if not same or moved.intersection(own) or any(node in recorded.changed for node in own):
             first.closed.setdefault(scope, _BY_SIZE)
     values = {node.meta["key"]: node.meta["number"] for node in second.graph.nodes if "number" in node.meta}
@@ -131,9 +128,19 @@ def _compare(recorded: Recorded, second: Recording) -> None:
         first.guarded.setdefault(scope, reason)
 
 
+def _lines(recording: Recording) -> dict[Scope, list[Key]]:
+    """What runs in the own code of each call, in order."""
+    found: dict[Scope, list[Key]] = defaultdict(list)
+    for node in recording.graph.nodes:
+        if node.op not in ("output", "get_attr", "placeholder"):
+            found[node.meta["scope"]].append(node.meta["key"])
+    return dict(found)
+
+
 def _close_convolutions(recorded: Recorded) -> None:
     """Let a layer that computes its padding from the size of the image be one operator: its outputs can be scaled."""
     first = recorded.first
+    first.__dict__.pop("within", None)  # fewer operators are left
     for scope in [s for s, reason in first.closed.items() if reason == _BY_SIZE]:
         module, call = first.attribute(scope[-1].path), first.calls.get(scope)
         inside = [node for node in first.graph.nodes if node.meta.get("scope", ())[: len(scope)] == scope]
@@ -180,9 +187,10 @@ def _replace(recording: Recording, old: fx.Node, new: fx.Node, inside: set[fx.No
 def _of_channels(recording: Recording, number: fx.Node) -> bool:
     """Whether a number comes from counts of channels alone: those of a map may collapse to one pixel at both sizes."""
     if number.op == "call_method" and number.target == "size":
-        value, axis = number.args
-        dimensions = len(recording.shapes[value])  # type: ignore[index]  # a size is that of a value
-        return axis == 1 if dimensions > 3 else axis != 0
+        value, axis = number.args[0], number.args[1]
+        assert isinstance(value, fx.Node)
+        dimensions = len(recording.shapes[value])
+        return bool(axis == 1 if dimensions > 3 else axis != 0)
     return all(_of_channels(recording, value) for value in number.all_input_nodes)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 from typing import Any
 
 import torch
@@ -33,29 +34,28 @@ def unwrapped(model: nn.Module) -> tuple[nn.Module, list[str]]:
         raise InputError(
             f"{name} has no weights: they are on the device 'meta'; load it on the CPU or another device first."
         )
-    compiled = _compiled_class()
-    if not any(isinstance(module, compiled) for module in model.modules()):
+    if not any(map(_is_compiled, model.modules())):
         return model, []
     note = "what torch.compile had wrapped was folded; compile the result again"
-    if isinstance(model, compiled):
+    if _is_compiled(model):
         return unwrapped(_inner(model))[0], [note]
     known: dict[int, Any] = {id(value): value for value in (*model.parameters(), *model.buffers())}
-    known |= {id(m): m for m in model.modules() if isinstance(m, compiled)}
+    known |= {id(m): m for m in model.modules() if _is_compiled(m)}
     model = copy.deepcopy(model, known)
     for parent in list(model.modules()):
         for child_name, child in parent._modules.items():
-            if isinstance(child, compiled):
+            if child is not None and _is_compiled(child):
                 parent._modules[child_name] = _inner(child)
     return model, [note]
 
 
-def _compiled_class() -> type[nn.Module]:
-    from torch._dynamo.eval_frame import OptimizedModule
-
-    return OptimizedModule
+def _is_compiled(module: nn.Module) -> bool:
+    # Asked of a class that is there only where something was compiled: importing the compiler takes seconds.
+    compiler: Any = sys.modules.get("torch._dynamo.eval_frame")
+    return compiler is not None and isinstance(module, compiler.OptimizedModule)
 
 
 def _inner(module: nn.Module) -> nn.Module:
-    while isinstance(module, _compiled_class()):
+    while _is_compiled(module):
         module = module._orig_mod  # type: ignore[assignment]  # an attribute of torch's own class
     return module
