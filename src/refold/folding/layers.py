@@ -138,9 +138,11 @@ def described(module: nn.Module) -> dict[str, Any]:
             "layers": {name: described(child) for name, child in module.named_children()},
         }
     has_bias = getattr(module, "bias", None) is not None
-    if kind not in _DESCRIBED:  # a layer of another class, which keeps its place with other weights
+    # A layer of another class, or with other padding, keeps its place with other weights.
+    if kind not in _DESCRIBED or getattr(module, "padding_mode", "zeros") != "zeros":
         return {"kind": "itself", "bias": has_bias}
     settings = {name: getattr(module, name) for name in _DESCRIBED[kind]}
+    settings = {name: list(value) if isinstance(value, tuple) else value for name, value in settings.items()}
     return {"kind": kind.__name__, **settings, **({"bias": has_bias} if hasattr(module, "weight") else {})}
 
 

@@ -96,6 +96,24 @@ class Built:
     fields: dict[str, Any]
 
 
+@dataclass(frozen=True)
+class FunctionCall:
+    """The call of a user's own autograd function, as an operator of a graph."""
+
+    kind: type[torch.autograd.Function]
+    run: Callable[..., Any] | None = field(default=None, compare=False, repr=False)
+
+    @property
+    def __name__(self) -> str:
+        return f"{self.kind.__name__}_apply"
+
+    def __call__(self, *args: Any) -> Any:
+        return (self.run or self.kind.apply)(*args)
+
+    def __reduce__(self) -> Any:
+        return FunctionCall, (self.kind,)
+
+
 @dataclass
 class ModuleCall:
     """What a module was called with and what it returned, nodes of the graph in the place of tensors and sizes."""
@@ -281,7 +299,7 @@ class _Recorder(TorchFunctionMode):
             return recorder._module(module, lambda: call_module(module, *args, **kwargs), args, kwargs)
 
         def apply_function(cls: Any, *args: Any, **kwargs: Any) -> Any:
-            own = apply.__get__(None, cls)
+            own = FunctionCall(cls, apply.__get__(None, cls))
             return recorder._function(own, own, args, kwargs)
 
         nn.Module.__call__ = call  # type: ignore[method-assign]  # as torch.fx does
