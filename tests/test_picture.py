@@ -1,6 +1,7 @@
 """The picture of a fold: every region is in it, equal blocks once, all reasons, and nothing that needs the network."""
 
 import json
+import math
 import re
 import sys
 from collections.abc import Callable
@@ -16,12 +17,14 @@ from torch import nn
 import refold
 from refold import cli
 from refold.errors import InputError
-from refold.folding import FoldedRegion, FoldReport
+from refold.folding import Decision, FoldedRegion, FoldReport
 from refold.folding.cost import Cost
+from refold.folding.proof import Proof
 from refold.picture import draw, save_picture
 from refold.picture.blocks import block_of, drawings, shortened
 from refold.picture.page import to_html
 from refold.picture.pieces import WIDTH, wrapped
+from refold.picture.words import verdict
 
 SVG = "{http://www.w3.org/2000/svg}"
 NAMES = ("repvgg_a0", "ghostnetv3_050", "repghostnet_050", "densenet121", "unfoldable")
@@ -160,6 +163,27 @@ def test_the_page_needs_nothing_else(tmp_path: Path) -> None:
         "2 convolution, 3 batch norm, 2 add",
     ):
         assert expected in page
+
+
+def test_proofs_and_measurements_in_words() -> None:
+    report = made_up(["a"])
+    assert verdict(report) == "Not proved, as asked."
+    for distance, said in ((3e-15, ", the whole network to 3e-15"), (math.nan, "")):
+        report.proof = Proof(distance, ("1×3",), regions=1, worst_region=2e-16)
+        for same in (report, FoldReport.from_dict(json.loads(report.to_json()))):
+            assert verdict(same) == f"Proved in float64: each part to 2e-16{said}."
+    report.decisions = [Decision("a", "kind", "change", True), Decision("b", "kind", "change", False)]
+    report.measured = {"engine": "onnxruntime", "threads": 1}
+    assert "onnxruntime, 1 thread: 1 of 2 rewrites were kept." in " ".join(words(draw(report)))
+
+
+def test_paths_in_one_line() -> None:
+    assert shortened(["", "b.1", "b.2", "b.3", "b.5"]) == "the network itself, b.1–3, b.5"
+    assert (
+        shortened(["layer1.norm1", "layer2.norm1", "layer1.0", "layer2.0"])
+        == "layer1–2.norm1, layer1.0, layer2.0"
+    )
+    assert shortened(["x", "x", "y.01", "y.02", "y.9", "y.10"]) == "x, x, y.01, y.02, y.9–10"
 
 
 def test_it_is_made_of_the_report_alone(tmp_path: Path) -> None:

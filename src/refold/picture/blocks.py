@@ -126,13 +126,19 @@ def block_of(path: str) -> str:
 
 def shortened(paths: Iterable[str]) -> str:
     """The paths in one line, those that are numbered one after the other as a range: `stages.2.1–13`."""
-    runs: list[list[str]] = []
+    runs: list[
+        tuple[list[str], int | None, str]
+    ] = []  # what the first is made of, which number grows, and the last
     for path in paths:
-        if runs and _follows(runs[-1][-1], path):
-            runs[-1].append(path)
-        else:
-            runs.append([path])
-    return ", ".join(_run(run) for run in runs)
+        pieces = re.split(r"(\d+)", path)
+        if runs:
+            first, place, last = runs[-1]
+            grown = _grown(re.split(r"(\d+)", last), pieces)
+            if grown is not None and place in (None, grown):
+                runs[-1] = (first, grown, path)
+                continue
+        runs.append((pieces, None, path))
+    return ", ".join(_run(*run) for run in runs)
 
 
 def named(path: str) -> str:
@@ -181,15 +187,18 @@ def _span(numbers: Iterable[int]) -> str:
     return str(found[0]) if len(found) == 1 else f"{found[0]}…{found[-1]}"
 
 
-def _numbered(path: str) -> tuple[str, int]:
-    stem = path.rstrip("0123456789")
-    return stem, int(path[len(stem) :] or -1)
+def _grown(pieces: list[str], following: list[str]) -> int | None:
+    """The place of the number that is one more than before, if all else is the same and no number stands next to it."""
+    places = [place for place, pair in enumerate(zip(pieces, following, strict=False)) if pair[0] != pair[1]]
+    if len(pieces) != len(following) or len(places) != 1 or places[0] % 2 == 0:
+        return None
+    (place,) = places
+    grows = following[place] == str(int(pieces[place]) + 1)
+    return place if grows and pieces[place + 1] != "." else None
 
 
-def _follows(path: str, following: str) -> bool:
-    (stem, number), (next_stem, next_number) = _numbered(path), _numbered(following)
-    return stem == next_stem and 0 <= number == next_number - 1
-
-
-def _run(run: list[str]) -> str:
-    return named(run[0]) if len(run) == 1 else f"{run[0]}–{_numbered(run[-1])[1]}"
+def _run(first: list[str], place: int | None, last: str) -> str:
+    if place is None:
+        return named(last)
+    end = re.split(r"(\d+)", last)[place]
+    return "".join([*first[: place + 1], f"–{end}", *first[place + 1 :]])

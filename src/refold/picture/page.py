@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from xml.sax.saxutils import escape
 
 from refold.folding import FoldReport
-from refold.picture.blocks import Part, before_words, drawings, shortened
+from refold.picture.blocks import Drawing, Part, before_words, drawings, shortened
 from refold.picture.layout import pieces
 from refold.picture.pieces import MONO, SANS, framed, readable, stacked
 from refold.picture.words import left_by_reason, remarks, summary, totals, verdict
@@ -17,21 +16,23 @@ body {{ margin: 0 auto; max-width: 600px; padding: 0 0 2em; background: #fff; co
 section {{ padding: 0 14px; }}
 svg {{ break-inside: avoid; }}
 h2 {{ font-size: 1.15em; margin: 1.6em 0 .4em; break-after: avoid; }}
-table {{ border-collapse: collapse; width: 100%; font-size: 13px; }}
+table {{ border-collapse: collapse; width: 100%; font-size: 13px; table-layout: fixed; }}
 th, td {{ text-align: left; vertical-align: top; padding: 4px 8px 4px 0; border-top: 1px solid #c9d1d9;
   overflow-wrap: anywhere; }}
 th {{ font-weight: 600; }}
 tr {{ break-inside: avoid; }}
-.number {{ text-align: right; white-space: nowrap; }}
+.left tr {{ break-inside: auto; }}
+.left th:first-child {{ width: 4.5em; }}
+.parts th:first-child {{ width: 44%; }}
+.costs :is(th, td):not(:first-child) {{ text-align: right; }}
 code {{ font: 12px {MONO}; }}
 @media print {{
   @page {{ margin: 12mm; }}
   body {{ max-width: none; print-color-adjust: exact; -webkit-print-color-adjust: exact; }}
   main {{ columns: 2; column-gap: 6mm; }}
+  table, code {{ font-size: 10px; }}
 }}
 """
-
-_NUMBER = ' class="number"'
 
 
 def to_html(report: FoldReport, title: str | None = None) -> str:
@@ -54,52 +55,41 @@ def _tables(report: FoldReport) -> str:
     """The report in words: the same as the picture, and what it had no room for."""
     found = f"<h2>In words</h2>\n<p>{_text(summary(report))} {_text(verdict(report))}</p>\n"
     numbers = [[_text(name), f"{old:,}", f"{new:,}"] for name, old, new, _ in totals(report)]
-    found += _table(["", "before", "after"], numbers, numbers_from=1)
+    found += _table("costs", ["", "before", "after"], numbers)
     rows = [
         [
-            str(len(drawing.paths) * len(part.names)),
-            _places(drawing.paths, part),
-            _text(had),
-            _text(_became(part)),
+            _places(drawing, part),
+            _text(before_words(part.operators)),
+            _text(f"{part.kind}, {part.details}".rstrip(", ")),
         ]
         for drawing in drawings(report.regions)
         for part in drawing.parts
-        for had in [before_words(part.operators)]
     ]
     if rows:
-        found += "<h2>What became what</h2>\n" + _table(["how many", "where", "before", "after"], rows)
+        found += "<h2>What became what</h2>\n" + _table("parts", ["where", "before", "after"], rows)
     left = [
-        [str(len(names)), f"<code>{_text(shortened(names))}</code>", _text(reason)]
+        [f"{len(names)}×", f"{_text(reason)}<br><code>{_text(shortened(names))}</code>"]
         for reason, names in left_by_reason(report)
     ]
     if left:
-        found += "<h2>Left as it was</h2>\n" + _table(["how many", "what", "why"], left)
+        found += "<h2>Left as it was</h2>\n" + _table("left", ["how many", "why, and what"], left)
     notes = "".join(f"<li>{_text(note)}</li>" for note in remarks(report))
     return found + (f"<h2>Notes</h2>\n<ul>{notes}</ul>\n" if notes else "")
 
 
-def _places(paths: tuple[str, ...], part: Part) -> str:
-    within = (
-        f"<br>{'in each' if len(paths) > 1 else 'there'}: <code>{_text(part.label)}</code>"
-        if part.label
-        else ""
-    )
-    return f"<code>{_text(shortened(paths))}</code>{within}"
+def _places(drawing: Drawing, part: Part) -> str:
+    count = f"×{len(drawing.paths)} " if len(drawing.paths) > 1 else ""
+    inside = f"<br>{_text(part.label)}" if part.label else ""
+    return f"{count}<code>{_text(shortened(drawing.paths))}{inside}</code>"
 
 
-def _became(part: Part) -> str:
-    return ", ".join(filter(None, (part.kind, part.details)))
+def _table(kind: str, heads: list[str], rows: list[list[str]]) -> str:
+    lines = [_cells("th", heads), *(_cells("td", row) for row in rows)]
+    return f'<table class="{kind}">\n{"".join(lines)}</table>\n'
 
 
-def _table(heads: Iterable[str], rows: Iterable[list[str]], numbers_from: int = 99) -> str:
-    def line(tag: str, cells: Iterable[str]) -> str:
-        made = (
-            f"<{tag}{_NUMBER if index >= numbers_from else ''}>{cell}</{tag}>"
-            for index, cell in enumerate(cells)
-        )
-        return f"<tr>{''.join(made)}</tr>\n"
-
-    return f"<table>\n{line('th', heads)}{''.join(line('td', row) for row in rows)}</table>\n"
+def _cells(tag: str, cells: list[str]) -> str:
+    return f"<tr>{''.join(f'<{tag}>{cell}</{tag}>' for cell in cells)}</tr>\n"
 
 
 def _text(words: str) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from refold.folding import FoldReport
 
 Total = tuple[str, int, int, tuple[str, str]]
@@ -34,8 +36,11 @@ def verdict(report: FoldReport) -> str:
     proof = report.proof
     if proof is None:
         return "Not proved, as asked."
-    parts = f"each part to {proof.worst_region:.0e}, " if proof.regions else ""
-    return f"Proved in float64: {parts}the whole network to {proof.distance_float64:.0e}."
+    parts = [f"each part to {proof.worst_region:.0e}"] if proof.regions else []
+    # A report that was written and read has None where the distance was no finite number: nothing was compared.
+    if isinstance(proof.distance_float64, float) and math.isfinite(proof.distance_float64):
+        parts.append(f"the whole network to {proof.distance_float64:.0e}")
+    return f"Proved in float64: {', '.join(parts)}." if parts else "Nothing could be compared."
 
 
 def left_by_reason(report: FoldReport) -> list[tuple[str, list[str]]]:
