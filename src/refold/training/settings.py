@@ -13,6 +13,7 @@ from refold.training.recipe import ResolvedRecipe
 
 STATE, TRAINING, PLAIN, ONNX = "last.ckpt", "training.safetensors", "plain.safetensors", "plain.onnx"
 RUN, CARD, REPORT, HISTORY, CURVES = "run.json", "card.json", "fold.json", "history.csv", "curves.png"
+PICTURE = "fold.svg"
 TENSORBOARD = "tensorboard"
 
 Keep = Literal["best", "last"]
