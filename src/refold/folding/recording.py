@@ -136,7 +136,7 @@ class Recording:
     varying: set[fx.Node] = field(default_factory=set)
     """The values that depend on the input, on chance, or on what the model changes while it runs."""
     barriers: set[fx.Node] = field(default_factory=set)
-    """Operators that read a tensor which is changed in place while others read it too: left alone."""
+    """Operators whose result is changed in place by others, and read afterwards: nothing is folded into them."""
     mutations: list[tuple[fx.Node, set[fx.Node]]] = field(default_factory=list)
     """Operators that change memory in place, and the values that lie there."""
     same_as: dict[fx.Node, fx.Node] = field(default_factory=dict)
@@ -322,7 +322,7 @@ class _Recorder(TorchFunctionMode):
                 mutation
             }
             if any(self._order[reader] > self._order[mutation] for reader in readers):
-                recording.barriers |= members | readers | {mutation}
+                recording.barriers |= members | {mutation}
             recording.mutations.append((mutation, members))
             if any(member.op in ("placeholder", "get_attr") for member in members):
                 recording.effects.add(mutation)
