@@ -22,7 +22,7 @@ from matplotlib.ticker import MaxNLocator
 import refold
 from cifar10 import SEEDS, small_ghostnetv2, small_ghostnetv3, small_resnet
 from refold.files import write_text, written_aside
-from refold.folding.cost import count
+from refold.recording.cost import count
 
 Runs = dict[str, dict[str, Any]]
 ARMS = {

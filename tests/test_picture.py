@@ -18,13 +18,13 @@ import refold
 from refold import cli
 from refold.errors import InputError
 from refold.folding import Decision, FoldedRegion, FoldReport
-from refold.folding.cost import Cost
 from refold.folding.proof import Proof
 from refold.picture import draw, save_picture
 from refold.picture.blocks import block_of, drawings, shortened
 from refold.picture.page import to_html
 from refold.picture.pieces import WIDTH, wrapped
 from refold.picture.words import verdict
+from refold.recording.cost import Cost
 
 SVG = "{http://www.w3.org/2000/svg}"
 NAMES = ("repvgg_a0", "ghostnetv3_050", "repghostnet_050", "densenet121", "unfoldable")

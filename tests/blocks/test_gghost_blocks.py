@@ -19,7 +19,7 @@ from refold.blocks import (
     thin_width,
 )
 from refold.errors import InputError
-from refold.folding.cost import count
+from refold.recording.cost import count
 
 CONV = partial(ConvNorm, kernel_size=3, activation=True)
 

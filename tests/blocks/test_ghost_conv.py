@@ -10,8 +10,8 @@ from torch.nn import functional as F
 from golden import drawn_weights
 from refold.blocks import ConvNorm, GhostConv2d, GhostModule, ghost_compression, ghost_speed_up
 from refold.errors import InputError
-from refold.folding.cost import count
 from refold.folding.fold import fold
+from refold.recording.cost import count
 
 
 def drawn(module: nn.Module) -> nn.Module:

@@ -15,8 +15,8 @@ from golden import drawn_weights
 from refold.blocks import GhostConv2d
 from refold.conversion import convolutions_to_ghost
 from refold.errors import InputError
-from refold.folding.cost import count
 from refold.models import create_model
+from refold.recording.cost import count
 
 
 def ghosts(model: nn.Module) -> dict[str, GhostConv2d]:

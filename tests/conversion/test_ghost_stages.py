@@ -13,8 +13,8 @@ from refold.blocks import BasicBlock, GGhostStage, ResidualBottleneck
 from refold.conversion import stages_to_gghost
 from refold.errors import InputError
 from refold.folding import fold
-from refold.folding.cost import count
 from refold.models import create_model
+from refold.recording.cost import count
 
 
 def gghost_stages(model: nn.Module) -> dict[str, GGhostStage]:

@@ -12,10 +12,10 @@ from refold.blocks import AddedC3, PointwiseLinear, RepUnit3
 from refold.checkpoints import load, read_card, save
 from refold.conversion import concatenation_to_addition, linear_to_pointwise, pointwise_to_linear
 from refold.errors import InputError
-from refold.folding.cost import count
 from refold.folding.fold import fold
 from refold.models import create_model
 from refold.models.repnext import RepNeXt, RepNeXtTable
+from refold.recording.cost import count
 
 
 def small_repnext() -> nn.Module:

@@ -10,8 +10,8 @@ from timm.models.resnet import Bottleneck
 from torch import nn
 
 from refold.errors import InputError
-from refold.folding.cost import Cost, count
 from refold.models import create_model
+from refold.recording.cost import Cost, count
 
 # Parameters, MACs (M) and activations (M) of the official networks at 224 pixels.
 PUBLISHED = {

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 import refold
 from refold.errors import NotEquivalent
-from refold.folding import planning, precision
+from refold.folding import planning
 from refold.folding.fold import _Stage
 from refold.folding.shortcuts import folded_shortcuts
+from refold.recording import precision
 
 
 def notes(plain: Any) -> str:

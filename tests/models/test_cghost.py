@@ -12,7 +12,6 @@ from torch import nn
 from golden import drawn_weights
 from refold.blocks import BasicBlock, ConvNorm, InvertedBottleneck, PaddedIdentity
 from refold.errors import InputError
-from refold.folding.cost import Cost, count
 from refold.folding.fold import fold
 from refold.models import create_model
 from refold.models.cghost_cifar import (
@@ -22,6 +21,7 @@ from refold.models.cghost_cifar import (
     GhostVGGTable,
 )
 from refold.models.cghost_nets import NETWORKS, InvertedNet
+from refold.recording.cost import Cost, count
 
 
 def cost(name: str, **arguments: object) -> Cost:

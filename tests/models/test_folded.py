@@ -8,8 +8,8 @@ from torch import nn
 from golden import assert_golden_logits, drawn_weights, golden_input, golden_record, golden_state_dict
 from refold.blocks import RepeatedConvNorm
 from refold.folding import fold
-from refold.folding.cost import count
 from refold.models import create_model, load_checkpoint
+from refold.recording.cost import count
 
 # Parameters, MACs (M) and activations (M) of the official networks after their own conversion, at 224 pixels.
 OFFICIAL_PLAIN_COST = {

@@ -16,8 +16,8 @@ from golden import (
 from refold.blocks import GGhostStage
 from refold.errors import InputError
 from refold.folding import fold
-from refold.folding.cost import count
 from refold.models import create_model, load_checkpoint
+from refold.recording.cost import count
 
 SMALL = ("gghost_regnetx_002", "gghost_resnet34", "gghost_resnet56", "gghostnet_050")
 

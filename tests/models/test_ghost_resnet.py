@@ -9,10 +9,10 @@ from torch.nn import functional as F
 
 from golden import drawn_weights
 from refold.blocks import GhostModule, GhostResidual, RepGhostModule
-from refold.folding.cost import count
 from refold.folding.fold import fold
 from refold.models import create_model
 from refold.models.ghost_resnet import GhostResNet, GhostResNetTable
+from refold.recording.cost import count
 
 # Parameters (M) and multiply-accumulates (G) of table 12; the parameters are those of the training form.
 PUBLISHED = {

@@ -7,8 +7,8 @@ from golden import drawn_weights
 from refold.blocks import BranchSum
 from refold.errors import InputError
 from refold.folding import fold
-from refold.folding.cost import count
 from refold.models import create_model
+from refold.recording.cost import count
 
 
 def test_one_branch_alone_is_ghostnetv2() -> None:

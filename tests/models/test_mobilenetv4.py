@@ -9,9 +9,9 @@ from torch import nn
 
 from golden import drawn_weights
 from refold.blocks import ConvNorm, InvertedBottleneck
-from refold.folding.cost import count
 from refold.folding.fold import fold
 from refold.models import create_model, load_checkpoint
+from refold.recording.cost import count
 
 SIZES = ("small", "medium", "large")
 FAMILIES = ("mobilenetv4", "repghostnetv2", "plainnet")

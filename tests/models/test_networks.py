@@ -13,8 +13,8 @@ from golden import (
     golden_record,
     golden_state_dict,
 )
-from refold.folding.cost import count
 from refold.models import create_model, list_models, load_checkpoint
+from refold.recording.cost import count
 
 # Parameters, MACs (M) and activations (M) of the official networks in training form at 224 pixels, or at 32.
 OFFICIAL_COST = {

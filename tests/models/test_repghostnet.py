@@ -9,9 +9,9 @@ from torch import nn
 from golden import assert_golden_logits, drawn_weights, golden_input, golden_record, golden_state_dict
 from refold.blocks import DFCAttention, GhostBottleneck, RepGhostModule
 from refold.errors import InputError
-from refold.folding.cost import count
 from refold.folding.fold import fold
 from refold.models import create_model, load_checkpoint
+from refold.recording.cost import count
 
 # Table 7, with the convolutions and batch norms in a module's sum.
 VARIANTS = {

@@ -7,10 +7,10 @@ from torch import Tensor, nn
 from golden import assert_golden_logits, drawn_weights, golden_input, golden_record, golden_state_dict
 from refold.blocks import RepUnit1, RepUnit2, RepUnit3
 from refold.errors import CheckpointError, InputError
-from refold.folding.cost import count
 from refold.folding.fold import fold
 from refold.models import create_model, list_models, load_checkpoint
 from refold.models.repnext import RepNeXt, RepNeXtTable
+from refold.recording.cost import count
 
 # Parameters (M) and multiply-accumulates (G) in training form, folded, and with folded shortcuts.
 PUBLISHED = {

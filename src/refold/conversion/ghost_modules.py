@@ -17,8 +17,8 @@ from refold.blocks import GhostConv2d, GhostModule
 from refold.conversion.layer_kinds import replaced
 from refold.conversion.observation import ConvolutionRun, observe_convolutions, run_once
 from refold.errors import InputError, first_line
-from refold.folding.recording import has_hooks
 from refold.models.images import example_input as image_for
+from refold.recording.recording import has_hooks
 
 _GHOSTS = (GhostModule, GhostConv2d)
 _SHAPE = ("kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")

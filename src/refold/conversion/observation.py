@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from refold.errors import InputError, first_line
-from refold.folding.recording import has_hooks
+from refold.recording.recording import has_hooks
 
 _NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm, BatchNormAct2d)
 _ACTIVATION_FILES = ("torch.nn.modules.activation", "timm.layers.activations")

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from refold.errors import InputError
 from refold.export.request import FLOAT16, Inputs, Normalization, Precision, Request
-from refold.folding.arguments import Arguments, as_arguments
+from refold.recording.arguments import Arguments, as_arguments
 
 _PREPROCESSING = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
 

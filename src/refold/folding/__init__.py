@@ -1,10 +1,10 @@
 """Fold any model into a plain one: find linear regions, plan, prove, rewrite and report."""
 
 from refold.folding.changes import apply_data as apply_record
-from refold.folding.cost import Cost, count
 from refold.folding.fold import Objective, fold, verify
 from refold.folding.proof import Proof
 from refold.folding.report import Decision, FoldedRegion, FoldReport
+from refold.recording.cost import Cost, count
 
 __all__ = [
     "Cost",

@@ -12,12 +12,12 @@ from refold.errors import NotFoldable
 from refold.folding.channels import ChannelClass, Channels, Role, connected
 from refold.folding.extracting import Extract, extract
 from refold.folding.planning import Planner
-from refold.folding.recording import common_scope
 from refold.folding.report import FoldedRegion
 from refold.folding.reshaping import reshaped_products
 from refold.folding.rewrite import Rewrite, make
 from refold.folding.shortcuts import folded_shortcuts
 from refold.folding.splitting import Layout, Splitting, parts_of
+from refold.recording.recording import common_scope
 
 SINK, SHORTCUT, RESHAPE = "sink", "shortcut", "reshape"
 

@@ -14,9 +14,9 @@ from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
-from refold.folding.arguments import Arguments, copy_tensors, plain_mode, tensors_in
 from refold.folding.comparing import distance
-from refold.folding.precision import Exact, has_float64, in_float64, to_float64
+from refold.recording.arguments import Arguments, copy_tensors, plain_mode, tensors_in
+from refold.recording.precision import Exact, has_float64, in_float64, to_float64
 
 _JUMPS = {"round", "floor", "ceil", "trunc", "sign", "floor_divide", "fix"}
 

@@ -12,15 +12,15 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from refold.errors import NotFoldable, first_line
 from refold.folding.answers import shared_copy
-from refold.folding.arguments import Arguments, copy_tensors, plain_mode, tensors_in
 from refold.folding.changes import Change, apply
-from refold.folding.cost import Cost, Counting
-from refold.folding.operators import is_batch_norm
 from refold.folding.planning import Planner
-from refold.folding.precision import release_memory
 from refold.folding.reasons import reason_left
 from refold.folding.rewrite import Memory, NewLayer, Rewrite, make
 from refold.folding.writing import CannotWrite, changes_of
+from refold.recording.arguments import Arguments, copy_tensors, plain_mode, tensors_in
+from refold.recording.cost import Cost, Counting
+from refold.recording.operators import is_batch_norm
+from refold.recording.precision import release_memory
 
 Pass = Callable[[Planner], list[Rewrite]]
 """From a recorded model to what may be computed in another way in it."""

@@ -12,9 +12,9 @@ import torch
 from torch import fx
 
 from refold.algebra import Convolution
-from refold.folding.linear import Concatenation, Map, Same
-from refold.folding.operators import is_batch_norm, name_of, operator_of
 from refold.folding.planning import Planner
+from refold.recording.linear import Concatenation, Map, Same
+from refold.recording.operators import is_batch_norm, name_of, operator_of
 
 _META = torch.device("meta")
 

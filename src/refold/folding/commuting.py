@@ -13,11 +13,11 @@ from torch import fx, nn
 from refold.algebra import Convolution, is_channelwise, series
 from refold.errors import NotFoldable, first_line
 from refold.folding.layers import layer
-from refold.folding.linear import Map, Same, inputs_of
-from refold.folding.operators import operator_of
 from refold.folding.planning import Planner
 from refold.folding.report import FoldedRegion
 from refold.folding.rewrite import Applied, Evaluation, NewLayer, Rewrite, Value
+from refold.recording.linear import Map, Same, inputs_of
+from refold.recording.operators import operator_of
 
 _CPU, _META = torch.device("cpu"), torch.device("meta")
 

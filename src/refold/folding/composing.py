@@ -24,7 +24,7 @@ from refold.algebra import (
     with_spatial_axes,
 )
 from refold.errors import NotFoldable
-from refold.folding.linear import (
+from refold.recording.linear import (
     Bordered,
     Flattened,
     Linear,

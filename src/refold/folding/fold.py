@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from refold.errors import InputError, first_line
 from refold.folding.alternatives import SHORTCUT, Chosen, Judge, by_name, passes
 from refold.folding.answers import outputs, shared_copy
-from refold.folding.arguments import Arguments, as_arguments, other_sizes, plain_mode, shapes_listed
 from refold.folding.attempt import Attempt, Pass
 from refold.folding.changes import to_data
 from refold.folding.commuting import commuting_norms
@@ -32,8 +31,9 @@ from refold.folding.regions import linear_regions
 from refold.folding.report import FoldReport
 from refold.folding.rewrite import Rewrite
 from refold.folding.shortcuts import folded_shortcuts
-from refold.folding.surroundings import Recorded, record_twice
 from refold.folding.unwrapping import unwrapped
+from refold.recording.arguments import Arguments, as_arguments, other_sizes, plain_mode, shapes_listed
+from refold.recording.surroundings import Recorded, record_twice
 
 Shortcuts = Literal["keep", "fold"]
 Named = Literal["macs", "operators"]

@@ -9,8 +9,8 @@ from typing import Any
 from torch import fx
 
 from refold.errors import NotFoldable
-from refold.folding.recording import Built, Recording, nodes_in
 from refold.folding.rewrite import MODULE, Applied, NewLayer, Operation, Value, mapped
+from refold.recording.recording import Built, Recording, nodes_in
 
 
 class GraphCopy:

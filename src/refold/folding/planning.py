@@ -8,17 +8,16 @@ from collections.abc import Callable, Container, Iterable, Set
 from dataclasses import dataclass, replace
 from functools import partial, reduce
 
-import torch
 from torch import fx
 
 from refold.algebra import Convolution, is_channelwise
 from refold.errors import NotFoldable
 from refold.folding.composing import Composer
-from refold.folding.constants import Constants
-from refold.folding.linear import Flattened, Linear, Map, Moved, Restored, Same, Slice, Sum, Use, inputs_of
-from refold.folding.operators import meaning, takes_scale
-from refold.folding.recording import Scope
-from refold.folding.surroundings import Recorded, crossed
+from refold.recording.constants import Constants
+from refold.recording.linear import Flattened, Linear, Map, Moved, Restored, Same, Slice, Sum, Use, inputs_of
+from refold.recording.operators import meaning, takes_scale
+from refold.recording.recording import Scope
+from refold.recording.surroundings import Recorded, crossed
 
 _MOST_SOURCES = 16
 """How many values a purely linear chain may be computed from: the nearest, and its start."""

@@ -13,9 +13,9 @@ from torch.utils._pytree import tree_map
 
 from refold.errors import NotEquivalent
 from refold.folding.answers import Answers, Comparison, answers, compare
-from refold.folding.arguments import Arguments, shapes_named
 from refold.folding.comparing import LARGEST_RATIO, TOLERANCE, distance, spread
-from refold.folding.precision import Exact
+from refold.recording.arguments import Arguments, shapes_named
+from refold.recording.precision import Exact
 
 
 @dataclass(frozen=True)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import fx
 
-from refold.folding.linear import Same
-from refold.folding.operators import word_of
 from refold.folding.planning import Planner
+from refold.recording.linear import Same
+from refold.recording.operators import word_of
 
 
 def operator_kind(node: fx.Node, planner: Planner) -> str:

@@ -7,8 +7,8 @@ from collections import Counter
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from refold.folding.cost import Cost
 from refold.folding.proof import Proof
+from refold.recording.cost import Cost
 
 if TYPE_CHECKING:
     from rich.console import Group

@@ -11,11 +11,11 @@ from torch import fx, nn
 
 from refold.algebra import Convolution, pointwise
 from refold.folding.layers import layer
-from refold.folding.linear import Map, Same
-from refold.folding.operators import name_of, operator_of
 from refold.folding.planning import Planner
 from refold.folding.report import FoldedRegion
 from refold.folding.rewrite import Applied, NewLayer, Rewrite
+from refold.recording.linear import Map, Same
+from refold.recording.operators import name_of, operator_of
 
 _CPU, _META = torch.device("cpu"), torch.device("meta")
 _LEAST_WEIGHTS = 2**18

@@ -14,10 +14,10 @@ from torch import Tensor, fx, nn
 from refold.algebra import Convolution
 from refold.errors import NotFoldable, first_line
 from refold.folding.comparing import distance, require_proved
-from refold.folding.constants import Constants, apply
 from refold.folding.layers import require_fit
-from refold.folding.precision import in_float64
 from refold.folding.report import FoldedRegion
+from refold.recording.constants import Constants, apply
+from refold.recording.precision import in_float64
 
 MODULE, FUNCTION, METHOD = "call_module", "call_function", "call_method"
 

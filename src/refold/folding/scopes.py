@@ -13,9 +13,9 @@ from torch import fx, nn
 from refold.errors import NotFoldable
 from refold.folding.graphs import GraphCopy
 from refold.folding.plain_class import require_fixed
-from refold.folding.recording import Built, ModuleCall, Recording, Scope, has_hooks, is_layer, nodes_in
 from refold.folding.rewrite import NewLayer, Value
-from refold.folding.surroundings import fixed_part
+from refold.recording.recording import Built, ModuleCall, Recording, Scope, has_hooks, is_layer, nodes_in
+from refold.recording.surroundings import fixed_part
 
 _STARS: dict[Any, str] = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
 _PLAIN = (type(None), bool, int, float, str, torch.dtype, torch.device)

@@ -12,12 +12,12 @@ from torch import fx
 from refold.algebra import Convolution, fold_shortcut
 from refold.errors import NotFoldable
 from refold.folding.layers import layer
-from refold.folding.linear import Map, Same, Sum
-from refold.folding.operators import operator_of
 from refold.folding.planning import Planner
-from refold.folding.recording import common_scope, has_hooks
 from refold.folding.report import FoldedRegion
 from refold.folding.rewrite import Applied, NewLayer, Rewrite, Value
+from refold.recording.linear import Map, Same, Sum
+from refold.recording.operators import operator_of
+from refold.recording.recording import common_scope, has_hooks
 
 Activation = tuple[str, str]
 """The name of an activation and its settings."""

@@ -16,10 +16,10 @@ from torch import Tensor, fx, nn
 from refold.algebra import Convolution
 from refold.folding.channels import ChannelClass, Channels, Role
 from refold.folding.layers import layer
-from refold.folding.linear import inputs_of
-from refold.folding.meanings import batch_norm_arguments
-from refold.folding.operators import is_batch_norm
 from refold.folding.rewrite import FUNCTION, METHOD, MODULE, Applied, NewLayer, Operation, Value, mapped
+from refold.recording.linear import inputs_of
+from refold.recording.meanings import batch_norm_arguments
+from refold.recording.operators import is_batch_norm
 
 _CPU, _META = torch.device("cpu"), torch.device("meta")
 _BLOCK, _STEP = 16, 4

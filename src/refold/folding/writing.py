@@ -12,9 +12,9 @@ from torch import fx, nn
 from refold.errors import NotFoldable
 from refold.folding.changes import Change, simplified
 from refold.folding.planning import Planner
-from refold.folding.recording import Recording, Scope, common_scope, has_hooks
 from refold.folding.rewrite import Applied, NewLayer, Operation, Rewrite, Value, values_in
 from refold.folding.scopes import ScopeGraph, fixed_arguments, forward_name, is_container, paths_below
+from refold.recording.recording import Recording, Scope, common_scope, has_hooks
 
 
 class CannotWrite(Exception):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, fx
 
 from refold.folding.plain_class import require_fixed
-from refold.folding.recording import set_item
+from refold.recording.recording import set_item
 
 
 class CannotTell(Exception):

@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 from refold.blocks.parallel.branch import padding_of
 from refold.conversion.observation import WATCHED, observe_convolutions
-from refold.folding.recording import has_hooks
+from refold.recording.recording import has_hooks
 from refold.unfolding.building import kind_of
 from refold.unfolding.plans import Kind
 

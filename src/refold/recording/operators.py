@@ -9,14 +9,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from refold.errors import NotFoldable, first_line
-from refold.folding import meanings
-from refold.folding.linear import Linear, Map, Use
-from refold.folding.recording import has_hooks
+from refold.recording import maps, meanings, parts
+from refold.recording.linear import Linear, Map, Use
+from refold.recording.recording import has_hooks
 
 Channels = Literal["apart", "moved"]
 
@@ -142,7 +141,7 @@ OPERATORS = (
         "concatenation",
         ("cat", "concat", "concatenate", "stack"),
         counted=("cat", "stack"),
-        linear=meanings.concatenation,
+        linear=parts.concatenation,
     ),
     _pool("avg", "avg_pool1d avg_pool2d avg_pool3d", linear=meanings.average_pool),
     _pool("max", "max_pool1d max_pool2d_with_indices max_pool3d_with_indices"),
@@ -150,7 +149,7 @@ OPERATORS = (
     _pool("adaptive_max", "adaptive_max_pool2d adaptive_max_pool3d"),
     Operator("pooling", ("mean",), counted=("mean",), channels="moved"),
     Operator("pooling", ("sum", "amax", "max"), counted=("sum", "amax", "max")),
-    Operator("padding", ("pad", "constant_pad_nd"), _PADS, ("constant_pad_nd",), meanings.padding, "apart"),
+    Operator("padding", ("pad", "constant_pad_nd"), _PADS, ("constant_pad_nd",), maps.padding, "apart"),
     Operator("padding", counted=("reflection_pad1d", "reflection_pad2d", "replication_pad2d")),
     Operator(
         "resizing",
@@ -186,9 +185,9 @@ OPERATORS = (
         (),
         meanings.dropout,
     ),
-    Operator("slice", ("getitem",), linear=meanings.item, free=True),
-    Operator("slice", ("narrow",), linear=meanings.narrowed, free=True),
-    Operator("border", ("set_item",), linear=meanings.border),
+    Operator("slice", ("getitem",), linear=parts.item, free=True),
+    Operator("slice", ("narrow",), linear=parts.narrowed, free=True),
+    Operator("border", ("set_item",), linear=parts.border),
     Operator("reshape", ("flatten",), (nn.Flatten,), linear=meanings.flattened, channels="moved", free=True),
     Operator("reshape", ("reshape_as", "view_as"), linear=meanings.restored, free=True),
     Operator("reshape", ("reshape", "view", "squeeze", "unsqueeze"), channels="moved", free=True),
@@ -229,7 +228,7 @@ def name_of(target: Any) -> str:
     home = str(getattr(target, "__module__", None) or "")
     if home.startswith("torch._ops") and home != "torch._ops.aten":
         return ""
-    if home.split(".")[0] not in _HOMES and not home.startswith("refold.folding"):
+    if home.split(".")[0] not in _HOMES and not home.startswith("refold.recording"):
         return ""
     return name.split(".")[0].rstrip("_")
 

@@ -15,8 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from refold.errors import InputError, first_line
-from refold.folding.arguments import as_arguments, copy_tensors, shapes_listed
-from refold.folding.operators import COUNTED, WORDS
+from refold.recording.arguments import as_arguments, copy_tensors, shapes_listed
+from refold.recording.operators import COUNTED, WORDS
 
 
 @dataclass(frozen=True)

@@ -26,8 +26,8 @@ from torch import Tensor, nn
 import refold
 from refold.errors import InputError
 from refold.folding.answers import shared_copy
-from refold.folding.recording import record
-from refold.folding.surroundings import record_twice
+from refold.recording.recorder import record
+from refold.recording.surroundings import record_twice
 
 OTHER_SIZES = ((1, 1), (2, 3), (7, 12), (12, 12), (15, 15), (24, 33))
 

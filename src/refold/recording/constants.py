@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, fx
 
 from refold.errors import NotFoldable, first_line
-from refold.folding.precision import in_float64
-from refold.folding.recording import Recording
+from refold.recording.precision import in_float64
+from refold.recording.recording import Recording
 
 
 class Constants:

@@ -10,9 +10,10 @@ from torch import fx, nn
 from torch.nn.modules.conv import _ConvNd
 
 from refold.errors import first_line
-from refold.folding.arguments import Arguments, other_sizes
-from refold.folding.cost import Cost, Counting
-from refold.folding.recording import Built, Key, Recording, Scope, nodes_in, record
+from refold.recording.arguments import Arguments, other_sizes
+from refold.recording.cost import Cost, Counting
+from refold.recording.recorder import record
+from refold.recording.recording import Built, Key, Recording, Scope, nodes_in
 
 _BY_SIZE = "its code does something else for another size of the input"
 _UNSEEN = "its code computes a tensor where nobody can look"

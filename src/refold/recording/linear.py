@@ -12,8 +12,8 @@ from torch import Tensor, fx, nn
 
 from refold.algebra import Convolution, Padding
 from refold.errors import NotFoldable
-from refold.folding.constants import Constants
-from refold.folding.recording import Recording
+from refold.recording.constants import Constants
+from refold.recording.recording import Recording
 
 Build = Callable[[torch.device], Convolution]
 

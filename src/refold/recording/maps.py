@@ -10,7 +10,7 @@ from torch import Tensor, fx
 
 from refold.algebra import Convolution, affine, average_pool, batch_norm, pointwise, zero_padding
 from refold.errors import NotFoldable
-from refold.folding.linear import Bordered, Map, Use
+from refold.recording.linear import Bordered, Map, Use
 
 
 @overload
@@ -142,6 +142,20 @@ def padding_map(
 
     build(torch.device("meta"))
     return Map(source, build, multiplies=False)
+
+
+def padding(use: Use) -> Map | Bordered | None:
+    if use.module is not None:
+        return padding_map(use, use.source, use.module.padding, "constant", getattr(use.module, "value", 0.0))
+    given = use.argument(1, "pad")
+    constant = "constant" in str(getattr(use.node.target, "__name__", ""))
+    mode = "constant" if constant else use.argument(2, "mode", "constant")
+    value = use.argument(2 if constant else 3, "value")
+    return (
+        padding_map(use, use.argument(0, "input"), given, mode, value)
+        if isinstance(given, (tuple, list))
+        else None
+    )
 
 
 def _each(value: Any, axes: int) -> tuple[int, ...]:
