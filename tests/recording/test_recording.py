@@ -219,3 +219,167 @@ def test_only_torch_is_needed() -> None:
         check=False,
     )
     assert ran.stdout == "folded []\n", ran.stderr[-2000:]
+
+
+def hard(run: Any, **layers: nn.Module) -> Net:
+    """A network that is folded at one size and does something else at another."""
+    return Net(run, a=nn.Conv2d(4, 4, 3, padding=1), norm=nn.BatchNorm2d(4), **layers)
+
+
+@pytest.mark.parametrize("size", [(12, 12), (3, 3), (13, 8)])
+@pytest.mark.parametrize(
+    "wanted",
+    [
+        lambda x: x.shape[-1] > 14,
+        lambda x: x.shape[0] == 4,
+        lambda x: x.numel() > 1000,
+        lambda x: len(x) > 3,
+        lambda x: x.stride(1) > 400,
+        lambda x: x.shape[2] & 1,
+        lambda x: x.shape[2] >> 3,
+        lambda x: divmod(x.shape[2], 2)[1],
+        lambda x: {24: True}.get(x.shape[2]),
+        lambda x: x.shape[3] in {33, 3},
+        lambda x: len(x.split(16, -1)) > 1,
+        lambda x: math.sqrt(x.shape[2]) > 4,
+    ],
+)
+def test_a_turn_between_a_layer_and_its_norm_is_not_folded_across(wanted: Any, size: tuple[int, int]) -> None:
+    """The layers are edited in their places, so that the code between them still decides."""
+
+    def forward(net: Net, x: Tensor) -> Tensor:
+        y = net.a(x)
+        if wanted(x):
+            y = y.relu()
+        return net.norm(y)
+
+    agrees_everywhere(hard(forward), normal(2, 4, *size))
+    agrees_everywhere(hard(lambda net, x: net.norm(net.a(x)) if wanted(x) else net.a(x)), normal(2, 4, *size))
+
+
+@pytest.mark.parametrize("size", [(12, 12), (3, 3)])
+def test_pieces_whose_number_depends_on_the_size(size: tuple[int, int]) -> None:
+    tiled = Net(lambda net, x: torch.cat([net.a(t) + net.b(t) for t in x.split(16, -1)], -1), **branches())
+    agrees_everywhere(tiled, normal(2, 4, *size))
+    middle = Net(
+        lambda net, x: (lambda parts: parts[len(parts) // 2])((net.a(x) + net.b(x)).split(4, -1)),
+        **branches(),
+    )
+    agrees_everywhere(middle, normal(2, 4, *size))
+
+
+def test_padding_to_even_sides_folded_at_odd_ones() -> None:
+    def forward(net: Net, x: Tensor) -> Tensor:
+        height, width = x.shape[-2:]
+        x = nn.functional.pad(x, (0, width & 1, 0, height & 1))
+        return net.a(x) + net.b(x)
+
+    agrees_everywhere(Net(forward, **branches()), normal(2, 4, 13, 13))
+
+
+class Gate(nn.Module):
+    def forward(self, x: Tensor) -> bool:
+        return bool(x.mean() > 0)
+
+
+def test_a_gate_in_a_module_of_its_own_guards_its_caller() -> None:
+    def forward(net: Net, x: Tensor) -> Tensor:
+        y = net.a(x)
+        if net.gate(x):
+            y = y + 1
+        return net.norm(y)
+
+    model = trained(hard(forward, gate=Gate()).double())
+    x = normal(2, 4, 9, 9).abs()
+    plain: Any = refold.fold(model, x)
+    for other in (x, -x):
+        assert distance(call(model, other), call(plain, other)) <= LARGEST
+
+
+def test_arguments_that_the_fold_holds_for_are_said() -> None:
+    class Flagged(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.norm = nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)
+
+        def forward(self, x: Tensor, raw: bool = False, mask: Tensor | None = None) -> Tensor:
+            y = self.a(x)
+            return y if raw else self.norm(y)
+
+    plain: Any = refold.fold(trained(Flagged().double()), images(4)[0])
+    assert any("holds for raw=False, mask=None" in note for note in plain.fold_report.notes)
+
+
+def test_autocast_around_and_inside_leaves_the_weights_their_dtype() -> None:
+    def forward(net: Net, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return net.norm(net.a(x)).relu()
+
+    for model in (trained(hard(forward)), trained(nn.Sequential(*conv_bn(4, 4), *conv_bn(4, 4)))):
+        with torch.autocast("cpu", torch.bfloat16):
+            plain = refold.fold(model, images(4)[0].float())
+        assert {value.dtype for value in plain.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize(
+    "forward",
+    [
+        lambda net, x: net.b(net.norm(net.a(x.relu()))[:, : 2 * (x.shape[1] // 2)]),
+        lambda net, x: (net.norm(net.a(x)) + net.b(x)) ** 2,
+        lambda net, x: net.norm(net.a(x).to(x.dtype)).type_as(x),
+        lambda net, x: net.norm(net.a(x)) / math.sqrt(x.shape[1]),
+        lambda net, x: torch.vmap(lambda y: y * 2)(net.norm(net.a(x))),
+    ],
+)
+def test_ways_to_write_what_folds(forward: Any) -> None:
+    model = hard(forward, b=nn.Conv2d(4, 4, 1))
+    assert agrees_everywhere(model, normal(2, 4, 12, 12)).fold_report.after.batch_norms == 0
+
+
+@pytest.mark.parametrize("prove", [True, False])
+@pytest.mark.parametrize("number", range(4))
+def test_memory_that_changes_around_layers(number: int, prove: bool) -> None:
+    def first(net: Net, x: Tensor) -> Tensor:
+        y = x.relu()
+        view = y.view(-1)
+        found = net.norm(y)
+        view.add_(1)
+        return net.b(found)
+
+    def second(net: Net, x: Tensor) -> Tensor:
+        y = x.clone()
+        y[:, 2:] += 1
+        found = net.norm(y)
+        y.add_(1)
+        return net.b(found)
+
+    def third(net: Net, x: Tensor) -> Tensor:
+        y = net.norm(net.a(x))
+        z = net.b(y)
+        y.zero_()
+        return net.other(z) + y
+
+    def fourth(net: Net, x: Tensor) -> Tensor:
+        x = x.contiguous()
+        y = net.norm(net.a(x))
+        x *= 2
+        return y + x
+
+    forward = (first, second, third, fourth)[number]
+    model = trained(hard(forward, b=nn.Conv2d(4, 4, 1), other=nn.BatchNorm2d(4)).double())
+    plain = refold.fold(model, images(4)[0], prove=prove)
+    for x in images(4):
+        assert distance(call(model, x), call(plain, x)) <= LARGEST
+
+
+def test_a_cache_by_size_that_outlives_a_run() -> None:
+    kept: dict[int, Tensor] = {}
+
+    def grid(side: int) -> Tensor:
+        if side not in kept:
+            kept[side] = torch.arange(side) * 1.0
+        return kept[side]
+
+    model = Net(lambda net, x: net.fc(net.a(x) + grid(x.shape[-1])), a=conv_bn(4, 4), fc=nn.Linear(16, 4))
+    plain: Any = refold.fold(trained(model.double()), normal(2, 4, 16, 16))
+    assert plain.fold_report.after.batch_norms == 0

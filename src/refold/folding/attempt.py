@@ -98,9 +98,8 @@ class Attempt:
         folded = {node for rewrite in self.rewrites for node in rewrite.operators}
         norms = [n for n in planner.graph.nodes if n in recording.varying and is_batch_norm(planner.use(n))]
         reasons += [(_name(n), reason_left(n, planner)) for n in norms if n not in folded]
-        seen = {_name(node) for node in norms} | {
-            str(n.target) for n in planner.graph.nodes if n.op == "call_module"
-        }
+        seen = {_name(node) for node in norms} | set(recording.readers)
+        seen |= {str(n.target) for n in planner.graph.nodes if n.op == "call_module"}
         for name, module in self.original.named_modules():
             around = {name[:i] for i, letter in enumerate(name) if letter == "."}
             if name and isinstance(module, _BatchNorm) and name not in seen and not around & seen:
@@ -177,7 +176,8 @@ class Attempt:
                 if len(chunk) > 1:
                     waiting += [chunk[len(chunk) // 2 :], chunk[: len(chunk) // 2]]
                 elif chunk:
-                    self.notes.append(f"less was folded: the rewritten network did not run ({error})")
+                    note = f"less was folded: the rewritten network did not run ({error})"
+                    self.notes += [note] if note not in self.notes else []
                     self._refuse(chunk[0], f"the network does not run with it folded ({error})")
         self._write(good, simplify=False)
         return good

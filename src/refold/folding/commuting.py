@@ -72,6 +72,9 @@ def _passage(planner: Planner, norm: fx.Node, taken: Set[fx.Node]) -> _Passage |
                 waiting.append(user)
             else:
                 return None
+    source = inputs_of(planner.operators[norm])[0]
+    if any(members & (nodes | {source}) for _, members in planner.recording.mutations):
+        return None
     readers.sort(key=planner.order.__getitem__)
     return _Passage(norm, tuple(readers), frozenset(nodes)) if readers else None
 

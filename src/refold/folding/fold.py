@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -21,6 +22,7 @@ from refold.folding.planning import Planner
 from refold.folding.proof import (
     Proof,
     Truth,
+    is_close,
     require_close,
     require_finite,
     require_same,
@@ -140,6 +142,8 @@ def verify(
             raise InputError(f"{type(reference).__name__} returns no tensor that could be compared.")
         truth = truth_of(reference, _inputs(reference, arguments))
         proof = truth.with_own(truth.proof_of(candidate, tolerance), *own)
+        if proof.original_distance is not None and not is_close(proof):
+            proof = truth.unsettled(proof)
     require_finite(proof)
     if proof.original_distance is None:
         require_same(proof, tolerance)
@@ -243,6 +247,8 @@ class _Stage:
         notes += proof.notes()
         attempt.settle()
         proof = self._truth.with_own(proof, self._own, attempt.answers)
+        if not is_close(proof):
+            proof = self._truth.unsettled(proof)
         require_close(proof)
         return proof
 
@@ -299,11 +305,23 @@ def _notes(model: nn.Module, recorded: Recorded) -> list[str]:
         notes.append(
             "the forward pass draws random numbers: it was proved with the same ones before and after"
         )
+    fixed = _fixed_arguments(model, recorded.first.arguments)
+    if fixed:
+        notes.append(f"the fold holds for {', '.join(fixed)}, as in the example; fold again for other values")
     rounded = [dtype for dtype in recorded.first.rounds_to if dtype in (torch.float16, torch.bfloat16)]
     if rounded:
         names = " and ".join(str(dtype).removeprefix("torch.") for dtype in rounded)
         notes.append(f"the network rounds to {names} on its way, which the proof in float64 leaves out")
     return notes
+
+
+def _fixed_arguments(model: nn.Module, arguments: Arguments) -> list[str]:
+    """The arguments of the forward pass, defaults included, that are no tensors in the example."""
+    signature = inspect.signature(model.forward)
+    bound = signature.bind(*arguments[0], **arguments[1])
+    bound.apply_defaults()
+    values = {n: v for n, v in bound.arguments.items() if isinstance(v, (bool, int, float, str, type(None)))}
+    return [f"{name}={value!r}" for name, value in values.items()]
 
 
 def _require_option(name: str, value: object, known: tuple[str, ...]) -> None:

@@ -240,6 +240,16 @@ class Planner:
         if (node, reader) in self.recorded.moved:
             self.refusals.setdefault(reader, "it reads something else at another size of the input")
             return False
+        ways = {
+            s: last
+            for s, last in self.recorded.turns
+            if self.order[node] <= self.order.get(last, -1) < self.order[reader]
+        }
+        if any(scope in ways for scope in crossed(self.recording, node, reader)):
+            self.refusals.setdefault(
+                reader, "the code before it may do something else for another size of the input"
+            )
+            return False
         return self._shared_call(node) == self._shared_call(reader)
 
     def _shared_call(self, node: fx.Node) -> Scope:
@@ -346,16 +356,17 @@ class Planner:
         whole = not branch.first and branch.convolution.in_channels == channels
         if not whole or branch.flattened or branch.moved or (axes and len(shape) != axes + 2):
             return None
-        if self._changes_between(source, node):
+        if self.changes_between(source, node):
             self.refusals.setdefault(node, _CHANGED)
             return None
         return self._layer_price(node, branch.convolution)
 
-    def _changes_between(self, source: fx.Node, root: fx.Node) -> bool:
+    def changes_between(self, source: fx.Node, root: fx.Node) -> bool:
         """Whether the source is changed in place, by what stays, before `root` would read it."""
         between = set(self.composer.between(source, root)) if self.recording.mutations else set()
         for mutation, members in self.recording.mutations:
             stays = mutation not in between or not set(mutation.users) <= between
+            stays = stays or mutation in self.recording.effects
             if source in members and self.order[source] < self.order[mutation] < self.order[root] and stays:
                 return True
         return False
@@ -399,7 +410,8 @@ class Planner:
         while waiting:
             reader = waiting.pop()
             for node in reader.all_input_nodes or inputs_of(self.operators[reader]):
-                if node is not source and node not in nodes and node in self.recording.varying:
+                inside = node is not source and "number" not in node.meta
+                if inside and node not in nodes and node in self.recording.varying:
                     nodes.add(node)
                     waiting.append(node)
         rescales = self._rescales(source, root, structure)

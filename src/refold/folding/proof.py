@@ -128,6 +128,22 @@ class Truth:
                 worst = max([worst, *(distance(e, f) for e, f in zip(expected.outputs, found, strict=True))])
         return worst
 
+    def unsettled(self, proof: Proof) -> Proof:
+        """The proof with the original's distance as far as it moves when each input value moves by its last bit: an
+        original may be close to the truth by luck."""
+
+        def nudged(value: Any) -> Any:
+            if not isinstance(value, Tensor) or not value.is_floating_point():
+                return value
+            signs = torch.randn(value.shape, generator=torch.Generator().manual_seed(3)).sign()
+            return (value.cpu() * (1 + torch.finfo(value.dtype).eps * signs)).to(value)
+
+        found = answers(self.reference, tree_map(nudged, self.inputs[0])).outputs
+        truth = self.answers[0].outputs
+        alike = [(t, f) for t, f in zip(truth, found, strict=False) if t.shape == f.shape]
+        moved = spread([t for t, _ in alike], [f for _, f in alike]) if alike else 0.0
+        return replace(proof, original_distance=max(moved, proof.original_distance or 0.0))
+
 
 def truth_of(reference: nn.Module, inputs: Sequence[Arguments]) -> Truth:
     """Run a reference in float64."""
@@ -164,6 +180,15 @@ def require_stable(proof: Proof) -> None:
             "nothing can be said about the second; compare them in float64 (model.double()).",
             proof,
         )
+
+
+def is_close(proof: Proof) -> bool:
+    """Whether the second network, in its own dtype, is about as near to the truth as the first."""
+    try:
+        require_close(proof)
+    except NotEquivalent:
+        return False
+    return True
 
 
 def require_close(proof: Proof) -> None:

@@ -136,7 +136,7 @@ def _is_chain(planner: Planner, region: Region) -> bool:
     for node, meaning in region.operators.items():
         if inputs_of(meaning) != (previous,) or previous not in node.all_input_nodes:
             return False
-        if previous is not region.source and set(previous.users) != {node}:
+        if previous is not region.source and (set(previous.users) != {node} or previous in planner.demanded):
             return False
         placed = placed or (isinstance(meaning, Map) and meaning.multiplies)
         previous = node
@@ -148,7 +148,24 @@ def _layer(planner: Planner, region: Region) -> NewLayer:
         convolution = region.convolution()
         return _scaled(planner, region.source, convolution) if region.rescales else layer(convolution)
 
-    return NewLayer(build, planner.recording.kinds[region.root])
+    return NewLayer(build, _kind(planner, region))
+
+
+def _kind(planner: Planner, region: Region) -> tuple[torch.dtype, torch.device]:
+    """The dtype of the weights that a region takes up, which autocast may hide, and its device."""
+    dtype, device = planner.recording.kinds[region.root]
+    for node in (*region.operators, region.source) if region.rescales else region.operators:
+        own = planner.use(node).module if node.op == "call_module" else None
+        weights = [own.weight] if own is not None and isinstance(getattr(own, "weight", None), Tensor) else []
+        read = [
+            planner.recording.attribute(str(v.target)) for v in node.all_input_nodes if v.op == "get_attr"
+        ]
+        found = [
+            value for value in (*weights, *read) if isinstance(value, Tensor) and value.is_floating_point()
+        ]
+        if found:
+            return found[0].dtype, device
+    return dtype, device
 
 
 def _scaled(planner: Planner, node: fx.Node, channelwise: Convolution) -> nn.Module:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -102,11 +102,15 @@ def _repeated(value: Tensor) -> Tensor:
 def _other_side(side: int, step: int, share: float) -> int:
     if step > 1:
         return max(step, int(side * share) // step * step) if side > step else side
-    return max(1, int(side * share) | 1) if side > 1 else side
+    if side < 8:  # smaller ones would often be the same again behind a stride
+        return side + 5
+    other = int(side * share)
+    return other + 1 if other % 2 == side % 2 else other
 
 
 @contextmanager
 def plain_mode() -> Iterator[None]:
-    """No gradients, and tensors that count their changes even inside `torch.inference_mode`."""
-    with torch.inference_mode(False), torch.no_grad():
+    """No gradients, no autocast, and tensors that count their changes even inside `torch.inference_mode`."""
+    cuda = torch.amp.autocast("cuda", enabled=False) if torch.cuda.is_available() else nullcontext()
+    with torch.inference_mode(False), torch.no_grad(), torch.amp.autocast("cpu", enabled=False), cuda:
         yield

@@ -50,6 +50,7 @@ class Notebook:
     def finish(self) -> None:
         """Work out what needs the whole run: memory that is changed while others read it, and what varies."""
         recording = self.recording
+        self._inside += 1  # numbers that live on, in caches of the user's code, are heard no more
         for mutation, operand in self._mutations:
             members = {
                 m for m in self._alias.get(operand, {operand}) if self._order[m] < self._order[mutation]
@@ -76,7 +77,8 @@ class Notebook:
     def decide(self, number: Size | Ratio) -> None:
         """Note that code compares a size."""
         if not self._inside:
-            self.recording.decisions.append((self._scope, number.node))
+            last = next(node for node in reversed(self.recording.graph.nodes) if "number" not in node.meta)
+            self.recording.decisions.append((self._scope, number.node, last))
 
     def _within(self) -> Within:
         """Inside one operator nothing is written down."""
@@ -221,7 +223,10 @@ def tensors_read(value: Any) -> Iterator[Tensor]:
 
 
 def _storage(value: Tensor) -> int:
-    return id(value) if value.is_meta or value.layout != torch.strided else value.untyped_storage().data_ptr()
+    try:
+        return id(value) if value.is_meta else value.untyped_storage().data_ptr()
+    except (NotImplementedError, RuntimeError):  # sparse tensors and those of torch.vmap have none
+        return id(value)
 
 
 def _loose_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

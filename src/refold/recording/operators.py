@@ -177,6 +177,11 @@ OPERATORS = (
     Operator(
         "identity", ("alias", "detach", "positive"), (nn.Identity,), (), meanings.same, "apart", free=True
     ),
+    Operator(
+        "cast",
+        ("to", "type", "type_as", "float", "double", "half", "cpu", "cuda", "requires_grad"),
+        linear=meanings.idle,
+    ),
     Operator("identity", ("getattr",), linear=meanings.attribute, free=True),
     Operator(
         "dropout",

@@ -25,6 +25,7 @@ from refold.recording.recording import (
     nodes_in,
     set_item,
 )
+from refold.recording.sizes import Ratio, Size
 
 _METADATA = {
     *(
@@ -76,7 +77,12 @@ _INFIX: dict[str, Callable[..., Any]] = {
     "mul": operator.mul,
     "div": operator.truediv,
 }
-_INFIX |= {"neg": operator.neg, "matmul": operator.matmul, "__getitem__": operator.getitem}
+_INFIX |= {
+    "neg": operator.neg,
+    "pow": operator.pow,
+    "matmul": operator.matmul,
+    "__getitem__": operator.getitem,
+}
 
 
 def record(model: nn.Module, arguments: Arguments, beside: Any = None) -> Recording:
@@ -167,6 +173,8 @@ class _Recorder(Notebook, TorchFunctionMode):
             out = func(*args, **kwargs)
         if attribute == "shape" or name == "size":
             return self._sizes(reads[0], out, *args[1:], **kwargs) if varies else out
+        if name in ("numel", "nelement", "__len__", "stride") and varies:
+            return self._extent(reads[0], name, out)
         if name == "__setitem__":
             self._note("call_function", set_item, args, kwargs, args[0], reads, versions)
             return out
@@ -182,6 +190,8 @@ class _Recorder(Notebook, TorchFunctionMode):
         else:
             kind, target, args = _written_as(func, target, args, kwargs)
         node, out = self._note(kind, target, args, kwargs, out, reads, versions)
+        if name in ("split", "unbind", "tensor_split") and varies and isinstance(out, (list, tuple)):
+            self._pieces(reads[0], name, args, kwargs)
         if chance is not None and not torch.equal(chance, torch.get_rng_state()):
             self.recording.varying.add(node)
         self._note_rounding(node)
@@ -194,6 +204,23 @@ class _Recorder(Notebook, TorchFunctionMode):
         read = [kinds[v][0] for v in node.all_input_nodes if v in kinds]
         if own is not None and own[0].is_floating_point and read and own[0].itemsize < read[0].itemsize:
             self.recording.rounds_to.add(own[0])
+
+    def _extent(self, value: Tensor, name: str, out: Any) -> Any:
+        """A number of elements; a length or a stride, which code goes on with unseen."""
+        if name in ("numel", "nelement"):
+            return self._number(self._create("call_method", "numel", (self._node(value),), {}), out)
+        self.decide(self._side(value, 0))
+        return out
+
+    def _pieces(self, value: Tensor, name: str, args: Any, kwargs: dict[str, Any]) -> None:
+        """How many pieces there are depends on a size, and code may do something for each of them."""
+        given = kwargs.get(
+            "dim", args[1 if name == "unbind" else 2] if len(args) > (1 if name == "unbind" else 2) else 0
+        )
+        with self._within():
+            dimensions = value.dim()
+        if isinstance(given, int):
+            self.decide(self._side(value, given % dimensions))
 
     def _module(self, module: nn.Module, run: Callable[[], Any], args: Any, kwargs: Any) -> Any:
         path = self._paths.get(id(module))
@@ -217,6 +244,8 @@ class _Recorder(Notebook, TorchFunctionMode):
                 call = self._enter_call(path, args, kwargs)
                 out = run()
             call.result = self._mapped(out)
+            if self._scope in self.recording.guarded and not has_hooks(module) and _holds_plain_values(out):
+                self.recording.guarded[outer] = self.recording.guarded[self._scope]
             return out
         finally:
             self._scope = outer
@@ -257,6 +286,13 @@ class _Recorder(Notebook, TorchFunctionMode):
         self._counts[place] += 1
 
 
+def _holds_plain_values(value: Any) -> bool:
+    """Whether a result tells its caller something that is no tensor."""
+    if isinstance(value, (list, tuple, dict)):
+        return any(map(_holds_plain_values, value.values() if isinstance(value, dict) else value))
+    return isinstance(value, (bool, int, float, str)) and not isinstance(value, (Size, Ratio))
+
+
 def _written_as(
     func: Any, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[str, Any, tuple[Any, ...]]:
@@ -264,9 +300,8 @@ def _written_as(
     name = str(getattr(func, "__name__", ""))
     if name in _REFLECTED and len(args) == 2:
         return "call_function", _REFLECTED[name], args[::-1]
-    method = isinstance(func, (MethodDescriptorType, WrapperDescriptorType)) or func is getattr(
-        Tensor, name, None
-    )
+    own = func is getattr(Tensor, name, None) or getattr(func, "__module__", "") == "torch._tensor"
+    method = own or isinstance(func, (MethodDescriptorType, WrapperDescriptorType))
     if not method:
         return "call_function", target, args
     if name in _INFIX and not kwargs and len(args) == (1 if name == "neg" else 2):

@@ -91,8 +91,9 @@ class Recording:
     """Calls whose own code, or hooks, look at values: nothing is folded across it; and why."""
     closed: dict[Scope, str] = field(default_factory=dict)
     """Calls whose forward pass cannot be written down from this recording, and why."""
-    decisions: list[tuple[Scope, fx.Node]] = field(default_factory=list)
-    """Where code compared a number computed from a size, or went on with it unseen: the call and the number."""
+    decisions: list[tuple[Scope, fx.Node, fx.Node]] = field(default_factory=list)
+    """Where code compared a number computed from a size, or went on with it unseen: the call, the number, and the
+    last operator before."""
     steady: dict[fx.Node, int | float] = field(default_factory=dict)
     """Numbers computed from sizes that were the same at another size, such as those of channels."""
     unseen: dict[fx.Node, Tensor] = field(default_factory=dict)

@@ -38,7 +38,9 @@ class _Number:
 class Size(_Number, int):
     """A whole number; like any other to the code that uses it."""
 
-    __hash__ = int.__hash__
+    def __hash__(self) -> int:
+        self.watch.decide(self)  # a cache or a set may hold another answer for another size
+        return int.__hash__(self)
 
     def plain(self) -> int:
         return int.__int__(self)
@@ -55,7 +57,9 @@ class Size(_Number, int):
 class Ratio(_Number, float):
     """A number with a fraction."""
 
-    __hash__ = float.__hash__
+    def __hash__(self) -> int:
+        self.watch.decide(self)
+        return float.__hash__(self)
 
     def plain(self) -> float:
         return float.__float__(self)
@@ -108,7 +112,7 @@ def _comparison(function: Callable[..., Any]) -> Callable[..., Any]:
     return method
 
 
-_BINARY = ("add", "sub", "mul", "floordiv", "truediv", "mod", "pow")
+_BINARY = ("add", "sub", "mul", "floordiv", "truediv", "mod", "pow", "and_", "or_", "xor", "lshift", "rshift")
 _UNARY: dict[str, Callable[..., Any]] = {
     "__neg__": operator.neg,
     "__abs__": operator.abs,
@@ -118,8 +122,9 @@ _UNARY: dict[str, Callable[..., Any]] = {
 _UNARY |= {"__trunc__": math.trunc, "__round__": round}
 for _name in _BINARY:
     for _class in (Size, Ratio):
-        setattr(_class, f"__{_name}__", _arithmetic(getattr(operator, _name)))
-        setattr(_class, f"__r{_name}__", _arithmetic(getattr(operator, _name), reflected=True))
+        _bare = _name.rstrip("_")
+        setattr(_class, f"__{_bare}__", _arithmetic(getattr(operator, _name)))
+        setattr(_class, f"__r{_bare}__", _arithmetic(getattr(operator, _name), reflected=True))
 for _name, _function in _UNARY.items():
     for _class in (Size, Ratio):
         setattr(_class, _name, _arithmetic(_function))
@@ -127,4 +132,5 @@ for _name in ("eq", "ne", "lt", "le", "gt", "ge"):
     for _class in (Size, Ratio):
         setattr(_class, f"__{_name}__", _comparison(getattr(operator, _name)))
 for _class in (Size, Ratio):
+    _class.__divmod__ = _comparison(divmod)  # type: ignore[method-assign]  # made in a loop like its siblings
     _class.__bool__ = _comparison(bool)  # type: ignore[method-assign]  # made in a loop like its siblings

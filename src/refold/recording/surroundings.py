@@ -32,6 +32,9 @@ class Recorded:
     changed: dict[fx.Node, str] = field(default_factory=dict)
     """Operators that do something else, or do not run, at the other size; and why."""
 
+    turns: list[tuple[Scope, fx.Node]] = field(default_factory=list)
+    """Where code may take another way at another size: the call, and the last operator before."""
+
     @property
     def sizes(self) -> list[Arguments]:
         """The calls that were recorded."""
@@ -122,9 +125,10 @@ def _compare(recorded: Recorded, second: Recording) -> None:
             and _of_channels(first, node)
         ):
             first.steady[node] = node.meta["number"]
-    for scope, node in first.decisions:
-        if node not in first.steady:
+    for scope, node, last in first.decisions:
+        if scope and node not in first.steady:
             first.closed.setdefault(scope, _BY_SIZE)
+            recorded.turns.append((scope, last))
     for scope, reason in second.guarded.items():
         first.guarded.setdefault(scope, reason)
 
@@ -186,13 +190,16 @@ def _replace(recording: Recording, old: fx.Node, new: fx.Node, inside: set[fx.No
 
 
 def _of_channels(recording: Recording, number: fx.Node) -> bool:
-    """Whether a number comes from counts of channels alone: those of a map may collapse to one pixel at both sizes."""
+    """Whether a number that is the same at both sizes comes from counts of channels alone, or of more than those few
+    pixels to which maps of both sizes may collapse."""
     if number.op == "call_method" and number.target == "size":
         value, axis = number.args[0], number.args[1]
         assert isinstance(value, fx.Node)
         dimensions = len(recording.shapes[value])
-        return bool(axis == 1 if dimensions > 3 else axis != 0)
-    return all(_of_channels(recording, value) for value in number.all_input_nodes)
+        channels = bool(axis == 1 if dimensions > 3 else axis != 0)
+        return channels or bool(number.meta["number"] > 3)
+    inputs = number.all_input_nodes
+    return number.target != "numel" and all(value in recording.steady for value in inputs)
 
 
 def _signature(node: fx.Node) -> Any:
