@@ -254,7 +254,14 @@ def test_a_turn_between_a_layer_and_its_norm_is_not_folded_across(wanted: Any, s
         return net.norm(y)
 
     agrees_everywhere(hard(forward), normal(2, 4, *size))
-    agrees_everywhere(hard(lambda net, x: net.norm(net.a(x)) if wanted(x) else net.a(x)), normal(2, 4, *size))
+
+
+def test_the_way_not_taken_at_either_size_is_said() -> None:
+    """Whoever decides before the layer may leave the norm out at a size that nobody has seen: a note names the code."""
+    model = hard(lambda net, x: net.norm(net.a(x)) if x.shape[2] < 20 else net.a(x))
+    plain: Any = refold.fold(trained(model.double()), normal(2, 4, 12, 12))
+    assert plain.fold_report.after.batch_norms == 0
+    assert any("the code of the model decides by the size" in note for note in plain.fold_report.notes)
 
 
 @pytest.mark.parametrize("size", [(12, 12), (3, 3)])

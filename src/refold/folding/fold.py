@@ -34,7 +34,14 @@ from refold.folding.report import FoldReport
 from refold.folding.rewrite import Rewrite
 from refold.folding.shortcuts import folded_shortcuts
 from refold.folding.unwrapping import unwrapped
-from refold.recording.arguments import Arguments, as_arguments, other_sizes, plain_mode, shapes_listed
+from refold.recording.arguments import (
+    Arguments,
+    as_arguments,
+    other_sizes,
+    plain_mode,
+    shapes_listed,
+    shapes_named,
+)
 from refold.recording.surroundings import Recorded, record_twice
 
 Shortcuts = Literal["keep", "fold"]
@@ -168,7 +175,7 @@ class _Stage:
         recorded = _recorded(self._model, self._arguments)
         self._own = recorded.first.outputs
         attempt = self._carried_out(self._model, recorded, find, may_cost=may_cost)
-        notes = [*_notes(self._model, recorded), *attempt.notes]
+        notes = [*_notes(self._model, recorded), *_turns(recorded, attempt), *attempt.notes]
         proof = self._proof(attempt, recorded, notes)
         left = attempt.left()
         assert attempt.cost is not None
@@ -313,6 +320,23 @@ def _notes(model: nn.Module, recorded: Recorded) -> list[str]:
         names = " and ".join(str(dtype).removeprefix("torch.") for dtype in rounded)
         notes.append(f"the network rounds to {names} on its way, which the proof in float64 leaves out")
     return notes
+
+
+def _turns(recorded: Recorded, attempt: Attempt) -> list[str]:
+    """What has to be said of code that decides by sizes and around which layers were folded in their places."""
+    folded = {
+        node.meta["scope"] for rewrite in attempt.rewrites if len(rewrite.nodes) > 1 for node in rewrite.nodes
+    }
+    paths = list(
+        dict.fromkeys(scope[-1].path or "the model" for scope, _ in recorded.turns if scope in folded)
+    )
+    if not paths:
+        return []
+    named = ", ".join(paths[:3]) + (f" and {len(paths) - 3} more" if len(paths) > 3 else "")
+    sizes = " and ".join(shapes_named(arguments) for arguments in recorded.sizes)
+    return [
+        f"the code of {named} decides by the size of its input: what was folded there was seen at {sizes}"
+    ]
 
 
 def _fixed_arguments(model: nn.Module, arguments: Arguments) -> list[str]:
