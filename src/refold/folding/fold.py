@@ -130,6 +130,30 @@ def fold(
     return plain
 
 
+def apply_passes(
+    model: nn.Module,
+    example_input: Any,
+    passes: Sequence[Pass],
+    *,
+    tolerance: float | None = TOLERANCE,
+    may_cost: bool = False,
+) -> nn.Module:
+    """A network in which what `passes` find is in effect, proved to `tolerance` (None: not at all) as every fold is.
+
+    A pass is a function from a planned model (`refold.folding.planning.Planner`) to rewrites. Where the network takes
+    more multiply-accumulates than before, rewrites are taken back unless it `may_cost` more.
+
+    Raises `InputError` where the model does not run on the example, `NotEquivalent` where the proof fails.
+    """
+    model, notes = unwrapped(model)
+    with plain_mode():
+        stage = _Stage(model, as_arguments(model, example_input), tolerance)
+        plain, report = stage.fold(passes, may_cost=may_cost)
+    report.notes[:0] = notes
+    plain.fold_report = report  # type: ignore[assignment]  # nn.Module types its attributes as tensors and modules
+    return plain
+
+
 def verify(
     reference: nn.Module, candidate: nn.Module, example_input: Any, *, tolerance: float = TOLERANCE
 ) -> Proof:
