@@ -269,7 +269,8 @@ proof, on one thread.
 after, and {len(clean)} models have none left; [why the others stay](#what-was-left-and-why). The largest distance of
 any model from its folded form is {worst:.0e}.
 
-- *parts left*: modules whose code cannot be traced; everything inside them was folded by itself. "whole" is none.
+- *parts left*: modules whose code looks at the values of tensors or has hooks, so that nothing is folded across it;
+  everything inside them was folded by itself. "whole" is none.
 - *regions*: how many linear parts became one layer each.
 - *convolutions*, *batch norms*, *operators*: how many run in one forward pass, before → after.
 - *|Δ| float64*: the largest difference of any output, relative to the largest output, both networks computed in
@@ -319,7 +320,7 @@ def _row(record: dict[str, Any], columns: int) -> str:
     if "failed" in record:
         cells = [f"`{record['name']}`", "failed", *[""] * (columns - 2)]
         return f"| {' | '.join(cells)} |"
-    proof, parts = record["proof"], len(untraced(record))
+    proof, parts = record["proof"], len(guarded(record))
     cells = [
         f"`{record['name']}`",
         "×".join(map(str, record["size"][1:])),
@@ -339,9 +340,9 @@ def _change(before: int, after: int) -> str:
     return f"{before} → {after}" if before != after else str(before)
 
 
-def untraced(record: dict[str, Any]) -> list[dict[str, str]]:
-    """The parts of one model whose code was not looked into."""
-    marks = ("cannot be traced", "cannot be run on the example", "it is a TorchScript module", "it has hooks")
+def guarded(record: dict[str, Any]) -> list[dict[str, str]]:
+    """The parts of one model across whose code nothing was folded."""
+    marks = ("looks at the values", "it is compiled (TorchScript)", "it has hooks")
     return [item for item in record["left"] if any(mark in item["reason"] for mark in marks)]
 
 
