@@ -25,7 +25,7 @@ from refold.algebra import (
 )
 from refold.errors import NotFoldable
 from refold.recording.linear import (
-    Bordered,
+    ConstantBorder,
     Flattened,
     Linear,
     Map,
@@ -39,7 +39,7 @@ from refold.recording.linear import (
 
 
 @dataclass(frozen=True)
-class Branch:
+class ComposedValue:
     """A value as a convolution of the channels of its source from `first` on; None is the identity of all of them."""
 
     convolution: Convolution | None
@@ -57,7 +57,7 @@ class Composer:
         self._operators = operators
         self._shapes = shapes
         self._order = {node: index for index, node in enumerate(operators)}
-        self._structures: dict[tuple[fx.Node, fx.Node], Branch | NotFoldable] = {}
+        self._structures: dict[tuple[fx.Node, fx.Node], ComposedValue | NotFoldable] = {}
 
     def add(self, node: fx.Node, meaning: Linear) -> None:
         """Take in one more operator, which stands behind all others."""
@@ -74,7 +74,7 @@ class Composer:
                     waiting.append(node)
         return sorted(found, key=self._order.__getitem__)
 
-    def structure(self, node: fx.Node, source: fx.Node) -> Branch:
+    def structure(self, node: fx.Node, source: fx.Node) -> ComposedValue:
         """`node` as a convolution of `source`, without its numbers. Raises NotFoldable where there is no exact one."""
         key = (node, source)
         if key not in self._structures:
@@ -87,9 +87,9 @@ class Composer:
             raise found
         return found
 
-    def _structure(self, node: fx.Node, source: fx.Node) -> Branch:
+    def _structure(self, node: fx.Node, source: fx.Node) -> ComposedValue:
         if node is source:
-            return Branch(None)
+            return ComposedValue(None)
         operator = self._operators.get(node)
         if operator is None:
             raise NotFoldable("it is restored to the axes of a value that is computed in another way")
@@ -100,7 +100,7 @@ class Composer:
         """`root` as a convolution of `source`, in float64; a branch is freed as soon as it has been read."""
         order = self.between(source, root)
         readers = Counter(value for node in order for value in inputs_of(self._operators[node]))
-        branches = {source: Branch(None)}
+        branches = {source: ComposedValue(None)}
         for node in order:
             operator = self._operators[node]
             inner = [branches[value] for value in inputs_of(operator)]
@@ -114,8 +114,8 @@ class Composer:
         return convolution
 
     def _compose(
-        self, operator: Linear, source: fx.Node, inner: list[Branch], device: torch.device
-    ) -> Branch:
+        self, operator: Linear, source: fx.Node, inner: list[ComposedValue], device: torch.device
+    ) -> ComposedValue:
         """What an operator makes of its inputs, all of them given as convolutions of `source`."""
         if isinstance(operator, Same):
             return inner[0]
@@ -135,7 +135,7 @@ class Composer:
             return self._reshaped(inner[0], operator, source, like)
         if len({(branch.flattened, branch.moved) for branch in inner}) > 1:
             raise NotFoldable("only some of its inputs are flattened or have their channels moved")
-        if isinstance(operator, Bordered):
+        if isinstance(operator, ConstantBorder):
             if inner[0].moved or inner[0].flattened:
                 raise NotFoldable("its border is put around moved channels")
             whole = self._explicit(inner[0], source, len(operator.padding), like)
@@ -151,8 +151,8 @@ class Composer:
         return replace(inner[0], convolution=convolution, first=first)
 
     def _reshaped(
-        self, inner: Branch, operator: Flattened | Restored, source: fx.Node, like: Tensor
-    ) -> Branch:
+        self, inner: ComposedValue, operator: Flattened | Restored, source: fx.Node, like: Tensor
+    ) -> ComposedValue:
         """Only the axes before the channels change; they come back as the source has them, or not at all."""
         convolution = self._explicit(inner, source, 0, like)
         if inner.flattened is isinstance(operator, Flattened):
@@ -163,7 +163,7 @@ class Composer:
                 raise NotFoldable("its axes are restored to those of another value")
         return replace(inner, convolution=convolution, flattened=isinstance(operator, Flattened))
 
-    def _moved(self, inner: Branch, operator: Moved, source: fx.Node) -> Branch:
+    def _moved(self, inner: ComposedValue, operator: Moved, source: fx.Node) -> ComposedValue:
         if operator.last is None:
             way: Literal["last", "first", "swapped"] = "swapped"
         else:
@@ -179,7 +179,7 @@ class Composer:
             way = known
         return replace(inner, moved=way)
 
-    def _axes(self, branch: Branch, source: fx.Node, own: int) -> int:
+    def _axes(self, branch: ComposedValue, source: fx.Node, own: int) -> int:
         """The spatial axes, in the layout of the source, of a convolution that has `own` in the layout of `branch`."""
         if branch.moved is None:
             return own
@@ -189,7 +189,7 @@ class Composer:
             raise NotFoldable("the channels of its inputs lie along different axes")
         return axes
 
-    def _explicit(self, branch: Branch, source: fx.Node, axes: int, like: Tensor) -> Convolution:
+    def _explicit(self, branch: ComposedValue, source: fx.Node, axes: int, like: Tensor) -> Convolution:
         """The branch with its identity written out, in a layout with so many spatial axes."""
         if branch.convolution is None:
             shape = self._shapes[source]
@@ -198,7 +198,7 @@ class Composer:
             raise NotFoldable("the channels of its inputs lie along different axes")
         return branch.convolution
 
-    def _sum(self, inner: list[Branch], operator: Sum, source: fx.Node, like: Tensor) -> Branch:
+    def _sum(self, inner: list[ComposedValue], operator: Sum, source: fx.Node, like: Tensor) -> ComposedValue:
         layouts = {b.convolution.spatial_axes for b in inner if b.convolution is not None}
         axes = layouts.pop() if layouts else self._axes_of_identity(inner[0], source)
         if not 0 <= axes <= 3:
@@ -212,7 +212,7 @@ class Composer:
         merged = sum_branches(aligned) if len(aligned) > 1 else aligned[0]
         return replace(inner[0], convolution=merged, first=first)
 
-    def _axes_of_identity(self, branch: Branch, source: fx.Node) -> int:
+    def _axes_of_identity(self, branch: ComposedValue, source: fx.Node) -> int:
         return 0 if branch.moved == "first" else len(self._shapes[source]) - 2
 
 

@@ -27,14 +27,14 @@ _BLOCK, _STEP = 16, 4
 
 
 @dataclass(frozen=True)
-class Part:
+class ChannelPart:
     """Consecutive channels that are one tensor, of `width` channels: those after `channels` hold nothing of use."""
 
     channels: int
     width: int
 
 
-Layout = tuple[Part, ...]
+Layout = tuple[ChannelPart, ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,7 +111,7 @@ class _Parts:
             self._whole[value] = Operation(FUNCTION, torch.cat, (list(self._parts[value]), 1))
         return self._whole[value]
 
-    def _one(self, value: fx.Node, part: Part) -> Value:
+    def _one(self, value: fx.Node, part: ChannelPart) -> Value:
         """An input of a concatenation as one of its parts."""
         if value not in self._parts:
             return value
@@ -170,7 +170,7 @@ class _Parts:
             made.bias.data = torch.zeros_like(mean) if bias is None else bias.clone()
         return made.eval()
 
-    def _rows(self, node: fx.Node, rows: slice, part: Part) -> nn.Module:
+    def _rows(self, node: fx.Node, rows: slice, part: ChannelPart) -> nn.Module:
         whole = self._channels.convolution(node, _CPU)
         weight = _padded(whole.weight[rows], 0, part.width)
         bias = None if whole.bias is None else _padded(whole.bias[rows], 0, part.width)
@@ -180,8 +180,8 @@ class _Parts:
         """A dense convolution or linear layer, from parts, to parts, or both."""
         (value,) = inputs_of(self._planner.operators[node])
         whole = self._channels.convolution(node, _META)
-        outputs = layout or (Part(whole.out_channels, whole.out_channels),)
-        inputs = self._part_layouts.get(value, (Part(whole.in_channels, whole.in_channels),))
+        outputs = layout or (ChannelPart(whole.out_channels, whole.out_channels),)
+        inputs = self._part_layouts.get(value, (ChannelPart(whole.in_channels, whole.in_channels),))
         sources = self._parts.get(value, [value])
         made: list[Value] = []
         for i, (rows, out) in enumerate(zip(_ranges(outputs), outputs, strict=True)):
@@ -196,7 +196,7 @@ class _Parts:
         return made
 
     def _block(
-        self, node: fx.Node, rows: slice, columns: slice, out: Part, part: Part, first: bool
+        self, node: fx.Node, rows: slice, columns: slice, out: ChannelPart, part: ChannelPart, first: bool
     ) -> nn.Module:
         return layer(_block(self._channels.convolution(node, _CPU), rows, columns, out, part, is_first=first))
 
@@ -205,7 +205,7 @@ class _Parts:
 
 
 def _block(
-    whole: Convolution, rows: slice, columns: slice, out: Part, part: Part, *, is_first: bool
+    whole: Convolution, rows: slice, columns: slice, out: ChannelPart, part: ChannelPart, *, is_first: bool
 ) -> Convolution:
     """The share of a dense convolution that takes one part of its input to one part of its output."""
     weight = _padded(_padded(whole.weight[rows, columns], 0, out.width), 1, part.width)
@@ -223,7 +223,7 @@ def _padded(tensor: Tensor, axis: int, width: int) -> Tensor:
     return torch.cat([tensor, tensor.new_zeros(shape)], axis)
 
 
-def _ranges(layout: Sequence[Part]) -> Iterator[slice]:
+def _ranges(layout: Sequence[ChannelPart]) -> Iterator[slice]:
     ends = [0, *accumulate(part.channels for part in layout)]
     return (slice(start, stop) for start, stop in pairwise(ends))
 
@@ -240,4 +240,6 @@ def _name(old: fx.Node) -> str:
 
 def parts_of(sizes: Sequence[int], *, filled: bool = False) -> Layout:
     """Parts of so many channels; `filled` up to what engines read as blocks: 16 of them, then multiples of four."""
-    return tuple(Part(size, max(_BLOCK, -(-size // _STEP) * _STEP) if filled else size) for size in sizes)
+    return tuple(
+        ChannelPart(size, max(_BLOCK, -(-size // _STEP) * _STEP) if filled else size) for size in sizes
+    )

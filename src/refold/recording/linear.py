@@ -91,7 +91,7 @@ class Moved:
 
 
 @dataclass(frozen=True)
-class Bordered:
+class ConstantBorder:
     """Its input with a border, which holds one value (`[channels]`) everywhere."""
 
     input: fx.Node
@@ -99,7 +99,7 @@ class Bordered:
     value: Tensor
 
 
-Linear = Same | Map | Sum | Concatenation | Slice | Flattened | Restored | Moved | Bordered
+Linear = Same | Map | Sum | Concatenation | Slice | Flattened | Restored | Moved | ConstantBorder
 
 
 def inputs_of(meaning: Linear) -> tuple[fx.Node, ...]:

@@ -10,7 +10,7 @@ from torch import Tensor, fx
 
 from refold.algebra import Convolution, affine, average_pool, batch_norm, pointwise, zero_padding
 from refold.errors import NotFoldable
-from refold.recording.linear import Bordered, Map, Use
+from refold.recording.linear import ConstantBorder, Map, Use
 
 
 @overload
@@ -125,7 +125,7 @@ def average_pool_map(
 
 def padding_map(
     use: Use, source: fx.Node, padding: Sequence[int], mode: str, value: float | None
-) -> Map | Bordered | None:
+) -> Map | ConstantBorder | None:
     if mode != "constant" or not all(isinstance(p, int) for p in padding):
         return None
     shape = use.shape(source)
@@ -135,7 +135,7 @@ def padding_map(
         return None
     ends = (*((0, 0),) * (axes - len(pairs)), *pairs)
     if value:
-        return Bordered(source, ends, torch.full((shape[1],), float(value), dtype=torch.float64))
+        return ConstantBorder(source, ends, torch.full((shape[1],), float(value), dtype=torch.float64))
 
     def build(device: torch.device) -> Convolution:
         return zero_padding(shape[1], ends, torch.empty(0, dtype=torch.float64, device=device))
@@ -144,7 +144,7 @@ def padding_map(
     return Map(source, build, multiplies=False)
 
 
-def padding(use: Use) -> Map | Bordered | None:
+def padding(use: Use) -> Map | ConstantBorder | None:
     if use.module is not None:
         return padding_map(use, use.source, use.module.padding, "constant", getattr(use.module, "value", 0.0))
     given = use.argument(1, "pad")

@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
 from refold.recording.recording import Built, Recording, Scope
-from refold.recording.sizes import Ratio, Size, tracked
+from refold.recording.sizes import Quotient, Size, tracked
 
 
 class Within:
@@ -74,7 +74,7 @@ class Notebook:
             return value
         return self._number(self._create("call_function", function, self._mapped(operands), {}), value)
 
-    def decide(self, number: Size | Ratio) -> None:
+    def decide(self, number: Size | Quotient) -> None:
         """Note that code compares a size."""
         if not self._inside:
             last = next(node for node in reversed(self.recording.graph.nodes) if "number" not in node.meta)
@@ -162,7 +162,7 @@ class Notebook:
         """The same structure with nodes in the place of tensors and of numbers computed from sizes."""
         if isinstance(value, Tensor):
             return self._node(value)
-        if isinstance(value, (Size, Ratio)):
+        if isinstance(value, (Size, Quotient)):
             return value.node
         if isinstance(value, slice):
             return slice(self._mapped(value.start), self._mapped(value.stop), self._mapped(value.step))
@@ -199,11 +199,11 @@ class Notebook:
             else self._side(value, int(axis) % len(self.recording.shapes[self._node(value)]))
         )
 
-    def _side(self, value: Tensor, axis: int) -> Size | Ratio:
+    def _side(self, value: Tensor, axis: int) -> Size | Quotient:
         node = self._create("call_method", "size", (self._node(value), axis), {})
         return self._number(node, self.recording.shapes[self._node(value)][axis])
 
-    def _number(self, node: fx.Node, value: int | float) -> Size | Ratio:
+    def _number(self, node: fx.Node, value: int | float) -> Size | Quotient:
         node.meta["number"] = value
         self.recording.varying.add(node)
         return tracked(value, node, self)

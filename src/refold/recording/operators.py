@@ -17,7 +17,7 @@ from refold.recording import maps, meanings, parts
 from refold.recording.linear import Linear, Map, Use
 from refold.recording.recording import has_hooks
 
-Channels = Literal["apart", "moved"]
+ChannelEffect = Literal["apart", "moved"]
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Operator:
     counted: tuple[str, ...] = ()
     """The names under which PyTorch's dispatcher runs it."""
     linear: Callable[[Use], Linear | None] | None = None
-    channels: Channels | None = None
+    channels: ChannelEffect | None = None
     """"apart": it treats every channel alike and for itself. "moved": it averages or moves values, so that a scale
     of each channel can pass, wherever the channel lies afterwards."""
     elementwise: bool = False
@@ -53,7 +53,7 @@ def _activation(names: str, *modules: type[nn.Module], counted: str = "", **sett
     )
 
 
-def _pool(kind: str, counted: str = "", channels: Channels = "apart", **settings: Any) -> Operator:
+def _pool(kind: str, counted: str = "", channels: ChannelEffect = "apart", **settings: Any) -> Operator:
     names = tuple(f"{kind}_pool{axes}d" for axes in (1, 2, 3))
     classes = tuple(
         getattr(nn, "".join(part.title() for part in name.split("_"))[:-1] + "d") for name in names

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from refold.recording.linear import Bordered, Concatenation, Map, Slice, Use
+from refold.recording.linear import Concatenation, ConstantBorder, Map, Slice, Use
 from refold.recording.maps import padding
 from refold.recording.recording import set_item
 
@@ -53,7 +53,7 @@ def narrowed(use: Use) -> Slice | None:
     return Slice(source, start, start + length, axes)
 
 
-def border(use: Use) -> Bordered | None:
+def border(use: Use) -> ConstantBorder | None:
     """The last of several writes of one value into all the edges that a zero padding made (diverse branch block)."""
     sides: dict[tuple[int, bool], int] = {}
     node, value = use.node, None
@@ -81,7 +81,7 @@ def border(use: Use) -> Bordered | None:
     channels = use.shape(use.node)[1]
     if widths != sides or value.numel() not in (1, channels):
         return None
-    return Bordered(meaning.input, ends, value.expand(channels))
+    return ConstantBorder(meaning.input, ends, value.expand(channels))
 
 
 def _side(use: Use, axes: int) -> tuple[int, bool, int] | None:

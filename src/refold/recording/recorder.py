@@ -25,7 +25,7 @@ from refold.recording.recording import (
     nodes_in,
     set_item,
 )
-from refold.recording.sizes import Ratio, Size
+from refold.recording.sizes import Quotient, Size
 
 _METADATA = {
     *(
@@ -290,7 +290,7 @@ def _holds_plain_values(value: Any) -> bool:
     """Whether a result tells its caller something that is no tensor."""
     if isinstance(value, (list, tuple, dict)):
         return any(map(_holds_plain_values, value.values() if isinstance(value, dict) else value))
-    return isinstance(value, (bool, int, float, str)) and not isinstance(value, (Size, Ratio))
+    return isinstance(value, (bool, int, float, str)) and not isinstance(value, (Size, Quotient))
 
 
 def _written_as(

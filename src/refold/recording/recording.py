@@ -24,7 +24,7 @@ class Call(NamedTuple):
 
 Scope = tuple[Call, ...]
 """The chain of module calls in which an operator runs, from the model itself inwards."""
-Key = tuple[Scope, str, int]
+OperatorKey = tuple[Scope, str, int]
 """Names one operator of one module call, the same one each time that the model is recorded."""
 
 

@@ -16,7 +16,7 @@ class Watch(Protocol):
     def compute(self, function: Callable[..., Any], operands: tuple[Any, ...], value: int | float) -> Any:
         """The value as a number that knows the operator; called for arithmetic."""
 
-    def decide(self, number: Size | Ratio) -> None:
+    def decide(self, number: Size | Quotient) -> None:
         """Called where code compares the number: it may do something else for another size."""
 
 
@@ -54,7 +54,7 @@ class Size(_Number, int):
         return float(self.plain())
 
 
-class Ratio(_Number, float):
+class Quotient(_Number, float):
     """A number with a fraction."""
 
     def __hash__(self) -> int:
@@ -73,9 +73,9 @@ class Ratio(_Number, float):
         return self.plain()
 
 
-def tracked(value: int | float, node: fx.Node, watch: Watch) -> Size | Ratio:
+def tracked(value: int | float, node: fx.Node, watch: Watch) -> Size | Quotient:
     """The value as a number that `node` computes."""
-    number: Size | Ratio = Ratio(value) if isinstance(value, float) else Size(value)
+    number: Size | Quotient = Quotient(value) if isinstance(value, float) else Size(value)
     number.node, number.watch = node, watch
     return number
 
@@ -121,16 +121,16 @@ _UNARY: dict[str, Callable[..., Any]] = {
 }
 _UNARY |= {"__trunc__": math.trunc, "__round__": round}
 for _name in _BINARY:
-    for _class in (Size, Ratio):
+    for _class in (Size, Quotient):
         _bare = _name.rstrip("_")
         setattr(_class, f"__{_bare}__", _arithmetic(getattr(operator, _name)))
         setattr(_class, f"__r{_bare}__", _arithmetic(getattr(operator, _name), reflected=True))
 for _name, _function in _UNARY.items():
-    for _class in (Size, Ratio):
+    for _class in (Size, Quotient):
         setattr(_class, _name, _arithmetic(_function))
 for _name in ("eq", "ne", "lt", "le", "gt", "ge"):
-    for _class in (Size, Ratio):
+    for _class in (Size, Quotient):
         setattr(_class, f"__{_name}__", _comparison(getattr(operator, _name)))
-for _class in (Size, Ratio):
+for _class in (Size, Quotient):
     _class.__divmod__ = _comparison(divmod)  # type: ignore[method-assign]  # made in a loop like its siblings
     _class.__bool__ = _comparison(bool)  # type: ignore[method-assign]  # made in a loop like its siblings

@@ -13,7 +13,7 @@ from refold.errors import first_line
 from refold.recording.arguments import Arguments, other_sizes
 from refold.recording.cost import Cost, Counting
 from refold.recording.recorder import record
-from refold.recording.recording import Built, Key, Recording, Scope, nodes_in
+from refold.recording.recording import Built, OperatorKey, Recording, Scope, nodes_in
 
 _BY_SIZE = "its code does something else for another size of the input"
 _UNSEEN = "its code computes a tensor where nobody can look"
@@ -133,9 +133,9 @@ def _compare(recorded: Recorded, second: Recording) -> None:
         first.guarded.setdefault(scope, reason)
 
 
-def _lines(recording: Recording) -> dict[Scope, list[Key]]:
+def _lines(recording: Recording) -> dict[Scope, list[OperatorKey]]:
     """What runs in the own code of each call, in order."""
-    found: dict[Scope, list[Key]] = defaultdict(list)
+    found: dict[Scope, list[OperatorKey]] = defaultdict(list)
     for node in recording.graph.nodes:
         if node.op not in ("output", "get_attr", "placeholder"):
             found[node.meta["scope"]].append(node.meta["key"])
