@@ -12,79 +12,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from refold.recording.operators import word_named
+
 DEPTHWISE, POINTWISE, SPATIAL = "depthwise convolution", "1x1 convolution", "k x k convolution"
 
-# The order of every chart and table. Names on the right are those of PyTorch's profiler and of ONNX Runtime's,
-# in lower case, without underscores around.
-_KINDS: dict[str, tuple[str, ...]] = {
-    SPATIAL: (),
-    POINTWISE: (),
-    DEPTHWISE: (),
-    "linear": ("linear", "addmm", "mm", "matmul", "bmm", "gemm", "fusedmatmul", "fusedgemm", "einsum"),
-    "batch norm": ("batch_norm", "batchnormalization"),
-    "other norm": ("layer_norm", "group_norm", "layernormalization", "groupnorm", "skiplayernormalization"),
-    "activation": (
-        *(
-            "relu",
-            "relu6",
-            "hardtanh",
-            "clamp",
-            "clip",
-            "silu",
-            "hardswish",
-            "hardsigmoid",
-            "sigmoid",
-            "gelu",
-        ),
-        *("tanh", "softmax", "quickgelu", "erf", "leakyrelu", "leaky_relu", "prelu", "mish", "fastgelu"),
-        *("biasgelu", "elu", "softplus"),
-    ),
-    "add": ("add", "sub", "sum", "rsub"),
-    "multiply": ("mul", "div"),
-    "concatenation": ("cat", "concat", "stack"),
-    "pooling": (
-        *("avg_pool2d", "adaptive_avg_pool2d", "max_pool2d", "adaptive_max_pool2d", "mean"),
-        *("averagepool", "globalaveragepool", "maxpool", "globalmaxpool", "reducemean"),
-    ),
-    "resizing": ("upsample_nearest2d", "upsample_bilinear2d", "resize", "upsample"),
-    "layout": (
-        *(
-            "reorderinput",
-            "reorderoutput",
-            "transpose",
-            "reshape",
-            "flatten",
-            "slice",
-            "split",
-            "pad",
-            "chunk",
-        ),
-        *(
-            "view",
-            "permute",
-            "contiguous",
-            "clone",
-            "copy",
-            "constant_pad_nd",
-            "squeeze",
-            "unsqueeze",
-            "select",
-        ),
-        *("expand", "gather", "split_with_sizes", "narrow", "to", "dropout", "detach"),
-    ),
-    "other": (),
+KINDS = (
+    *(SPATIAL, POINTWISE, DEPTHWISE, "linear", "batch norm", "other norm", "activation", "add", "multiply"),
+    *("concatenation", "pooling", "resizing", "layout", "other"),
+)
+"""What is told apart, in the order of every chart and table."""
+_TOGETHER = {
+    **dict.fromkeys(("matrix product", "attention"), "linear"),
+    **dict.fromkeys(("padding", "copy", "gather", "reshape", "permute", "slice", "cast"), "layout"),
+    **dict.fromkeys(("identity", "dropout"), "layout"),
 }
-_KIND_OF = {name: kind for kind, names in _KINDS.items() for name in names}
-KINDS = tuple(_KINDS)
-_CONVOLUTIONS = {
-    "conv2d",
-    "convolution",
-    "conv1d",
-    "conv3d",
-    "conv",
-    "fusedconv",
-    "nhwcfusedconv",
-}
+"""Words of the registry of operators that are one kind here."""
+_SUMS = ("sum", "rsub")
+_LAYOUT = ("reorderinput", "reorderoutput", "split", "chunk", "split_with_sizes", "select", "expand", "slice")
+"""What moves memory and is no operator of its own in the registry."""
 
 
 def kind_of(operator: str, shapes: Sequence[Sequence[int]]) -> str:
@@ -94,8 +39,10 @@ def kind_of(operator: str, shapes: Sequence[Sequence[int]]) -> str:
     (out_channels, in_channels / groups, ...).
     """
     name = operator.lower().removeprefix("aten::").strip("_")
-    if name not in _CONVOLUTIONS:
-        return _KIND_OF.get(name, "other")
+    word = "add" if name in _SUMS else "layout" if name in _LAYOUT else word_named(name) or "other"
+    if word != "convolution":
+        kind = _TOGETHER.get(word, word)
+        return kind if kind in KINDS else "other"
     if len(shapes) < 2 or len(shapes[1]) < 3:
         return SPATIAL
     image, weight = shapes[0], shapes[1]

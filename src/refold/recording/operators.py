@@ -30,6 +30,8 @@ class Operator:
     modules: tuple[type[nn.Module], ...] = ()
     counted: tuple[str, ...] = ()
     """The names under which PyTorch's dispatcher runs it."""
+    onnx: tuple[str, ...] = ()
+    """Its names in ONNX files and in ONNX Runtime, where these are others, in lower case."""
     linear: Callable[[Use], Linear | None] | None = None
     channels: ChannelEffect | None = None
     """"apart": it treats every channel alike and for itself. "moved": it averages or moves values, so that a scale
@@ -46,10 +48,10 @@ class Operator:
     """Its result jumps where its input moves a little: rounding and the like."""
 
 
-def _activation(names: str, *modules: type[nn.Module], counted: str = "", **settings: bool) -> Operator:
+def _activation(names: str, *modules: type[nn.Module], counted: str = "", **settings: Any) -> Operator:
     own = tuple(names.split())
     return Operator(
-        "activation", own, modules, (*own, *counted.split()), None, "apart", elementwise=True, **settings
+        "activation", own, modules, (*own, *counted.split()), channels="apart", elementwise=True, **settings
     )
 
 
@@ -72,6 +74,7 @@ OPERATORS = (
         ("conv1d", "conv2d", "conv3d"),
         (nn.Conv1d, nn.Conv2d, nn.Conv3d),
         _CONVOLUTIONS,
+        ("conv", "fusedconv", "nhwcfusedconv"),
         meanings.convolution,
         takes_scale=True,
     ),
@@ -81,8 +84,20 @@ OPERATORS = (
         (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
         takes_scale=True,
     ),
-    Operator("linear", ("linear",), (nn.Linear,), ("addmm", "mm", "mv", "addmv"), meanings.linear),
-    Operator("matrix product", ("matmul", "bmm", "einsum"), counted=("bmm", "baddbmm", "dot")),
+    Operator(
+        "linear",
+        ("linear",),
+        (nn.Linear,),
+        ("addmm", "mm", "mv", "addmv"),
+        ("gemm", "fusedgemm"),
+        meanings.linear,
+    ),
+    Operator(
+        "matrix product",
+        ("matmul", "bmm", "einsum"),
+        counted=("bmm", "baddbmm", "dot"),
+        onnx=("fusedmatmul",),
+    ),
     Operator(
         "attention",
         ("scaled_dot_product_attention",),
@@ -102,6 +117,7 @@ OPERATORS = (
             *("native_batch_norm", "_native_batch_norm_legit", "_native_batch_norm_legit_no_training"),
             *("_batch_norm_no_update", "cudnn_batch_norm", "miopen_batch_norm"),
         ),
+        ("batchnormalization",),
         meanings.batch_norm,
     ),
     Operator(
@@ -109,6 +125,7 @@ OPERATORS = (
         ("layer_norm", "group_norm", "instance_norm", "normalize"),
         (nn.LayerNorm, nn.GroupNorm),
         ("native_layer_norm", "native_group_norm", "linalg_vector_norm", "_fused_rms_norm"),
+        ("layernormalization", "groupnorm", "skiplayernormalization", "instancenormalization"),
     ),
     _activation("relu relu6", nn.ReLU, nn.ReLU6, idempotent=True),
     _activation("hardtanh", nn.Hardtanh, idempotent=True),
@@ -118,6 +135,7 @@ OPERATORS = (
     _activation("softshrink hardshrink tanhshrink", nn.Softshrink, nn.Hardshrink, nn.Tanhshrink),
     _activation("sigmoid hardsigmoid tanh softsign", nn.Sigmoid, nn.Hardsigmoid, nn.Tanh, nn.Softsign),
     _activation("logsigmoid", nn.LogSigmoid, counted="log_sigmoid_forward"),
+    Operator("activation", onnx=("quickgelu", "fastgelu", "biasgelu", "erf", "leakyrelu")),
     Operator(
         "activation",
         ("prelu", "rrelu", "glu", "clamp", "clip", "clamp_min", "clamp_max", "softmax", "log_softmax"),
@@ -141,15 +159,24 @@ OPERATORS = (
         "concatenation",
         ("cat", "concat", "concatenate", "stack"),
         counted=("cat", "stack"),
+        onnx=("concat",),
         linear=parts.concatenation,
     ),
     _pool("avg", "avg_pool1d avg_pool2d avg_pool3d", linear=meanings.average_pool),
     _pool("max", "max_pool1d max_pool2d_with_indices max_pool3d_with_indices"),
     _pool("adaptive_avg", "_adaptive_avg_pool2d _adaptive_avg_pool3d", "moved"),
     _pool("adaptive_max", "adaptive_max_pool2d adaptive_max_pool3d"),
+    Operator("pooling", onnx=("averagepool", "maxpool", "globalaveragepool", "globalmaxpool", "reducemean")),
     Operator("pooling", ("mean",), counted=("mean",), channels="moved"),
     Operator("pooling", ("sum", "amax", "max"), counted=("sum", "amax", "max")),
-    Operator("padding", ("pad", "constant_pad_nd"), _PADS, ("constant_pad_nd",), maps.padding, "apart"),
+    Operator(
+        "padding",
+        ("pad", "constant_pad_nd"),
+        _PADS,
+        ("constant_pad_nd",),
+        linear=maps.padding,
+        channels="apart",
+    ),
     Operator("padding", counted=("reflection_pad1d", "reflection_pad2d", "replication_pad2d")),
     Operator(
         "resizing",
@@ -165,6 +192,7 @@ OPERATORS = (
             ),
             "grid_sampler_2d",
         ),
+        ("resize",),
         channels="apart",
     ),
     Operator(
@@ -175,7 +203,12 @@ OPERATORS = (
     ),
     Operator("gather", counted=("index", "index_select", "gather", "embedding")),
     Operator(
-        "identity", ("alias", "detach", "positive"), (nn.Identity,), (), meanings.same, "apart", free=True
+        "identity",
+        ("alias", "detach", "positive"),
+        (nn.Identity,),
+        linear=meanings.same,
+        channels="apart",
+        free=True,
     ),
     Operator(
         "cast",
@@ -187,8 +220,7 @@ OPERATORS = (
         "dropout",
         ("dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout"),
         _DROPOUTS,
-        (),
-        meanings.dropout,
+        linear=meanings.dropout,
     ),
     Operator("slice", ("getitem",), linear=parts.item, free=True),
     Operator("slice", ("narrow",), linear=parts.narrowed, free=True),
@@ -221,6 +253,12 @@ WORDS = tuple(dict.fromkeys(operator.word for operator in OPERATORS if operator.
 COUNTED = {name: operator for operator in reversed(OPERATORS) for name in operator.counted}
 """Operators by the names under which PyTorch's dispatcher runs them."""
 _BY_NAME = {name: operator for operator in reversed(OPERATORS) for name in operator.names}
+_BY_ANY_NAME = {
+    name: operator
+    for operator in reversed(OPERATORS)
+    for name in (*operator.names, *operator.counted, *operator.onnx)
+    if operator.word
+}
 _BY_MODULE = {kind: operator for operator in reversed(OPERATORS) for kind in operator.modules}
 _HOMES = {"torch", "_operator", "builtins", ""}
 
@@ -230,6 +268,12 @@ def register(operator: Operator) -> None:
     _BY_NAME.update(dict.fromkeys(operator.names, operator))
     _BY_MODULE.update(dict.fromkeys(operator.modules, operator))
     COUNTED.update(dict.fromkeys(operator.counted, operator))
+
+
+def word_named(name: str) -> str | None:
+    """The word of an operator by any of its names: of torch, of its dispatcher, of ONNX; None for a stranger."""
+    found = _BY_ANY_NAME.get(name)
+    return None if found is None else found.word
 
 
 def name_of(target: Any) -> str:
