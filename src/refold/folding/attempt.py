@@ -118,7 +118,7 @@ class Attempt:
             found, refused = self._proved([rewrite for find in passes for rewrite in find(self.planner)])
             if not refused:
                 try:
-                    self._plan = (found, changes_of(self.planner, found, in_place=False, simplify=True))
+                    self._plan = (found, changes_of(self.planner, found, simplify=True))
                     return found
                 except CannotWrite as error:
                     refused = {rewrite.key: error.reason for rewrite in error.rewrites}
@@ -153,11 +153,11 @@ class Attempt:
     def _refuse(self, rewrite: Rewrite, reason: str) -> None:
         self.planner.refusals.update(dict.fromkeys(rewrite.operators, reason))
 
-    def _write(self, rewrites: Sequence[Rewrite], *, simplify: bool, in_place: bool = False) -> None:
+    def _write(self, rewrites: Sequence[Rewrite], *, simplify: bool) -> None:
         """Write rewrites into a fresh copy and run it. Raises _DoesNotRun, and CannotWrite."""
         known, planned = self._plan
         if not simplify or rewrites is not known:
-            planned = changes_of(self.planner, rewrites, in_place=in_place, simplify=simplify)
+            planned = changes_of(self.planner, rewrites, simplify=simplify)
         self.changes = planned
         model = shared_copy(self.original).eval()
         self.model = model = apply(model, self.changes)

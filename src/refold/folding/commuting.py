@@ -19,7 +19,7 @@ from refold.folding.rewrite import Applied, Evaluation, NewLayer, Rewrite, Value
 from refold.recording.linear import Map, Same, inputs_of
 from refold.recording.operators import operator_of
 
-_CPU, _META = torch.device("cpu"), torch.device("meta")
+_CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)

@@ -90,20 +90,13 @@ class _Job:
         return self.inside | {self.scope[-1].path}
 
 
-def changes_of(
-    planner: Planner, rewrites: Sequence[Rewrite], *, in_place: bool, simplify: bool
-) -> list[Change]:
+def changes_of(planner: Planner, rewrites: Sequence[Rewrite], *, simplify: bool) -> list[Change]:
     """The changes that put rewrites into effect; those in place first, then modules from the innermost on.
 
     Raises CannotWrite where some of them cannot be written.
     """
     recording = planner.recording
     edits = [_edit(planner, rewrite) for rewrite in rewrites]
-    for edit in edits:
-        if in_place and any(not rewire.hollow for rewire in edit.rewires):
-            raise CannotWrite(
-                [edit.rewrite], "the code around it does not run with the folded module in its place"
-            )
     kept = _together(planner, edits)
     changes = [
         Change(path, layer=nn.Identity().eval() if new is None else new.module)
