@@ -66,7 +66,7 @@ def test_functions_with_weights_of_the_module() -> None:
         bias=nn.Parameter(torch.randn(4)),
         bn=nn.BatchNorm2d(4),
     )
-    plain = check_fold(model, images(4), convolutions=1, left=["does not run"])
+    plain = check_fold(model, images(4), convolutions=1)
     assert plain.fold_report.after.operators == ONE_CONVOLUTION
     assert set(plain.state_dict()) == {"conv.weight", "conv.bias"}
 

@@ -25,7 +25,8 @@ from refold.recording.precision import release_memory
 Pass = Callable[[Planner], list[Rewrite]]
 """From a recorded model to what may be computed in another way in it."""
 
-_KEPT_BYTES = 96 * 2**20
+_KEPT_BYTES = 32 * 2**20
+"""How much of the new layers in float64 is kept from their own proof to that of the network."""
 
 
 @dataclass

@@ -301,7 +301,8 @@ class Planner:
         common: list[fx.Node] | None = None
         for value in inputs_of(self.operators[node]):
             reachable = known.get(value, [value]) if self.same_call(value, node) else [value]
-            common = reachable if common is None else [s for s in common if s in set(reachable)]
+            reached = set(reachable)
+            common = reachable if common is None else [s for s in common if s in reached]
         sources = [node, *(common or [])]
         return sources if len(sources) <= _MOST_SOURCES else [*sources[: _MOST_SOURCES - 1], sources[-1]]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections import Counter
 from collections.abc import Callable, Mapping, Set
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -160,6 +161,14 @@ class ScopeGraph:
             return False
         return type(module) is nn.Identity and not has_hooks(module)
 
+    @cached_property
+    def _own_tensors(self) -> dict[int, str]:
+        own = [
+            *self._module.named_buffers(remove_duplicate=False),
+            *self._module.named_parameters(remove_duplicate=False),
+        ]
+        return {id(tensor): name for name, tensor in reversed(own)}
+
     def _name_below(self, path: str) -> str:
         module = self._recording.attribute(path)
         name: str | None = self._below.get(id(module))
@@ -171,11 +180,7 @@ class ScopeGraph:
 
     def _tensor_below(self, path: str) -> str:
         value = self._recording.attribute(path)
-        own = [
-            *self._module.named_parameters(remove_duplicate=False),
-            *self._module.named_buffers(remove_duplicate=False),
-        ]
-        name = next((name for name, tensor in own if tensor is value), None)
+        name = self._own_tensors.get(id(value))
         if name is None:
             name = f"constant_{path}".replace(".", "_")
             self.tensors[name] = value

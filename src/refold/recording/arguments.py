@@ -83,7 +83,7 @@ def _resized(arguments: Arguments, batches: list[Tensor], step: int, along: int 
         first = 2 if id(value) in direct else 1
         for axis in range(first, len(shape)) if value.is_floating_point() else ():
             if step or axis == len(shape) + (along or 0):
-                shape[axis] = _other_side(shape[axis], step or 1, share=(5 + axis) / 10)
+                shape[axis] = _other_side(shape[axis], step or 1, share=(3 + axis) / 10)
         if id(value) in direct and len(shape) > 1:
             shape[0] = shape[0] - 1 if shape[0] > 1 else 2
         if not value.is_floating_point():
