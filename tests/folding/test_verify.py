@@ -34,7 +34,7 @@ def test_a_fold_is_proved_and_verified(dtype: torch.dtype) -> None:
     assert proof.regions == len(plain.fold_report.regions) == 2
     assert proof.worst_region <= 1e-12
     assert proof.distance_float64 <= 1e-12
-    assert proof.inputs == ("2×3×12×12", "1×3×9×9")
+    assert proof.inputs == ("2×3×12×12", "1×3×7×7")
     again = refold.verify(model, plain, x)
     if dtype == torch.float64:
         assert proof.original_distance is proof.folded_distance is None
