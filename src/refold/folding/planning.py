@@ -62,7 +62,7 @@ class Planner:
         """The operators that the regions of the last plan take up."""
         self.demanded: set[fx.Node] = set()
         """The values that have to be computed, filled in by `plan`."""
-        self.order = {node: index for index, node in enumerate(self.graph.nodes)}
+        self.order = self.constants.order
         self._times = Counter(scope[-1].path for scope in self.recording.calls if not scope[-1].hooks)
         self.operators = {n: op for n in self.graph.nodes if (op := self._recognise(n)) is not None}
         self.composer = Composer(self.operators, self.shapes)

@@ -198,7 +198,7 @@ class Evaluation:
                 else [v for v in values_in([step]) if isinstance(v, fx.Node)]
             )
             waiting += read
-        return sorted(found)
+        return sorted(found, key=self._constants.order.__getitem__)
 
     def _compute(self, value: Any) -> Any:
         if value in self._values:

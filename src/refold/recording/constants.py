@@ -21,6 +21,8 @@ class Constants:
 
     def __init__(self, recording: Recording) -> None:
         self.recording = recording
+        self.order = {node: index for index, node in enumerate(recording.graph.nodes)}
+        """The places of all operators in the order they ran."""
         self._values: dict[fx.Node, Any] = {}
 
     def operations(self, node: fx.Node) -> int:
