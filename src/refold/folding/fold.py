@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, Literal, Protocol, get_args, runtime_checkable
 
-import torch
 from torch import Tensor, nn
 
 from refold.errors import InputError, first_line
@@ -30,6 +28,7 @@ from refold.folding.proof import (
     truth_of,
 )
 from refold.folding.regions import linear_regions
+from refold.folding.remarks import remarks, unseen_turns
 from refold.folding.report import FoldReport
 from refold.folding.rewrite import Rewrite
 from refold.folding.shortcuts import folded_shortcuts
@@ -40,7 +39,6 @@ from refold.recording.arguments import (
     other_sizes,
     plain_mode,
     shapes_listed,
-    shapes_named,
 )
 from refold.recording.surroundings import Recorded, record_twice
 
@@ -199,7 +197,7 @@ class _Stage:
         recorded = _recorded(self._model, self._arguments)
         self._own = recorded.first.outputs
         attempt = self._carried_out(self._model, recorded, find, may_cost=may_cost)
-        notes = [*_notes(self._model, recorded), *_turns(recorded, attempt), *attempt.notes]
+        notes = [*remarks(self._model, recorded), *unseen_turns(recorded, attempt.rewrites), *attempt.notes]
         proof = self._proof(attempt, recorded, notes)
         left = attempt.left()
         assert attempt.cost is not None
@@ -326,50 +324,6 @@ def _inputs(reference: nn.Module, arguments: Arguments) -> list[Arguments]:
             continue
         return [arguments, other]
     return [arguments]
-
-
-def _notes(model: nn.Module, recorded: Recorded) -> list[str]:
-    notes = []
-    if any(module.training for module in model.modules()):
-        notes.append("the model was in training mode; what it computes in evaluation mode was folded")
-    if recorded.first.random:
-        notes.append(
-            "the forward pass draws random numbers: it was proved with the same ones before and after"
-        )
-    fixed = _fixed_arguments(model, recorded.first.arguments)
-    if fixed:
-        notes.append(f"the fold holds for {', '.join(fixed)}, as in the example; fold again for other values")
-    rounded = [dtype for dtype in recorded.first.rounds_to if dtype in (torch.float16, torch.bfloat16)]
-    if rounded:
-        names = " and ".join(str(dtype).removeprefix("torch.") for dtype in rounded)
-        notes.append(f"the network rounds to {names} on its way, which the proof in float64 leaves out")
-    return notes
-
-
-def _turns(recorded: Recorded, attempt: Attempt) -> list[str]:
-    """What has to be said of code that decides by sizes and around which layers were folded in their places."""
-    folded = {
-        node.meta["scope"] for rewrite in attempt.rewrites if len(rewrite.nodes) > 1 for node in rewrite.nodes
-    }
-    paths = list(
-        dict.fromkeys(scope[-1].path or "the model" for scope, _ in recorded.turns if scope in folded)
-    )
-    if not paths:
-        return []
-    named = ", ".join(paths[:3]) + (f" and {len(paths) - 3} more" if len(paths) > 3 else "")
-    sizes = " and ".join(shapes_named(arguments) for arguments in recorded.sizes)
-    return [
-        f"the code of {named} decides by the size of its input: what was folded there was seen at {sizes}"
-    ]
-
-
-def _fixed_arguments(model: nn.Module, arguments: Arguments) -> list[str]:
-    """The arguments of the forward pass, defaults included, that are no tensors in the example."""
-    signature = inspect.signature(model.forward)
-    bound = signature.bind(*arguments[0], **arguments[1])
-    bound.apply_defaults()
-    values = {n: v for n, v in bound.arguments.items() if isinstance(v, (bool, int, float, str, type(None)))}
-    return [f"{name}={value!r}" for name, value in values.items()]
 
 
 def _require_option(name: str, value: object, known: tuple[str, ...]) -> None:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Container, Iterable, Set
-from dataclasses import dataclass, replace
-from functools import partial, reduce
+from collections.abc import Container, Set
+from functools import partial
 
 from torch import fx
 
 from refold.algebra import Convolution, is_channelwise
 from refold.errors import NotFoldable
 from refold.folding.composing import Composer
+from refold.folding.grouping import regrouped
+from refold.folding.region import NOTHING, Price, Region, plus, total
 from refold.recording.constants import Constants
 from refold.recording.linear import Flattened, Linear, Map, Moved, Restored, Same, Slice, Sum, Use, inputs_of
 from refold.recording.operators import meaning, takes_scale
@@ -22,30 +23,7 @@ from refold.recording.surroundings import Recorded, crossed
 _MOST_SOURCES = 16
 """How many values a purely linear chain may be computed from: the nearest, and its start."""
 
-Price = tuple[int, int, int]
-"""Multiply-accumulates, weights, operators: what a choice costs, in the order that decides."""
-_NOTHING: Price = (0, 0, 0)
 _CHANGED = "a tensor that it reads is changed in place while others read it"
-
-
-@dataclass(frozen=True)
-class Region:
-    """The operators between `source` and `root` that together are one convolution of `source`."""
-
-    source: fx.Node
-    root: fx.Node
-    operators: dict[fx.Node, Linear]
-    """In the order they run, `root` the last."""
-    nodes: frozenset[fx.Node]
-    """The operators and the helpers between them, such as the call of `chunk` behind its items."""
-    structure: Convolution
-    """The convolution without its numbers, on the meta device."""
-    convolution: Callable[[], Convolution]
-    """Computes it in float64 on the CPU; anew each time, for all of them together would outweigh the model."""
-    rescales: bool = False
-    """Whether `source` is a convolution layer of another kind, whose outputs `convolution` only scales and shifts."""
-    rest: tuple[tuple[fx.Node, float], ...] = ()
-    """Values, with factors, that are added to the convolution behind it: `root` is the sum."""
 
 
 class Planner:
@@ -69,7 +47,7 @@ class Planner:
         self._depthwise_counts = True
         self._own_prices: dict[fx.Node, Price] = {}
         self._emission_prices: dict[tuple[fx.Node, fx.Node], Price | None] = {}
-        self._sums: dict[tuple[fx.Node, tuple[fx.Node, ...]], fx.Node] = {}
+        self.sums: dict[tuple[fx.Node, tuple[fx.Node, ...]], fx.Node] = {}
         self._borders: dict[tuple[fx.Node, fx.Node], bool] = {}
 
     def use(self, node: fx.Node) -> Use:
@@ -96,97 +74,14 @@ class Planner:
             elif node in demanded or unread:
                 source = self._best_source(node)
                 regions += (
-                    self._planned(node, source) if source is not None else self._regrouped(node, regroup)
+                    self._planned(node, source) if source is not None else regrouped(self, node, regroup)
                 )
         return regions[::-1]
 
     def _planned(self, node: fx.Node, source: fx.Node) -> list[Region]:
         self.demanded.add(source)
-        region = self._region(node, source)
+        region = self.region(node, source)
         return [] if region is None else [region]
-
-    def _regrouped(self, node: fx.Node, regroup: Set[fx.Node]) -> list[Region]:
-        """Run a value's own operator; of a sum of several values, merge those terms that read the same one first."""
-        terms = dict(self._terms(node, 1.0)) if isinstance(self.operators[node], Sum) else {}
-        if len(terms) > 2:
-            self.ungrouped.add(node)
-        found = self._best_group(node, terms) if node in regroup else None
-        if found is None:
-            self.demanded.update(inputs_of(self.operators[node]))
-            return []
-        source, members = found
-        rest = {term: factor for term, factor in terms.items() if term not in members}
-        self.demanded |= {source, *rest}
-        operators = {n: self.operators[n] for n in self._summing(node)}
-        partial_sum = self._virtual(node, tuple(members), tuple(terms[m] for m in members))
-        inner = self._region(partial_sum, source)
-        if inner is None:
-            return []
-        nodes = (inner.nodes - {partial_sum}) | set(operators)
-        inner_operators = {n: op for n, op in inner.operators.items() if n is not partial_sum}
-        return [
-            replace(
-                inner, root=node, operators=inner_operators | operators, nodes=nodes, rest=tuple(rest.items())
-            )
-        ]
-
-    def _terms(self, node: fx.Node, factor: float) -> list[tuple[fx.Node, float]]:
-        """What a sum adds, through the sums that it alone reads."""
-        own = self.operators.get(node)
-        if not isinstance(own, Sum):
-            return [(node, factor)]
-        found: list[tuple[fx.Node, float]] = []
-        for value, each in zip(own.inputs, own.factors, strict=True):
-            inner = set(value.users) == {node} and self.same_call(value, node)
-            found += self._terms(value, factor * each) if inner else [(value, factor * each)]
-        return found
-
-    def _summing(self, node: fx.Node) -> list[fx.Node]:
-        own = self.operators.get(node)
-        if not isinstance(own, Sum):
-            return []
-        inner = [v for v in own.inputs if set(v.users) == {node} and self.same_call(v, node)]
-        return [each for value in inner for each in self._summing(value)] + [node]
-
-    def _best_group(self, node: fx.Node, terms: dict[fx.Node, float]) -> tuple[fx.Node, list[fx.Node]] | None:
-        """The terms of a sum, and what they read, that cost least as one convolution in the place of their own."""
-        reached: dict[fx.Node, list[fx.Node]] = {}
-        for term in terms:
-            if term in self.operators and set(term.users) <= set(self._summing(node)):
-                known: dict[fx.Node, list[fx.Node]] = {}
-                for inner in self.closure(term):
-                    known[inner] = self._sources(inner, known)
-                for source in known[term][1:]:
-                    reached.setdefault(source, []).append(term)
-        for term in terms:
-            if term in reached:
-                reached[term].append(term)
-        best, choice = _NOTHING, None
-        for source, members in reached.items():
-            if len(members) < 2 or (node, source, "group") in self.excluded:
-                continue
-            whole = self._virtual(node, tuple(members), tuple(terms[m] for m in members))
-            emitted = self._emission_price(whole, source)
-            gone = set(self._summing(node))
-            for inner in reversed(self.composer.between(source, whole)):
-                gone |= {inner} if set(inner.users) <= gone else set()
-            own = _total(self._own_price(n) for n in gone - set(self._summing(node)))
-            if emitted is not None and emitted[:2] <= own[:2]:
-                saved = (emitted[0] - own[0], emitted[1] - own[1], emitted[2] - own[2])
-                best, choice = min((best, choice), (saved, (source, members)), key=lambda pair: pair[0])
-        return choice
-
-    def _virtual(self, node: fx.Node, terms: tuple[fx.Node, ...], factors: tuple[float, ...]) -> fx.Node:
-        """A node that is in no graph, for the sum of some terms of `node`."""
-        key = (node, terms)
-        if key not in self._sums:
-            made = self._sums[key] = fx.Graph().create_node("call_function", sum, ())
-            made.meta["scope"] = node.meta["scope"]
-            self.operators[made] = Sum(terms, factors)
-            self.shapes[made], self.order[made] = self.shapes[node], self.order[node]
-            self.recording.kinds[made] = self.recording.kinds[node]
-            self.composer.add(made, self.operators[made])
-        return self._sums[key]
 
     def forget(self, refused: Container[object]) -> None:
         """Forget the prices of what was refused, so that the next best is chosen."""
@@ -269,20 +164,20 @@ class Planner:
         price: dict[fx.Node, Price] = {}
         choice: fx.Node | None = None
         for node in region:
-            sources[node] = self._sources(node, sources)
+            sources[node] = self.sources(node, sources)
             inputs = inputs_of(self.operators[node])
-            best = self._own_price(node)
+            best = self.own_price(node)
             for value in inputs:
-                best = _plus(best, price.get(value, _NOTHING))
+                best = plus(best, price.get(value, NOTHING))
             choice = None
             for source in sources[node][1:]:
-                emitted = self._emission_price(node, source)
+                emitted = self.emission_price(node, source)
                 if emitted is None:
                     continue
-                cost = _plus(emitted, price.get(source, _NOTHING))
+                cost = plus(emitted, price.get(source, NOTHING))
                 if cost < best:
                     best, choice = cost, source
-            price[node] = _NOTHING if node in free else best
+            price[node] = NOTHING if node in free else best
         if choice is not None and self._raises_cost(root, choice):
             return None
         return choice
@@ -296,7 +191,7 @@ class Planner:
                 needed.update(inputs_of(self.operators[node]))
         return free
 
-    def _sources(self, node: fx.Node, known: dict[fx.Node, list[fx.Node]]) -> list[fx.Node]:
+    def sources(self, node: fx.Node, known: dict[fx.Node, list[fx.Node]]) -> list[fx.Node]:
         """The values of which `node` may be a linear function, itself first, then from the nearest on."""
         common: list[fx.Node] | None = None
         for value in inputs_of(self.operators[node]):
@@ -306,7 +201,7 @@ class Planner:
         sources = [node, *(common or [])]
         return sources if len(sources) <= _MOST_SOURCES else [*sources[: _MOST_SOURCES - 1], sources[-1]]
 
-    def _own_price(self, node: fx.Node) -> Price:
+    def own_price(self, node: fx.Node) -> Price:
         """What running the node's own operator costs."""
         if node not in self._own_prices:
             self._own_prices[node] = self._price_operator(node)
@@ -315,7 +210,7 @@ class Planner:
     def _price_operator(self, node: fx.Node) -> Price:
         operator = self.operators[node]
         if isinstance(operator, (Same, Slice, Flattened, Restored, Moved)):
-            return _NOTHING
+            return NOTHING
         constants = self.constants.operations(node)
         if isinstance(operator, Map) and operator.multiplies:
             macs, weights, layers = self._layer_price(node, operator.structure)
@@ -332,7 +227,7 @@ class Planner:
             return 0, 0, layers
         return math.prod(self.shapes[node]) * taps, convolution.out_channels * taps, layers
 
-    def _emission_price(self, node: fx.Node, source: fx.Node) -> Price | None:
+    def emission_price(self, node: fx.Node, source: fx.Node) -> Price | None:
         """What `node` costs as one convolution of `source`; None where it is none, or reads only a part of it."""
         if (node, source) not in self._emission_prices:
             emitted = self._emission_prices[node, source] = self._price_emission(node, source)
@@ -349,9 +244,9 @@ class Planner:
             self.refusals.setdefault(node, str(refusal))
             return None
         if branch.convolution is None:
-            return None if branch.moved else _NOTHING
+            return None if branch.moved else NOTHING
         if self._rescales(source, node, branch.convolution):
-            return _NOTHING
+            return NOTHING
         shape, axes = self.shapes[source], branch.convolution.spatial_axes
         channels = shape[1] if axes else shape[-1]
         whole = not branch.first and branch.convolution.in_channels == channels
@@ -384,13 +279,13 @@ class Planner:
 
     def _raises_cost(self, root: fx.Node, source: fx.Node) -> bool:
         """Whether the convolution costs more than all that it replaces, each operator counted once."""
-        emitted = self._emission_price(root, source)
+        emitted = self.emission_price(root, source)
         assert emitted is not None
-        return emitted[:2] > _total(self._own_price(node) for node in self.composer.between(source, root))[:2]
+        return emitted[:2] > total(self.own_price(node) for node in self.composer.between(source, root))[:2]
 
     def _note_cost(self, node: fx.Node, source: fx.Node, emitted: Price) -> None:
         """Note that an exact fold was declined, where it would have removed a layer and not only cheap operators."""
-        replaced = _total(self._own_price(n) for n in self.composer.between(source, node))
+        replaced = total(self.own_price(n) for n in self.composer.between(source, node))
         if emitted[0] > replaced[0] > 0:
             self.refusals.setdefault(
                 node,
@@ -401,7 +296,7 @@ class Planner:
                 node, f"as one convolution it would have {emitted[1]:,} weights, not {replaced[1]:,}"
             )
 
-    def _region(self, root: fx.Node, source: fx.Node) -> Region | None:
+    def region(self, root: fx.Node, source: fx.Node) -> Region | None:
         """The chosen region; None where nothing has to run (an identity)."""
         structure = self.composer.structure(root, source).convolution
         if structure is None:
@@ -418,11 +313,3 @@ class Planner:
         rescales = self._rescales(source, root, structure)
         compute = partial(self.composer.convolution, root, source)
         return Region(source, root, operators, frozenset(nodes), structure, compute, rescales)
-
-
-def _plus(one: Price, other: Price) -> Price:
-    return one[0] + other[0], one[1] + other[1], one[2] + other[2]
-
-
-def _total(prices: Iterable[Price]) -> Price:
-    return reduce(_plus, prices, _NOTHING)

@@ -15,7 +15,8 @@ from torch import Tensor, fx, nn
 from refold.algebra import Convolution, is_channelwise, scale_outputs
 from refold.errors import NotFoldable
 from refold.folding.layers import layer, rescaled, transposed
-from refold.folding.planning import Planner, Region
+from refold.folding.planning import Planner
+from refold.folding.region import Region
 from refold.folding.report import FoldedRegion
 from refold.folding.rewrite import FUNCTION, Applied, NewLayer, Operation, Rewrite, Value
 from refold.recording.linear import Concatenation, Map, Moved, Same, Sum, inputs_of
