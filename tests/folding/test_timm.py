@@ -49,7 +49,7 @@ OTHERS = {
     "mobilenetv4_conv_small": (64, 46, 0, 46),
     "vgg16_bn": (64, 15, 0, 13),
     "tf_efficientnet_lite0": (64, 49, 0, 49),
-    "convnext_tiny": (64, 22, 0, 0),
+    "convnext_tiny": (64, 22, 0, 18),
     "levit_128s": (224, 4, 0, 51),
 }
 

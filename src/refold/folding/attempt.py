@@ -115,8 +115,10 @@ class Attempt:
 
     def _writable(self, passes: Sequence[Pass]) -> list[Rewrite]:
         """The rewrites that hold their proof and can be written; where one is refused, the next best in its place."""
+        barred: set[object] = set()
         while True:
-            found, refused = self._proved([rewrite for find in passes for rewrite in find(self.planner)])
+            planned = [rewrite for find in passes for rewrite in find(self.planner)]
+            found, refused = self._proved([rewrite for rewrite in planned if rewrite.key not in barred])
             if not refused:
                 try:
                     self._plan = (found, changes_of(self.planner, found, simplify=True))
@@ -125,8 +127,8 @@ class Attempt:
                     refused = {rewrite.key: error.reason for rewrite in error.rewrites}
                     for rewrite in error.rewrites:
                         self._refuse(rewrite, error.reason)
-            if refused.keys() <= self.planner.excluded:
-                return [rewrite for rewrite in found if rewrite.key not in refused]
+            # Where nothing else is planned in its place, what was refused before is not asked for again.
+            barred |= refused.keys() & self.planner.excluded
             self.planner.excluded |= refused.keys()
             self.planner.forget(refused)
 

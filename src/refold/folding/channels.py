@@ -109,8 +109,8 @@ class Channels:
         return not barred and all(roles[n] in measured or n in readers for n in own.readers)
 
     def touched(self, own: ChannelClass) -> set[fx.Node]:
-        """Every operator that changes where the class is computed in parts."""
-        return {*own.members, *own.readers}
+        """Every operator that changes where the class is computed in parts; all others read it put together again."""
+        return {*own.members, *(node for node in own.readers if self.roles[node] is not Role.OTHER)}
 
     def joined(self, node: fx.Node) -> tuple[fx.Node, ...]:
         """What a concatenation puts together."""
@@ -135,6 +135,10 @@ class Channels:
 
     def _role(self, node: fx.Node) -> Role:
         planner, shape = self.planner, self._shapes.get(node)
+        scope, recording = node.meta["scope"], self.planner.recording
+        around = [scope[:length] for length in range(2, len(scope) + 1)] or [scope]
+        if any(each in recording.closed or each in recording.guarded for each in around):
+            return Role.OTHER  # code that cannot be written anew reads and writes values as they are
         if "number" in node.meta:
             side = node.args[1] if node.op == "call_method" and node.target == "size" else 0
             return Role.MEASURES if isinstance(side, int) and side > 1 else Role.OTHER

@@ -319,6 +319,8 @@ def meaning(use: Use) -> Linear | None:
         if not one_input or len(node.all_input_nodes) != 1:
             return None
     operator = operator_of(use)
+    if operator is None and node.op == "call_function":
+        return meanings.idle(use)  # a function such as stochastic depth, which returned what it was given
     if operator is None or operator.linear is None:
         return None
     try:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import builtins
 import operator
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import wraps
 from types import MethodDescriptorType, WrapperDescriptorType
 from typing import Any
 
@@ -146,12 +148,28 @@ class _Recorder(Notebook, TorchFunctionMode):
 
         nn.Module.__call__ = call  # type: ignore[method-assign]  # as torch.fx does
         torch.autograd.Function.apply = classmethod(apply_function)
+        wrapped = [
+            (home, name, home[name]) for home, name in _wrapped_functions() if callable(home.get(name))
+        ]
+        for home, name, function in wrapped:
+            home[name] = recorder._as_operator(function)
         try:
             with self:
                 yield
         finally:
+            for home, name, function in wrapped:
+                home[name] = function
             nn.Module.__call__ = call_module  # type: ignore[method-assign]
             torch.autograd.Function.apply = apply
+
+    def _as_operator(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(function)
+        def run(*args: Any, **kwargs: Any) -> Any:
+            if self._inside or next(tensors_read((args, kwargs)), None) is None:
+                return function(*args, **kwargs)
+            return self._function(function, function, args, kwargs)
+
+        return run
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
@@ -284,6 +302,12 @@ class _Recorder(Notebook, TorchFunctionMode):
         place = (self._scope, f"enter {path}")
         self._scope = (*self._scope, Call(path, self._counts[place], hooks))
         self._counts[place] += 1
+
+
+def _wrapped_functions() -> list[tuple[dict[str, Any], str]]:
+    """The functions whose authors said with `torch.fx.wrap` that they are one operator: where they live, and names."""
+    known: dict[tuple[int, str], dict[str, Any]] = getattr(fx._symbolic_trace, "_wrapped_fns_to_patch", {})
+    return [(home, name) for (_, name), home in known.items() if name not in vars(builtins)]
 
 
 def _holds_plain_values(value: Any) -> bool:
