@@ -38,20 +38,16 @@ from refold.recording.precision import in_float64
 def convolution(use: Use) -> Map | None:
     module = use.module
     if module is None:
-        weight = (
-            use.constant(use.argument(1, "weight")) if not use.varies(use.argument(1, "weight")) else None
-        )
-        if weight is None:
+        tensors = _constant_weights(use)
+        if tensors is None:
             return None
         rest = ((3, "stride", 1), (4, "padding", 0), (5, "dilation", 1), (6, "groups", 1))
-        bias = use.constant(use.argument(2, "bias"))
-        return convolution_map(
-            use, use.argument(0, "input"), weight, bias, *(use.argument(*each) for each in rest)
-        )
+        settings = (use.argument(*each) for each in rest)
+        return convolution_map(use, use.argument(0, "input"), *tensors, *settings)
     if not is_plain_convolution(module):
         return None
-    settings = (module.stride, module.padding, module.dilation, module.groups)
-    return convolution_map(use, use.source, *_weights(module), *settings)
+    own = (module.stride, module.padding, module.dilation, module.groups)
+    return convolution_map(use, use.source, *_weights(module), *own)
 
 
 def is_plain_convolution(module: nn.Module) -> bool:
@@ -67,10 +63,15 @@ def linear(use: Use) -> Map | None:
     if use.module is not None:
         own = type(use.module).forward is nn.Linear.forward
         return linear_map(use.source, *_weights(use.module)) if own else None
-    if use.varies(use.argument(1, "weight")):
-        return None
-    weight, bias = use.constant(use.argument(1, "weight")), use.constant(use.argument(2, "bias"))
-    return None if weight is None else linear_map(use.argument(0, "input"), weight, bias)
+    tensors = _constant_weights(use)
+    return None if tensors is None else linear_map(use.argument(0, "input"), *tensors)
+
+
+def _constant_weights(use: Use) -> tuple[Tensor, Tensor | None] | None:
+    """The weight and bias that a function is called with; None where the weight depends on the input."""
+    given = use.argument(1, "weight")
+    weight = None if use.varies(given) else use.constant(given)
+    return None if weight is None else (weight, use.constant(use.argument(2, "bias")))
 
 
 def batch_norm(use: Use) -> Map:

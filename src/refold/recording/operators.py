@@ -44,8 +44,6 @@ class Operator:
     """A convolution whose own weight can take up a scale of its outputs, though the algebra cannot write it."""
     free: bool = False
     """It makes or relabels a tensor; no arithmetic runs."""
-    jumps: bool = False
-    """Its result jumps where its input moves a little: rounding and the like."""
 
 
 def _activation(names: str, *modules: type[nn.Module], counted: str = "", **settings: Any) -> Operator:
@@ -235,7 +233,7 @@ OPERATORS = (
         channels="moved",
         free=True,
     ),
-    Operator("rounding", ("round", "floor", "ceil", "trunc", "sign", "floor_divide", "fix"), jumps=True),
+    Operator("rounding", ("round", "floor", "ceil", "trunc", "sign", "floor_divide", "fix")),
     Operator(
         "",
         free=True,
