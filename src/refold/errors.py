@@ -41,3 +41,10 @@ def first_line(error: BaseException) -> str:
     # PyTorch puts the place in its source before the words where memory runs out.
     line = re.sub(r"^\[enforce fail at [^]]*\] [^.]*\. ", "", line)
     return line.split(". ")[0].rstrip(".")
+
+
+def printable(text: object) -> str:
+    """A text in one line for a terminal: control characters, of which file names may hold any, are written out."""
+    return "".join(
+        character if character.isprintable() else repr(character)[1:-1] for character in str(text)
+    )

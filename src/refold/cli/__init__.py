@@ -14,7 +14,7 @@ from refold.cli.papers import paper_command
 from refold.cli.runs import distill_command, predict, quickstart, train_command
 from refold.cli.shared import console
 from refold.cli.unfolding import unfold_command
-from refold.errors import RefoldError
+from refold.errors import RefoldError, printable
 
 __all__ = ["app", "console", "main"]
 
@@ -30,7 +30,7 @@ def main() -> None:
     try:
         app()
     except RefoldError as error:
-        print("refold:", " ".join(str(error).split()), file=sys.stderr)
+        print("refold:", printable(" ".join(str(error).split())), file=sys.stderr)
         sys.exit(2)
 
 
