@@ -9,8 +9,10 @@ import pytest
 from torchvision.datasets import CIFAR10, CIFAR100
 
 from refold.errors import InputError
-from refold.training.data import bundled_digits, class_folders, open_data
-from refold.training.images import Images, read_image
+from refold.training.data import bundled_digits, open_data
+from refold.training.folders import class_folders
+from refold.training.images import Images
+from refold.training.pictures import read_image
 
 
 def test_digits_are_split_by_class_and_seed() -> None:

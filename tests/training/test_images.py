@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from refold.errors import InputError
-from refold.training.data import class_folders
+from refold.training.folders import class_folders
 from refold.training.images import Images, read_into_memory
 
 

@@ -24,7 +24,8 @@ from torch.utils.data import DataLoader
 from refold.errors import InputError
 from refold.files import make_folder, written_aside
 from refold.training.batches import Batch, Collate, SeededImages, chance_in
-from refold.training.images import Images, Source
+from refold.training.images import Images
+from refold.training.pictures import Source
 from refold.training.progress import progress
 from refold.training.recipe import Recipe
 from refold.training.teacher import Teacher

@@ -16,7 +16,8 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision import transforms as torchvision_transforms
 
 from refold.errors import InputError
-from refold.training.images import Images, read_image
+from refold.training.images import Images
+from refold.training.pictures import read_image
 from refold.training.recipe import Recipe
 
 Key = tuple[int, int]

@@ -2,29 +2,19 @@
 
 from __future__ import annotations
 
-import io
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from sklearn.model_selection import train_test_split
 
 from refold.errors import InputError
+from refold.training.pictures import Source, read_image
 
 HELD_OUT_SHARE = 0.2
-
-
-class Packed(Protocol):
-    """An encoded image inside something larger; as text it says where."""
-
-    def read_bytes(self) -> bytes: ...
-
-
-Source = Image.Image | Path | Packed
 
 
 @dataclass(frozen=True)
@@ -42,7 +32,8 @@ class Images:
 class LabelledImages:
     """Training images and held-out images of the same classes.
 
-    ``mirror`` says whether a mirrored image still belongs to its class.
+    ``mirror`` says whether a mirrored image still belongs to its class. ``notes`` are sentences on what was left out or
+    guessed; ``root`` is the folder that the images lie in, if they do.
     """
 
     title: str
@@ -50,6 +41,8 @@ class LabelledImages:
     training: Images
     held_out: Images
     mirror: bool
+    notes: tuple[str, ...] = ()
+    root: Path | None = None
 
 
 def hold_out_share(
@@ -87,21 +80,6 @@ def hold_out_share(
 def _pick(sources: Sequence[Source], targets: Sequence[int], indices: Iterable[int]) -> Images:
     chosen = sorted(indices)
     return Images([sources[index] for index in chosen], [targets[index] for index in chosen])
-
-
-def read_image(source: Source) -> Image.Image:
-    """Decode an image as RGB; raises `InputError`, naming the file, where that is not possible."""
-    if isinstance(source, Image.Image):
-        return source
-    try:
-        with Image.open(source if isinstance(source, Path) else io.BytesIO(source.read_bytes())) as image:
-            return image.convert("RGB")
-    except UnidentifiedImageError as error:
-        raise InputError(
-            f"The image '{source}' cannot be read (no kind of image that is known); repair or remove it."
-        ) from error
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise InputError(f"The image '{source}' cannot be read ({error}); repair or remove it.") from error
 
 
 def read_into_memory(

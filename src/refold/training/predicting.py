@@ -15,7 +15,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from refold.errors import InputError
 from refold.export import get_engine
-from refold.training.images import read_image
+from refold.training.pictures import read_image
 from refold.training.task import ClassificationTask, Task
 
 _BATCH = 32

@@ -1,0 +1,203 @@
+"""Reading one picture as it is meant, whatever file it is in, and finding the pictures in a folder."""
+
+from __future__ import annotations
+
+import io
+import os
+import warnings
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any, Protocol
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torchvision.datasets.folder import IMG_EXTENSIONS
+
+from refold.errors import InputError
+
+
+class Packed(Protocol):
+    """An encoded picture inside something larger; as text it says where."""
+
+    def read_bytes(self) -> bytes: ...
+
+
+SUFFIXES: tuple[str, ...] = IMG_EXTENSIONS
+
+Source = Image.Image | Path | Packed
+
+LARGEST_PICTURE = 100_000_000
+"""Pixels of the largest picture that is read: the 300 MB of them would fill the memory many times over."""
+
+# The limit above says the same in words, as an error.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+
+Pixels = np.ndarray[Any, Any]
+
+_OF_16_BITS = ("I;16", "I;16L", "I;16B", "I;16N")
+# Where Pillow's "I", a whole number of 32 bits, stands for the 16 bits of these formats.
+_WIDENED = ("PNG", "PPM")
+_OTHER_PICTURES = (
+    ".gif", ".heic", ".heif", ".avif", ".jxl", ".jp2", ".jfif", ".psd", ".svg", ".ico", ".tga", ".eps", ".exr",
+    ".hdr", ".npy", ".dcm", ".raw", ".dng", ".cr2", ".cr3", ".nef", ".arw",
+)  # fmt: skip
+_NOT_OF_THE_DATA = ("__MACOSX", "@eaDir", "$RECYCLE.BIN")
+_NAMED = 3
+
+
+def read_image(source: Source) -> Image.Image:
+    """Decode a picture as RGB of 8 bits, upright as its EXIF says.
+
+    16 bits are scaled to 8; numbers with a fraction are read as 0 to 1, 0 to 255 or 0 to 65,535, the first that holds
+    them all; what is transparent becomes white; of several frames the first is taken.
+    Raises `InputError`, naming the file, where it cannot be decoded, its numbers have no range that is known, or it
+    has more than `LARGEST_PICTURE` pixels.
+    """
+    if isinstance(source, Image.Image):
+        return source
+    try:
+        with _opened(source) as file, Image.open(file) as image:
+            if image.width * image.height > LARGEST_PICTURE:
+                raise InputError(_too_large(source, f"{image.width} x {image.height} pixels"))
+            return _as_rgb(ImageOps.exif_transpose(image), image.format)
+    except UnidentifiedImageError as error:
+        raise InputError(
+            f"The image '{source}' cannot be read (no kind of image that is known); repair or remove it."
+        ) from error
+    except Image.DecompressionBombError as error:
+        raise InputError(_too_large(source, "far more pixels")) from error
+    except (OSError, ValueError, SyntaxError, KeyError, TypeError, OverflowError, MemoryError) as error:
+        raise InputError(f"The image '{source}' cannot be read ({error}); repair or remove it.") from error
+
+
+def _opened(source: Path | Packed) -> IO[bytes]:
+    # Pillow maps the file of a path into memory, and then forgets to turn an uncompressed TIFF as its EXIF says.
+    return source.open("rb") if isinstance(source, Path) else io.BytesIO(source.read_bytes())
+
+
+def _too_large(source: Source, size: str) -> str:
+    most = f"{LARGEST_PICTURE // 10**6} million"
+    return f"The image '{source}' is too large: it has {size}, at most {most} are read; shrink it."
+
+
+def _as_rgb(image: Image.Image, format: str | None) -> Image.Image:
+    if image.mode in _OF_16_BITS:
+        return _grey(np.asarray(image) / 257)
+    if image.mode == "I":
+        return _grey(_whole_numbers(np.asarray(image), format) / 257)
+    if image.mode == "F":
+        return _grey(_with_fraction(np.asarray(image)))
+    if image.has_transparency_data:
+        colours = image.convert("RGBA")
+        white = Image.new("RGBA", colours.size, (255, 255, 255, 255))
+        return Image.alpha_composite(white, colours).convert("RGB")
+    return image.convert("RGB")
+
+
+def _grey(values: Pixels) -> Image.Image:
+    return Image.fromarray(values.round().astype(np.uint8)).convert("RGB")
+
+
+def _whole_numbers(values: Pixels, format: str | None) -> Pixels:
+    if format not in _WIDENED or values.min() < 0 or values.max() > 65535:
+        raise ValueError("whole numbers of 32 bits, whose range is not known; save 8 or 16 bits")
+    return values
+
+
+def _with_fraction(values: Pixels) -> Pixels:
+    """The values from 0 to 255, by the narrowest usual range that holds them all."""
+    least, most = float(values.min()), float(values.max())
+    for end in (1.0, 255.0, 65535.0):
+        if least >= 0 and most <= end:
+            return values.astype(np.float64) * (255 / end)
+    raise ValueError(f"numbers from {least:g} to {most:g}; save them from 0 to 1")
+
+
+@dataclass
+class LeftOut:
+    """The files in a folder that are not read, by the reason."""
+
+    files: dict[str, list[Path]] = field(default_factory=dict)
+
+    def add(self, reason: str, path: Path) -> None:
+        """Count a file, or a folder with all that is in it."""
+        self.files.setdefault(reason, []).append(path)
+
+    def notes(self, root: Path | None = None) -> list[str]:
+        """One sentence a reason: how many, and the first of them by name, within ``root``."""
+        sentences = []
+        for reason, paths in self.files.items():
+            names = [(path if root is None else path.relative_to(root)).as_posix() for path in sorted(paths)]
+            more = f" and {len(names) - _NAMED:,} more" if len(names) > _NAMED else ""
+            sentences.append(f"Left out: {len(names):,} {reason} ({', '.join(names[:_NAMED])}{more}).")
+        return sentences
+
+
+def find_pictures(folder: Path, left_out: LeftOut) -> list[Path]:
+    """The pictures in a folder and in the folders in it, in order; what else lies there is added to ``left_out``."""
+    found: list[Path] = []
+    for place, folders, files in os.walk(folder):
+        here = Path(place)
+        for name in list(folders):
+            if is_no_data(name):
+                folders.remove(name)
+                if any(file for _, _, inside in os.walk(here / name) for file in inside):
+                    left_out.add("hidden or system folders", here / name)
+        for name in files:
+            path, suffix = here / name, Path(name).suffix.lower()
+            if is_no_data(name):
+                if suffix in SUFFIXES:
+                    left_out.add("hidden files", path)
+            elif suffix in SUFFIXES:
+                found.append(path)
+            elif suffix in _OTHER_PICTURES:
+                left_out.add(f"pictures of another format than {', '.join(SUFFIXES)}", path)
+            else:
+                left_out.add("files that are no pictures", path)
+    return sorted(found)
+
+
+def find_images(paths: Sequence[Path], left_out: LeftOut) -> list[Path]:
+    """The files given, and the pictures in the folders given, in order; what else lies there goes to ``left_out``.
+
+    Raises `InputError` where a path does not exist or a folder holds no pictures.
+    """
+    found: list[Path] = []
+    for path in paths:
+        if path.is_dir():
+            inside = find_pictures(path, left_out)
+            if not inside:
+                raise InputError(f"The folder '{path}' holds no images ({', '.join(SUFFIXES)}).")
+            found += inside
+        elif path.is_file():
+            found.append(path)
+        else:
+            raise InputError(f"There is no image '{path}'; check the path.")
+    return found
+
+
+def is_no_data(name: str) -> bool:
+    """Whether a file or folder of that name is hidden, or what an operating system leaves beside the data."""
+    return name.startswith(".") or name in _NOT_OF_THE_DATA
+
+
+def sizes_of(sources: Sequence[Source]) -> Counter[tuple[int, int]]:
+    """How many pictures have which width and height; the files' heads are read, unreadable ones are not counted."""
+    counted: Counter[tuple[int, int]] = Counter()
+    for source in sources:
+        size = _size_of(source)
+        if size is not None:
+            counted[size] += 1
+    return counted
+
+
+def _size_of(source: Source) -> tuple[int, int] | None:
+    if isinstance(source, Image.Image):
+        return source.size
+    try:
+        with _opened(source) as file, Image.open(file) as image:
+            return image.size
+    except Exception:  # said when it is read
+        return None

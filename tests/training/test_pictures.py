@@ -1,0 +1,150 @@
+"""Pictures are read as they are meant, or refused by name; what lies beside them is counted."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from refold.errors import InputError
+from refold.training import pictures
+from refold.training.pictures import LeftOut, find_pictures, read_image, sizes_of
+
+RAMP = np.linspace(0, 1, 12).reshape(3, 4)
+EIGHT_BITS = (RAMP * 255).round().astype(np.uint8)
+
+
+def pixels(path: Path) -> np.ndarray:
+    image = read_image(path)
+    assert image.mode == "RGB"
+    return np.asarray(image)
+
+
+@pytest.mark.parametrize("name", ["16.png", "16.tif", "16.pgm"])
+def test_16_bits_are_scaled(tmp_path: Path, name: str) -> None:
+    Image.fromarray((RAMP * 65535).round().astype(np.uint16)).save(tmp_path / name)
+    assert np.array_equal(pixels(tmp_path / name), np.repeat(EIGHT_BITS[..., None], 3, 2))
+
+
+def test_16_bits_of_the_other_order_of_bytes(tmp_path: Path) -> None:
+    Image.fromarray((RAMP * 65535).round().astype(">u2")).save(tmp_path / "big.tif")
+    assert np.array_equal(pixels(tmp_path / "big.tif")[..., 0], EIGHT_BITS)
+
+
+@pytest.mark.parametrize("end", [1.0, 255.0, 65535.0])
+def test_fractions_are_read_by_their_range(tmp_path: Path, end: float) -> None:
+    Image.fromarray((RAMP * end).astype(np.float32)).save(tmp_path / "f.tif")
+    assert np.array_equal(pixels(tmp_path / "f.tif")[..., 1], EIGHT_BITS)
+
+
+@pytest.mark.parametrize("values", [RAMP - 0.5, RAMP * 1e6, RAMP * np.nan])
+def test_fractions_of_no_known_range_are_refused(tmp_path: Path, values: np.ndarray) -> None:
+    Image.fromarray(values.astype(np.float32)).save(tmp_path / "f.tif")
+    with pytest.raises(InputError, match=r"f\.tif' cannot be read \(numbers from .*; save them from 0 to 1"):
+        read_image(tmp_path / "f.tif")
+
+
+def test_whole_numbers_of_32_bits_are_refused(tmp_path: Path) -> None:
+    Image.fromarray((RAMP * 1000).astype(np.int32)).save(tmp_path / "i.tif")
+    with pytest.raises(InputError, match=r"i\.tif' cannot be read \(whole numbers of 32 bits"):
+        read_image(tmp_path / "i.tif")
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("name", ["a.jpg", "a.png", "a.webp", "a.tif", "16.png", "f.tif"])
+def test_pictures_are_turned_as_exif_says(tmp_path: Path, orientation: int, name: str) -> None:
+    upright = np.full((24, 32), 40, np.uint8)
+    upright[:12, :16] = 200  # the upper left quarter
+    turns: dict[int, Callable[[np.ndarray], np.ndarray]] = {
+        1: lambda x: x, 2: np.fliplr, 3: lambda x: np.rot90(x, 2), 4: np.flipud,
+        5: np.transpose, 6: np.rot90, 7: lambda x: np.rot90(x, 2).T, 8: lambda x: np.rot90(x, 3),
+    }  # fmt: skip
+    stored = np.ascontiguousarray(turns[orientation](upright))
+    kinds = {"16.png": stored.astype(np.uint16) * 257, "f.tif": (stored / 255).astype(np.float32)}
+    image = Image.fromarray(kinds.get(name, stored))
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    image.save(tmp_path / name, exif=exif)
+    found = pixels(tmp_path / name)[..., 0]
+    assert found.shape == (24, 32)
+    assert np.abs(found.astype(int) - upright).max() <= 8  # JPEG and WebP lose a little
+
+
+def test_what_is_transparent_is_white(tmp_path: Path) -> None:
+    colours = np.zeros((1, 3, 4), np.uint8)
+    colours[0, :, 3] = (0, 128, 255)
+    Image.fromarray(colours, "RGBA").save(tmp_path / "rgba.png")
+    assert pixels(tmp_path / "rgba.png")[0, :, 0].tolist() == [255, 127, 0]
+    Image.fromarray(colours[..., 2:], "LA").save(tmp_path / "la.png")
+    assert pixels(tmp_path / "la.png")[0, :, 0].tolist() == [255, 127, 0]
+    palette = Image.fromarray(np.array([[0, 1]], np.uint8), "P")
+    palette.putpalette([10, 20, 30, 200, 100, 50])
+    palette.save(tmp_path / "p.png", transparency=0)
+    assert pixels(tmp_path / "p.png")[0].tolist() == [[255, 255, 255], [200, 100, 50]]
+    Image.fromarray(np.array([[5, 9]], np.uint8)).save(tmp_path / "key.png", transparency=9)
+    assert pixels(tmp_path / "key.png")[0].tolist() == [[5, 5, 5], [255, 255, 255]]
+
+
+def test_other_colours(tmp_path: Path) -> None:
+    Image.new("CMYK", (8, 8), (0, 255, 255, 0)).save(tmp_path / "ink.jpg", quality=100)
+    assert np.abs(pixels(tmp_path / "ink.jpg")[0, 0].astype(int) - [255, 0, 0]).max() <= 4
+    Image.new("CMYK", (8, 8), (0, 255, 255, 0)).save(tmp_path / "ink.tif")
+    assert pixels(tmp_path / "ink.tif")[0, 0].tolist() == [255, 0, 0]
+    Image.fromarray(np.array([[True, False]])).save(tmp_path / "bits.png")
+    assert pixels(tmp_path / "bits.png")[0, :, 0].tolist() == [255, 0]
+
+
+def test_a_large_picture_is_refused_in_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pictures, "LARGEST_PICTURE", 99)
+    Image.new("L", (10, 10)).save(tmp_path / "large.png")
+    with pytest.raises(
+        InputError, match=r"large\.png' is too large: it has 10 x 10 pixels, at most .*; shrink"
+    ):
+        read_image(tmp_path / "large.png")
+
+
+def test_a_picture_that_claims_to_be_huge_is_refused_before_it_is_decoded(tmp_path: Path) -> None:
+    path = tmp_path / "bomb.png"
+    Image.new("1", (30_000, 30_000)).save(path)
+    with pytest.raises(InputError, match=r"bomb\.png' is too large: .*; shrink it"):
+        read_image(path)
+
+
+def test_what_is_left_out_is_counted_and_named(tmp_path: Path) -> None:
+    def put(*names: str) -> None:
+        for name in names:
+            path = tmp_path / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("L", (2, 2)).save(path, "PNG")
+
+    put("b.png", "a/c.JPG", "a/d/e.webp")
+    put("anim.gif", "phone.HEIC", "a/one.avif", "a/two.gif")
+    put(
+        "._b.png",
+        ".hidden.jpg",
+        "__MACOSX/b.png",
+        "a/.ipynb_checkpoints/x-checkpoint.png",
+        "a/d/__MACOSX/y.png",
+    )
+    (tmp_path / "notes.txt").write_text("")
+    (tmp_path / ".empty").mkdir()
+    left_out = LeftOut()
+    found = find_pictures(tmp_path, left_out)
+    assert [path.relative_to(tmp_path).as_posix() for path in found] == ["a/c.JPG", "a/d/e.webp", "b.png"]
+    said = left_out.notes(tmp_path)
+    assert any(
+        "4 pictures of another format" in s and "(a/one.avif, a/two.gif, anim.gif and 1 more)" in s
+        for s in said
+    )
+    assert any("2 hidden files (._b.png, .hidden.jpg)" in s for s in said)
+    assert any("3 hidden or system folders (__MACOSX, a/.ipynb_checkpoints, a/d/__MACOSX)" in s for s in said)
+    assert any("1 files that are no pictures (notes.txt)" in s for s in said)
+    assert len(said) == 4
+
+
+def test_sizes_are_counted(tmp_path: Path) -> None:
+    for name, size in (("a.png", (4, 3)), ("b.png", (4, 3)), ("c.png", (5, 5))):
+        Image.new("L", size).save(tmp_path / name)
+    (tmp_path / "d.png").write_bytes(b"no image")
+    assert sizes_of(sorted(tmp_path.iterdir())) == {(4, 3): 2, (5, 5): 1}
