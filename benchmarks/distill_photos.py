@@ -116,7 +116,7 @@ def main() -> None:
         parsed.work / "run",
         f"wds/{shards}",
         NETWORK,
-        load_recipe("finetune", RECIPE),
+        load_recipe("small_images", RECIPE),
         checkpoint=str(parsed.work / "teacher.safetensors"),
         teacher=str(parsed.work / "teacher.safetensors"),
         teacher_cache=str(parsed.work / "answers"),

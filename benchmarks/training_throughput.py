@@ -30,8 +30,9 @@ from refold.training import run as running
 from refold.training.batches import recipe_transforms, training_loader
 from refold.training.callbacks import Keeper, Unreadable
 from refold.training.data import open_data
-from refold.training.images import Images, LabelledImages, read_image
+from refold.training.images import Images, LabelledImages
 from refold.training.module import make_optimizer
+from refold.training.pictures import read_image
 from refold.training.recipe import Recipe, load_recipe, parse_overrides
 from refold.training.starting import build_network, preprocessing_for, ready
 
@@ -137,7 +138,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--data", default="digits")
     parser.add_argument("--network", default="repghostnet_050")
-    parser.add_argument("--recipe", default="finetune")
+    parser.add_argument("--recipe", default="small_images")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--workers", type=int, default=0)

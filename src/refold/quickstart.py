@@ -83,7 +83,7 @@ def run(settings: QuickstartOptions, console: Console) -> QuickstartResult:
     images = open_data(data, settings.seed)
     seen = round(_IMAGES_SHOWN / len(images.training))
     epochs = min(_MOST_EPOCHS, max(_FEWEST_EPOCHS, seen)) if settings.epochs is None else settings.epochs
-    recipe = load_recipe("finetune", {"epochs": epochs, "image_size": settings.image_size})
+    recipe = load_recipe("small_images", {"epochs": epochs, "image_size": settings.image_size})
     told = training.Settings(
         settings.output, data, NETWORK, recipe, seed=settings.seed, threads=settings.threads, keep="last"
     )

@@ -81,7 +81,7 @@ def told(folder: Path, output: str, cache: str | None, recipe: dict[str, Any], *
         folder / output,
         str(folder / "data"),
         "resnet10t",
-        load_recipe("finetune", {**QUICK, **recipe}),
+        load_recipe("small_images", {**QUICK, **recipe}),
         teacher=str(folder / "teacher.safetensors"),
         teacher_cache=None if cache is None else str(folder / cache),
         **others,

@@ -110,7 +110,9 @@ def test_the_padded_crop_is_that_of_he_et_al() -> None:
 
 @pytest.mark.parametrize("mirror", [True, False])
 def test_only_images_that_may_be_are_mirrored(mirror: bool) -> None:
-    augment, _ = recipe_transforms(load_recipe("finetune", {"color_jitter": 0}).recipe, PREPROCESSING, mirror)
+    augment, _ = recipe_transforms(
+        load_recipe("small_images", {"color_jitter": 0}).recipe, PREPROCESSING, mirror
+    )
     step = np.zeros((16, 16, 3), np.uint8)
     step[:, 8:] = 255
     reseed(0)

@@ -125,7 +125,7 @@ def test_a_student_learns_what_only_its_teacher_knows(
         tmp_path / "run",
         "digits",
         "resnet10t",
-        load_recipe("finetune", recipe),
+        load_recipe("small_images", recipe),
         teacher=str(tmp_path / "teacher.safetensors"),
     )
     train(settings, Console(file=io.StringIO()))

@@ -11,12 +11,13 @@ import pytest
 import torch
 from PIL import Image
 from rich.console import Console
+from timm.utils import ModelEmaV3
 from torch import nn
 
 from refold.errors import RecipeError
 from refold.training import run as running
 from refold.training.images import Images, LabelledImages
-from refold.training.module import TrainingModule, make_optimizer
+from refold.training.module import TrainingModule, _warm_up_power, make_optimizer
 from refold.training.recipe import load_recipe
 from refold.training.run import Settings, train
 from refold.training.task import task_of
@@ -60,7 +61,13 @@ def test_the_cosine_falls_from_the_papers_rate_to_zero(module: Callable[..., Tra
 
 
 def test_the_warm_up_is_linear_and_part_of_the_schedule(module: Callable[..., TrainingModule]) -> None:
-    recipe = {"epochs": 10, "warm_up_epochs": 5, "batch_size": 8, "warm_up_learning_rate": 1e-6}
+    recipe = {
+        "epochs": 10,
+        "warm_up_epochs": 5,
+        "batch_size": 8,
+        "warm_up_learning_rate": 1e-6,
+        "minimum_learning_rate": 0,
+    }
     seen = rates(module("repghost", **recipe))
     rate = 0.6 * 8 / 1024
     assert seen[:25] == pytest.approx([1e-6 + step * (rate - 1e-6) / 25 for step in range(25)], rel=1e-9)
@@ -123,7 +130,7 @@ def test_the_average_is_that_of_equation_5(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(TrainingModule, "on_train_batch_end", follow)
     recipe = {"epochs": 2, "batch_size": 4, "image_size": 32, "ema_decay": 0.8, "ema_warm_up": False}
     settings = Settings(
-        tmp_path / "run", str(tmp_path / "data"), "repghostnet_050", load_recipe("finetune", recipe)
+        tmp_path / "run", str(tmp_path / "data"), "repghostnet_050", load_recipe("small_images", recipe)
     )
     train(settings, Console(file=io.StringIO()))
     state = torch.load(tmp_path / "run" / "last.ckpt", weights_only=True)["state_dict"]
@@ -135,3 +142,27 @@ def test_the_average_is_that_of_equation_5(tmp_path: Path, monkeypatch: pytest.M
         if value.is_floating_point():
             assert torch.allclose(value.double(), expected[key], rtol=1e-4, atol=1e-6)
             assert not torch.equal(value, state[f"net.{key}"]) or not value.any()
+
+
+def test_a_step_schedule_divides_the_rate_every_so_many_epochs(module: Callable[..., TrainingModule]) -> None:
+    trained = module("resnet", images=32, epochs=7, batch_size=8, decay_epochs=3)
+    seen = rates(trained)
+    base = trained.recipe.scaled_learning_rate
+    assert seen[:: trained.steps] == pytest.approx([base] * 3 + [base / 10] * 3 + [base / 100])
+
+
+@pytest.mark.parametrize("steps", [100, 10_000, 375_000])
+def test_an_average_warms_up_as_far_as_the_run_allows(steps: int) -> None:
+    def reached(decay: float, step: int) -> float:
+        average = ModelEmaV3(
+            nn.Linear(1, 1), decay, use_warmup=True, warmup_power=_warm_up_power(decay, steps)
+        )
+        return float(average.get_decay(step))
+
+    decays = [0.99, 0.9999, 0.99995, 0.99999]
+    for decay in decays:
+        fits = 1 / (1 - decay) <= 1 + steps / 2
+        assert (reached(decay, steps // 2 + 2) == pytest.approx(decay, rel=1e-6)) == fits
+        assert reached(decay, 1) < 0.6
+    if steps == 375_000:  # that of GhostNetV3, figure 4, which compares such decays
+        assert len({reached(decay, steps) for decay in decays}) == len(decays)

@@ -35,7 +35,7 @@ def settings(tmp_path: Path) -> Callable[..., Settings]:
 
     def make(output: str, **others: Any) -> Settings:
         recipe = {"epochs": 2, "batch_size": 9, "image_size": 32, "learning_rate": 1e-3, "ema_decay": 0.5}
-        resolved = load_recipe("finetune", recipe)
+        resolved = load_recipe("small_images", recipe)
         return Settings(
             tmp_path / output, str(tmp_path / "data"), "test_efficientnet", resolved,
             precision="64-true", accelerator="cpu", sync_batch_norm=True, **others,

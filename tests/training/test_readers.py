@@ -14,7 +14,8 @@ from PIL import Image
 from refold.errors import InputError
 from refold.training.batches import held_out_loader
 from refold.training.data import open_data
-from refold.training.images import Images, read_image
+from refold.training.images import Images
+from refold.training.pictures import read_image
 
 
 def encoded(colour: int) -> bytes:

@@ -54,7 +54,7 @@ def colours(tmp_path: Path) -> Path:
 @pytest.fixture
 def settings(colours: Path, tmp_path: Path) -> Callable[..., Settings]:
     def make(output: str = "run", recipe: dict[str, Any] | None = None, **others: Any) -> Settings:
-        resolved = load_recipe("finetune", {**QUICK, **(recipe or {})})
+        resolved = load_recipe("small_images", {**QUICK, **(recipe or {})})
         given = {"data": str(colours), "network": "repghostnet_050", **others}
         return Settings(tmp_path / output, recipe=resolved, **given)  # type: ignore[arg-type]
 
@@ -301,7 +301,9 @@ def test_the_best_epoch_goes_with_the_state(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_the_digits_are_learnt(tmp_path: Path) -> None:
-    result = train(Settings(tmp_path / "run", "digits", "repghostnet_050", load_recipe("finetune")), quiet())
+    result = train(
+        Settings(tmp_path / "run", "digits", "repghostnet_050", load_recipe("small_images")), quiet()
+    )
     assert result.training_accuracy == result.plain_accuracy >= 0.98
     assert result.same_answers == result.held_out_images == 359
 

@@ -83,9 +83,9 @@ class TrainingModule(LightningModule):
         self.augment, self.measure = recipe_transforms(recipe, preprocessing, images.mirror)
         self.average: ModelEmaV3 | None = None
         if recipe.ema_decay is not None:
-            # The power 3/4 reaches 0.9999 in some 200,000 steps, about half of a paper's run.
+            power = _warm_up_power(recipe.ema_decay, self.steps * recipe.epochs)
             self.average = ModelEmaV3(
-                net, recipe.ema_decay, use_warmup=recipe.ema_warm_up, warmup_power=0.75
+                net, recipe.ema_decay, use_warmup=recipe.ema_warm_up, warmup_power=power
             ).requires_grad_(False)
         self.training_loss = MeanLoss()
         names = [TRAINED] if self.average is None else [TRAINED, AVERAGE]
@@ -240,6 +240,7 @@ class TrainingModule(LightningModule):
             "constant" if recipe.schedule == "none" else recipe.schedule,
             num_epochs=recipe.epochs,
             decay_milestones=list(recipe.milestones),
+            decay_epochs=recipe.decay_epochs,
             decay_rate=recipe.decay_rate,
             min_lr=recipe.minimum_learning_rate,
             warmup_epochs=min(recipe.warm_up_epochs, recipe.epochs - 1),
@@ -252,6 +253,18 @@ class TrainingModule(LightningModule):
 
     def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
         scheduler.step_update(self.global_step)
+
+
+def _warm_up_power(decay: float, steps: int) -> float:
+    """The power with which the decay of an average grows, 1 - (1 + step)^-power, in a run of so many steps.
+
+    It is 3/4, and larger where the decay would else be reached only after half of the run, so that decays which the
+    run is long enough for differ; where it is too short for the decay, it stays 3/4.
+    """
+    if decay >= 1:
+        return 0.75
+    needed = -math.log(1 - decay) / math.log(1 + steps / 2)
+    return max(0.75, needed) if needed <= 1 else 0.75
 
 
 def _average_statistics(net: nn.Module, processes: int) -> None:
