@@ -14,8 +14,8 @@ from refold.errors import InputError
 from refold.quickstart import IN_ENGINE, PLAIN_FORM, TRAINING_FORM, QuickstartOptions, render, run
 
 FILES = [
-    "card.json", "chart.png", "curves.png", "fold.json", "fold.svg", "history.csv", "last.ckpt", "plain.onnx",
-    "plain.safetensors", "results.json", "run.json", "training.safetensors",
+    "card.json", "chart.png", "curves.png", "data.png", "fold.json", "fold.svg", "history.csv", "last.ckpt",
+    "plain.onnx", "plain.safetensors", "results.json", "run.json", "split.csv", "training.safetensors",
 ]  # fmt: skip
 
 
@@ -48,7 +48,8 @@ def colours(tmp_path: Path) -> Path:
     for name, shade in (("red", (200, 0, 0)), ("green", (0, 200, 0))):
         (tmp_path / "colours" / name).mkdir(parents=True)
         for index in range(10):
-            Image.new("RGB", (40, 30), shade).save(tmp_path / "colours" / name / f"{index}.png")
+            lighter = tuple(value + 5 * index for value in shade)
+            Image.new("RGB", (40, 30), lighter).save(tmp_path / "colours" / name / f"{index}.png")
     return tmp_path / "colours"
 
 
@@ -79,8 +80,8 @@ def test_what_cannot_be_used_is_said_before_anything_is_written(colours: Path, t
     (tmp_path / "file").touch()
     for settings, message in (
         (QuickstartOptions(tmp_path / "run", tmp_path / "missing"), "There is no folder"),
-        (QuickstartOptions(tmp_path / "run", image_size=4), "'image_size' is 4 .* at least 8"),
-        (QuickstartOptions(tmp_path / "run", epochs=0), "'epochs' is 0 .* at least 1"),
+        (QuickstartOptions(tmp_path / "run", image_size=4), "'image_size' is 4 .* from 8 to 4096"),
+        (QuickstartOptions(tmp_path / "run", epochs=0), "'epochs' is 0 .* from 1"),
         (QuickstartOptions(tmp_path / "file"), "cannot be made"),
     ):
         with pytest.raises(InputError, match=message):

@@ -1,6 +1,8 @@
 """Writing files so that either the whole new file is there or the old state is."""
 
 import os
+import re
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -8,6 +10,8 @@ from pathlib import Path
 from refold.errors import InputError
 
 PathLike = str | os.PathLike[str]
+
+_ASIDE = ".part"
 
 
 def check_writable(path: PathLike) -> Path:
@@ -35,8 +39,8 @@ def written_aside(path: PathLike) -> Iterator[Path]:
     Raises `InputError` where ``path`` cannot be written.
     """
     target = check_writable(path)
-    aside = target.with_name(f".{target.name}.{os.getpid()}.part")
     try:
+        aside = path_aside(target)
         try:
             aside.touch()
             mode = aside.stat().st_mode
@@ -48,6 +52,34 @@ def written_aside(path: PathLike) -> Iterator[Path]:
             aside.unlink(missing_ok=True)
     except OSError as error:
         raise InputError(f"'{target}' cannot be written: {error.strerror or error}.") from error
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what writers that were killed left half-written in a folder that nobody else writes into."""
+    for path in folder.glob(f".*{_ASIDE}"):
+        _remove(path)
+
+
+def path_aside(target: Path) -> Path:
+    """Where to write what is to become ``target``; what killed processes left there is removed.
+
+    The name says which process writes, so that two of them do not write into each other's.
+    """
+    import psutil  # here, for folding runs where only torch is installed
+
+    name = re.compile(rf"\.{re.escape(target.name)}\.(\d+){re.escape(_ASIDE)}")
+    for path in target.parent.iterdir():
+        left = name.fullmatch(path.name)
+        if left and (int(left[1]) == os.getpid() or not psutil.pid_exists(int(left[1]))):
+            _remove(path)
+    return target.with_name(f".{target.name}.{os.getpid()}{_ASIDE}")
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def write_text(path: PathLike, text: str) -> None:

@@ -23,12 +23,15 @@ from refold.export import Contents, get_engine
 from refold.files import write_text
 from refold.folding import Cost, count
 from refold.training import run as training
-from refold.training.data import open_data
+from refold.training.data import fitting_recipe, open_data
 from refold.training.recipe import load_recipe
 from refold.training.settings import HISTORY, ONNX, PLAIN, REPORT, TRAINING, QuickstartOptions
 
 NETWORK = "repghostnet_050"
 ENGINE = "onnxruntime"
+RECIPE = "small_images"
+# Enough to show the way in minutes; `refold train` takes photos at their usual size.
+_SIDE, _SIDE_OF_PHOTOS = 48, 96
 
 TRAINING_FORM, PLAIN_FORM, IN_ENGINE = "training form", "plain", "plain in ONNX Runtime"
 
@@ -83,7 +86,9 @@ def run(settings: QuickstartOptions, console: Console) -> QuickstartResult:
     images = open_data(data, settings.seed)
     seen = round(_IMAGES_SHOWN / len(images.training))
     epochs = min(_MOST_EPOCHS, max(_FEWEST_EPOCHS, seen)) if settings.epochs is None else settings.epochs
-    recipe = load_recipe("small_images", {"epochs": epochs, "image_size": settings.image_size})
+    is_small = fitting_recipe(data, from_weights=False) == RECIPE
+    side = settings.image_size or (_SIDE if is_small else _SIDE_OF_PHOTOS)
+    recipe = load_recipe(RECIPE, {"epochs": epochs, "image_size": side})
     told = training.Settings(
         settings.output, data, NETWORK, recipe, seed=settings.seed, threads=settings.threads, keep="last"
     )

@@ -37,7 +37,7 @@ def test_a_dry_run_prints_the_resolved_recipe(monkeypatch: pytest.MonkeyPatch, t
 def test_options_reach_the_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     seen: list[Settings] = []
 
-    def stopped(settings: Settings, console: object) -> None:
+    def stopped(settings: Settings, console: object, *, overwrite: bool) -> None:
         seen.append(settings)
         raise KeyboardInterrupt
 
@@ -73,14 +73,18 @@ def test_mistakes_are_one_clear_sentence(monkeypatch: pytest.MonkeyPatch, tmp_pa
         (["train"], "nothing to train on; give --data"),
         (["train", "--set", "epoch=3"], "did you mean 'epochs'"),
         (["train", "--resume", str(tmp_path)], "holds no run"),
-        (["train", "--resume", str(tmp_path), "--set", "epochs=9"], "as it was started; leave"),
+        (["train", "--resume", str(tmp_path), "--recipe", "repghost"], "goes on with a run .* leave"),
+        (["train", "--resume", str(tmp_path), "--dry-run"], "goes on with a run .* leave"),
+        (["train", "--resume", str(tmp_path), "--overwrite"], "goes on with a run .* leave"),
+        (["train", "--resume", str(tmp_path), "-o", "elsewhere"], "goes on with a run .* leave"),
+        (["train", "--data", "digits", "--data-changed"], "--data-changed belongs to --resume"),
     ):
         with pytest.raises(InputError, match=message):
             CliRunner().invoke(cli.app, arguments, catch_exceptions=False)
 
 
 def test_an_interrupt_says_how_to_go_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    def stopped(settings: Settings, console: object) -> None:
+    def stopped(settings: Settings, console: object, *, overwrite: bool) -> None:
         settings.output.mkdir()
         (settings.output / "run.json").touch()
         raise KeyboardInterrupt
@@ -96,7 +100,7 @@ def test_an_interrupt_says_how_to_go_on(monkeypatch: pytest.MonkeyPatch, tmp_pat
 
 def test_options_have_the_defaults_of_settings() -> None:
     settings = {entry.name: entry.default for entry in dataclasses.fields(Settings)}
-    for command, own in ((train_command, 17), (distill_command, 19)):
+    for command, own in ((train_command, 18), (distill_command, 20)):
         options = {name: given.default for name, given in inspect.signature(command).parameters.items()}
         shared = options.keys() & settings.keys() - {"data", "network", "recipe", "output", "teacher"}
         assert len(shared) == own

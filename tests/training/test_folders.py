@@ -120,3 +120,10 @@ def test_a_folder_around_the_data_is_named(make: Make) -> None:
     root = make({"photos/a": 2, "photos/b": 2})
     with pytest.raises(InputError, match=r"holds only the class 'photos'; give a .*, such as '.*photos'"):
         class_folders(root)
+
+
+def test_a_class_of_doubles_is_refused_with_the_reason(make: Make) -> None:
+    root = make({"a": 3, "b": 1})
+    shutil.copy(root / "b" / "0.png", root / "b" / "1.png")
+    with pytest.raises(InputError, match=r"class 'b' of .* has one image; .* 1 doubles .* \(b/1\.png\)"):
+        class_folders(root)

@@ -50,7 +50,7 @@ def fit(settings: Settings, stop: str = "") -> list[int]:
     running.finish = lambda *_: [os.getpid()]  # type: ignore[assignment]
     if stop and place() == Place(1, 2, 1):
         end_second(stop)
-    return running._run(settings, Console(quiet=True))  # type: ignore[return-value]
+    return running._run(settings, Console(quiet=True), ProcessLauncher(), running.Beginning())  # type: ignore[return-value]
 
 
 def end_second(how: str) -> None:
@@ -140,7 +140,7 @@ def test_machines_need_a_meeting_point(
         start(fit, (settings("run"),), devices=1, nodes=2)
     for given, message in (
         ({"strategy": "fsdp"}, "no strategy 'fsdp' here; choose auto, ddp"),
-        ({"devices": 0}, "0 devices on 1 machines cannot train"),
+        ({"devices": 0}, "devices is 0; give at least 1"),
     ):
         with pytest.raises(InputError, match=message):
             running.train(dataclasses.replace(settings("run"), **given), Console(quiet=True))  # type: ignore[arg-type]
@@ -158,5 +158,5 @@ def test_a_launcher_starts_the_run(settings: Callable[..., Settings]) -> None:
     told = settings("run", devices=3, nodes=2)
     assert running.train(told, Console(quiet=True), launcher) is None
     ((_, arguments, where),) = asked
-    assert arguments == (told, True, launcher)
+    assert arguments == (told, True, launcher, running.Beginning())
     assert where == {"devices": 3, "nodes": 2}

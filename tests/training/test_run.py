@@ -27,8 +27,8 @@ from refold.training.recipe import load_recipe
 from refold.training.run import Settings, resume, train
 
 FILES = [
-    "card.json", "curves.png", "fold.json", "fold.svg", "history.csv", "last.ckpt", "plain.onnx",
-    "plain.safetensors", "run.json", "training.safetensors",
+    "card.json", "curves.png", "data.png", "fold.json", "fold.svg", "history.csv", "last.ckpt", "plain.onnx",
+    "plain.safetensors", "run.json", "split.csv", "training.safetensors",
 ]  # fmt: skip
 QUICK = {"epochs": 2, "batch_size": 8, "image_size": 32, "learning_rate": 1e-3}
 
@@ -143,7 +143,7 @@ def test_an_interrupted_run_goes_on_with_the_same_bits(
     parts = settings("parts", EVERYTHING, accumulate=accumulate, seed=3)
     with pytest.raises(KeyboardInterrupt):
         train(parts, quiet())
-    assert [path.name for path in parts.output.iterdir()] == ["run.json"]
+    assert sorted(path.name for path in parts.output.iterdir()) == ["data.png", "run.json", "split.csv"]
     stops.remove((0, 1))
     with pytest.raises(KeyboardInterrupt):
         resume(parts.output, quiet())
@@ -278,7 +278,8 @@ def test_the_best_epoch_is_kept_or_the_last(
 
     def results(module: TrainingModule) -> dict[str, float]:
         worse = module.current_epoch / 4
-        return {"held_out_accuracy_trained": 0.9 - worse, "held_out_accuracy_average": 0.8 - worse}
+        accuracies = {"held_out_accuracy_trained": 0.9 - worse, "held_out_accuracy_average": 0.8 - worse}
+        return {"loss": 1.0, **accuracies}
 
     kept: dict[str, Any] = {}
     monkeypatch.setattr(TrainingModule, "epoch_results", results)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from collections.abc import Callable
 from typing import Annotated
@@ -11,12 +12,14 @@ import typer
 from refold.cli.engines import bench, export_command
 from refold.cli.networks import fold_command, list_command, profile, verify
 from refold.cli.papers import paper_command
-from refold.cli.runs import distill_command, predict, quickstart, train_command
+from refold.cli.runs import check_data, distill_command, predict, quickstart, train_command
 from refold.cli.shared import console
 from refold.cli.unfolding import unfold_command
-from refold.errors import RefoldError, printable
+from refold.errors import RefoldError, first_line, printable
 
 __all__ = ["app", "console", "main"]
+
+_DEBUG = "--debug"
 
 app = typer.Typer(
     help="Convolutional networks that train with many branches and run with one.",
@@ -26,16 +29,43 @@ app = typer.Typer(
 
 
 def main() -> None:
-    """Run the command line; every error of refold's is one line on stderr and exit code 2."""
+    """Run the command line: whatever goes wrong is one line on stderr and exit code 2, an interrupt 130.
+
+    ``--debug``, anywhere among the arguments, shows where an error comes from; SIGTERM ends as Ctrl-C does.
+    """
+    arguments = sys.argv[1:]
+    debug = _DEBUG in arguments
+    signal.signal(signal.SIGTERM, _interrupt)
     try:
-        app()
-    except RefoldError as error:
-        print("refold:", printable(" ".join(str(error).split())), file=sys.stderr)
+        app([argument for argument in arguments if argument != _DEBUG])
+    except Exception as error:  # the last resort: nobody is helped by a page of traceback
+        if debug:
+            raise
+        said = str(error) if isinstance(error, RefoldError) else _unexpected(error)
+        print("refold:", printable(" ".join(said.split())), file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("refold: stopped", file=sys.stderr)
+        sys.exit(130)
+
+
+def _unexpected(error: Exception) -> str:
+    if isinstance(error, MemoryError):
+        return "The memory does not suffice for this; give smaller images, batches or networks."
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"'{error.filename}' cannot be used: {error.strerror}."
+    return f"{type(error).__name__}: {first_line(error)}; {_DEBUG} shows where it comes from."
+
+
+def _interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
 
 
 @app.callback(invoke_without_command=True)
-def _root(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+def _root(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+    debug: Annotated[bool, typer.Option(_DEBUG, help="Show where an error comes from.")] = False,
+) -> None:
     if version:
         from importlib.metadata import version as installed
 
@@ -56,6 +86,7 @@ _COMMANDS: dict[str, Callable[..., None]] = {
     "paper": paper_command,
     "train": train_command,
     "distill": distill_command,
+    "check-data": check_data,
     "predict": predict,
 }
 for _name, _command in _COMMANDS.items():

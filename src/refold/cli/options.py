@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Collection
+from dataclasses import dataclass
 from functools import wraps
 from typing import Annotated, Any
 
@@ -14,12 +15,20 @@ from refold.training.options import Declared, declared_options
 Command = Callable[..., None]
 
 
+@dataclass(frozen=True)
+class Given:
+    """The values of options by name, and the names of those that were stated, not left at their defaults."""
+
+    values: dict[str, Any]
+    stated: frozenset[str]
+
+
 def takes_options_of(
     declaration: type, *, without: Collection[str] = (), required: Collection[str] = ()
 ) -> Callable[[Command], Command]:
     """Let a command take the options that a dataclass declares, before its own options.
 
-    It gets their values by name as its first argument. Options ``without`` are left out, ``required`` ones must be
+    It gets them as its first argument, `Given`. Options ``without`` are left out, ``required`` ones must be
     given.
     """
     declared = [option for option in declared_options(declaration) if option.name not in without]
@@ -28,11 +37,14 @@ def takes_options_of(
         own = list(inspect.signature(command, eval_str=True).parameters.values())[1:]
 
         @wraps(command)
-        def parsed(**values: Any) -> None:
+        def parsed(context: typer.Context, **values: Any) -> None:
             given = {option.name: values.pop(option.name) for option in declared}
-            command(given, **values)
+            sources = {name: context.get_parameter_source(name) for name in given}
+            stated = {name for name, source in sources.items() if source and source.name != "DEFAULT"}
+            command(Given(given, frozenset(stated)), **values)
 
         parameters = [
+            inspect.Parameter("context", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context),
             *(_parameter(option, option.name in required) for option in declared),
             *(parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in own),
         ]

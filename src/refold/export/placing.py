@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -11,7 +10,7 @@ from pathlib import Path
 
 from refold.errors import InputError
 from refold.export.engines import Format
-from refold.files import PathLike, check_writable
+from refold.files import PathLike, check_writable, path_aside
 
 
 def check_destination(path: PathLike, form: Format) -> Path:
@@ -37,9 +36,8 @@ def placed_together(path: PathLike, form: Format) -> Iterator[Path]:
     is untouched. Raises `InputError` where ``path`` cannot be written.
     """
     target = check_destination(path, form)
-    aside = target.with_name(f".{target.name}.{os.getpid()}.part")
     try:
-        shutil.rmtree(aside, ignore_errors=True)
+        aside = path_aside(target)
         aside.mkdir()
         try:
             yield aside / target.name

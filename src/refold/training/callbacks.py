@@ -135,9 +135,10 @@ class Unreadable(Callback):
 
 
 class LiveProgress(Callback):
-    """A bar over the whole training: images a second, time left, the last epoch's score."""
+    """A bar over the whole training: images a second, time left, the last epoch's score; else one line an epoch."""
 
     def __init__(self, console: Console, title: str, keeper: Keeper) -> None:
+        self.console = console
         self.progress = progress(console)
         self.title = title
         self.keeper = keeper
@@ -165,6 +166,14 @@ class LiveProgress(Callback):
         row = self.keeper.rows[-1]
         note = f"epoch {row['epoch']}: {row[self.keeper.score]:.1%} held out"
         self.progress.update(self.task, note=note)
+        if self.progress.disable and trainer.is_global_zero:
+            assert isinstance(pl_module, TrainingModule)
+            self.console.print(
+                f"epoch {row['epoch']} of {pl_module.recipe.epochs}: loss {row['loss']:.4g}, "
+                f"{row[self.keeper.score]:.1%} held out, {row['seconds']:.1f} s",
+                highlight=False,
+                soft_wrap=True,
+            )
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self.progress.stop()

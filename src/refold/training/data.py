@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +14,11 @@ from torchvision.datasets import CIFAR10, CIFAR100
 from refold.errors import InputError
 from refold.training.folders import class_folders
 from refold.training.images import Images, LabelledImages, hold_out_share
-from refold.training.pictures import Source
+from refold.training.pictures import SUFFIXES, Source, sizes_of
+
+# Short sides, in pixels, up to which pictures count as small; a few dozen of the first are looked at.
+_SMALL = 64
+_SAMPLE, _MOST_LOOKED_AT = 40, 4000
 
 _CIFAR_FOLDERS = {dataset.base_folder: dataset for dataset in (CIFAR10, CIFAR100)}
 
@@ -48,6 +54,31 @@ def open_data(data: str, seed: int = 0) -> LabelledImages:
         if root.name == folder or (root / folder).is_dir():
             return _cifar(root.parent if root.name == folder else root, dataset)
     return class_folders(root, seed)
+
+
+def fitting_recipe(data: str | None, *, from_weights: bool) -> str:
+    """The recipe for images when none is named: by their size, and by whether training starts from weights.
+
+    Without ``data`` they are taken for photos.
+    """
+    if data is not None and _are_small(data):
+        return "small_images"
+    return "finetune" if from_weights else "photos"
+
+
+def _are_small(data: str) -> bool:
+    """Whether the images of ``data`` are small pictures, by a look at a few; True for the digits and CIFAR."""
+    root = Path(data)
+    if data == "digits" or any(
+        (place / name).is_dir() for name in _CIFAR_FOLDERS for place in (root, root.parent)
+    ):
+        return True
+    if data.partition("/")[0] in READER_PREFIXES:
+        return False
+    found = (Path(place) / name for place, _, names in os.walk(root) for name in names)
+    pictures = [path for path in islice(found, _MOST_LOOKED_AT) if path.suffix.lower() in SUFFIXES]
+    sides = sorted(min(size) for size in sizes_of(pictures[:: max(1, len(pictures) // _SAMPLE)]).elements())
+    return bool(sides) and sides[len(sides) // 2] <= _SMALL
 
 
 def _cifar(root: Path, dataset: type[CIFAR10]) -> LabelledImages:

@@ -55,7 +55,10 @@ def class_folders(folder: PathLike, seed: int = 0) -> LabelledImages:
     names, training, training_notes = _scan(training_root)
     notes += training_notes
     if held_out_root is None:
-        shared = hold_out_share(str(root), names, training.sources, training.targets, seed, mirror=True)
+        try:
+            shared = hold_out_share(str(root), names, training.sources, training.targets, seed, mirror=True)
+        except InputError as error:
+            raise InputError(" ".join([str(error), *notes])) from error
         return replace(shared, notes=tuple(notes), root=root)
     held_out_names, held_out, held_out_notes = _scan(held_out_root)
     if names != held_out_names:

@@ -33,7 +33,8 @@ class LabelledImages:
     """Training images and held-out images of the same classes.
 
     ``mirror`` says whether a mirrored image still belongs to its class. ``notes`` are sentences on what was left out or
-    guessed; ``root`` is the folder that the images lie in, if they do.
+    guessed; ``root`` is the folder that the images lie in, if they do; ``is_drawn`` says that the held-out images were
+    drawn by a seed.
     """
 
     title: str
@@ -43,6 +44,7 @@ class LabelledImages:
     mirror: bool
     notes: tuple[str, ...] = ()
     root: Path | None = None
+    is_drawn: bool = False
 
 
 def hold_out_share(
@@ -74,6 +76,7 @@ def hold_out_share(
         training=_pick(sources, targets, training),
         held_out=_pick(sources, targets, held_out),
         mirror=mirror,
+        is_drawn=True,
     )
 
 

@@ -226,7 +226,8 @@ class TrainingModule(LightningModule):
             rate = self.trainer.optimizers[0].param_groups[0]["lr"]
             raise InputError(
                 f"The loss is no longer a number in epoch {self.current_epoch + 1} (learning rate {rate:g}); "
-                "lower the learning rate, or clip the gradient (gradient_clip=1)."
+                "lower the learning rate (--set learning_rate=...), or clip the gradient (--set gradient_clip=1), in "
+                "this run or in a new one in its place (--overwrite)."
             )
 
     def configure_optimizers(self) -> Any:

@@ -7,6 +7,8 @@ import typing
 from dataclasses import dataclass
 from typing import Any
 
+from refold.errors import InputError
+
 
 @dataclass(frozen=True)
 class Option:
@@ -15,6 +17,7 @@ class Option:
     ``least`` and ``most`` bound its value. The rest is how it looks on a command line: ``short`` a letter, ``metavar``
     what stands for the value, ``shown_default`` what is said of the default. ``given_as`` is the type of what is
     given where the field holds another, and ``default`` what an option without a value is, where the field has none.
+    ``changeable`` options may be given anew to a run that goes on.
     """
 
     help: str = ""
@@ -25,6 +28,7 @@ class Option:
     shown_default: str | None = None
     given_as: Any = None
     default: Any = None
+    changeable: bool = False
 
 
 @dataclass(frozen=True)
@@ -50,3 +54,15 @@ def declared_options(declaration: type) -> list[Declared]:
         default = option.default if entry.default is dataclasses.MISSING else entry.default
         found.append(Declared(entry.name, kind if default is not None else kind | None, default, option))
     return found
+
+
+def check_bounds(instance: Any) -> None:
+    """Raise `InputError` where a number of a dataclass is outside the bounds of its `Option`."""
+    for declared in declared_options(type(instance)):
+        value, least, most = getattr(instance, declared.name), declared.option.least, declared.option.most
+        if value is None or not (
+            (least is not None and value < least) or (most is not None and value > most)
+        ):
+            continue
+        bounds = f"at least {least}" if most is None else f"a number from {least} to {most}"
+        raise InputError(f"{declared.name} is {value}; give {bounds}.")

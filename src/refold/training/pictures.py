@@ -187,13 +187,13 @@ def sizes_of(sources: Sequence[Source]) -> Counter[tuple[int, int]]:
     """How many pictures have which width and height; the files' heads are read, unreadable ones are not counted."""
     counted: Counter[tuple[int, int]] = Counter()
     for source in sources:
-        size = _size_of(source)
+        size = size_of(source)
         if size is not None:
             counted[size] += 1
     return counted
 
 
-def _size_of(source: Source) -> tuple[int, int] | None:
+def size_of(source: Source) -> tuple[int, int] | None:
     if isinstance(source, Image.Image):
         return source.size
     try:

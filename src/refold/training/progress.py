@@ -25,7 +25,7 @@ class _Speed(ProgressColumn):
 
 
 def progress(console: Console) -> Progress:
-    """A bar of images with their speed and the time left; tasks carry a ``note``."""
+    """A bar of images with their speed and the time left, on a terminal; tasks carry a ``note``."""
     return Progress(
         TextColumn("{task.description}", table_column=Column(no_wrap=True)),
         BarColumn(bar_width=None),
@@ -35,4 +35,5 @@ def progress(console: Console) -> Progress:
         TextColumn("{task.fields[note]}", table_column=Column(no_wrap=True)),
         console=console,
         expand=True,
+        disable=not (console.is_terminal or console.is_jupyter),
     )

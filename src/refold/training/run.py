@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import logging
-import signal
-import threading
 import time
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -24,20 +21,36 @@ from PIL.Image import Image
 from rich.console import Console
 from torch import nn
 
+from refold.bench.latency import torch_threads
 from refold.checkpoints import example_input, save
-from refold.errors import InputError, RefoldError, first_line
-from refold.files import make_folder, write_text
+from refold.errors import InputError, first_line, printable
+from refold.files import remove_leftovers, write_text
 from refold.training.batches import reseed
 from refold.training.callbacks import EpochRow, Keeper, LiveProgress, Unreadable
+from refold.training.checking import check_recipe, check_size, describe_start
 from refold.training.data import open_data
 from refold.training.estimating import Estimate, estimate, memory_of_process
 from refold.training.finishing import finish, provenance
 from refold.training.images import Images, LabelledImages
-from refold.training.module import TrainingModule, make_optimizer
-from refold.training.processes import Launcher, PeerEnded, Place, ProcessLauncher
-from refold.training.recipe import ResolvedRecipe
-from refold.training.settings import HISTORY, RUN, STATE, TENSORBOARD, TRAINING, Result, Settings
+from refold.training.interruptions import interruptible, lightning_quiet
+from refold.training.lock import locked
+from refold.training.module import TrainingModule
+from refold.training.processes import Launcher, Place, ProcessLauncher
+from refold.training.resuming import changed, read_settings, remove_run
+from refold.training.settings import (
+    HISTORY,
+    RUN,
+    SAMPLE,
+    SPLIT,
+    STATE,
+    TENSORBOARD,
+    TRAINING,
+    Result,
+    Settings,
+)
+from refold.training.split import same_split, write_split
 from refold.training.starting import build_network, fit_in_memory, preprocessing_for, ready
+from refold.training.survey import draw_sample
 from refold.training.task import task_of
 from refold.training.teaching import open_teaching
 from refold.unfolding import unfold
@@ -46,8 +59,6 @@ __all__ = ["Result", "Settings", "default_output", "expect", "resume", "train"]
 
 _LAUNCHER = ProcessLauncher()
 _SAMPLE = 256
-_PEER_ENDED = "Another process of the run ended; it says why."
-_PEER_IS_GONE = ("Connection closed by peer", "Connection reset by peer", "NCCL")
 
 
 def default_output(command: str) -> Path:
@@ -55,41 +66,44 @@ def default_output(command: str) -> Path:
     return Path("runs") / time.strftime(f"{command}-%Y%m%d-%H%M%S")
 
 
-def train(settings: Settings, console: Console, launcher: Launcher = _LAUNCHER) -> Result | None:
+def train(
+    settings: Settings, console: Console, launcher: Launcher = _LAUNCHER, *, overwrite: bool = False
+) -> Result | None:
     """Train, fold, prove, save and export; everything that is written goes into ``settings.output``.
 
     Several devices train in processes of their own, which the ``launcher`` starts unless torchrun did it; the first of
-    all writes and returns the result, the others None.
+    all writes and returns the result, the others None. With ``overwrite`` the files of a run that is there already go
+    once the new one is about to train.
     Raises `InputError` where the images, the recipe or a setting cannot be used, where the folder holds a run
-    already, and where the loss stops being a number; `NotEquivalent` where a form differs.
+    already or another run has it, and where the loss stops being a number; `NotEquivalent` where a form differs.
     """
-    if (launcher.place() or Place()).is_first and (settings.output / RUN).exists():
+    if (launcher.place() or Place()).is_first and not overwrite and (settings.output / RUN).exists():
         raise InputError(
-            f"'{settings.output}' holds a run already; give another folder, or go on with it: "
-            f"refold train --resume {settings.output}"
+            f"'{settings.output}' holds a run already; give another folder, replace it (--overwrite), or go on with "
+            f"it: refold train --resume {settings.output}"
         )
-    return _run(settings, console, launcher)
+    return _run(settings, console, launcher, Beginning(overwrite=overwrite))
 
 
-def resume(folder: Path, console: Console, launcher: Launcher = _LAUNCHER) -> Result | None:
+def resume(
+    folder: Path,
+    console: Console,
+    launcher: Launcher = _LAUNCHER,
+    *,
+    changes: Mapping[str, Any] | None = None,
+    recipe_changes: Mapping[str, Any] | None = None,
+    data_changed: bool = False,
+) -> Result | None:
     """Go on with the run of a folder, from its last whole epoch; a finished run is folded and exported again.
 
     On one CPU process the weights are bit for bit those of a run that was never interrupted. Under torchrun each
-    process reads the folder.
-    Raises `InputError` where the folder holds no run, or its state cannot be read.
+    process reads the folder. ``changes`` are settings, and ``recipe_changes`` values of the recipe, that hold from now
+    on; ``data_changed`` goes on with images that are no longer those of the beginning.
+    Raises `InputError` where the folder holds no run, its state cannot be read, the data changed, or a change makes no
+    sense in a run that has begun.
     """
-    try:
-        written = json.loads((folder / RUN).read_text(encoding="utf-8"))
-        recipe = ResolvedRecipe.from_dict(written.pop("recipe"))
-        settings = Settings(**{**written, "recipe": recipe, "output": folder})
-    except FileNotFoundError as error:
-        raise InputError(f"'{folder}' holds no run to go on with: there is no {RUN} in it.") from error
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise InputError(f"'{folder / RUN}' is not understood ({error}); start the run again.") from error
-    if (launcher.place() or Place()).is_first:
-        for leftover in folder.glob(".*.part"):
-            leftover.unlink()  # half-written when the process was killed
-    return _run(settings, console, launcher)
+    settings = changed(read_settings(folder), changes or {}, recipe_changes or {})
+    return _run(settings, console, launcher, Beginning(resumes=True, data_changed=data_changed))
 
 
 def expect(settings: Settings, console: Console) -> Estimate:
@@ -98,6 +112,7 @@ def expect(settings: Settings, console: Console) -> Estimate:
     Raises what `train` raises before it begins.
     """
     settings.check()
+    check_recipe(settings.recipe.recipe)
     here = Place(0, settings.devices, settings.nodes)
     everything = open_data(settings.data, settings.seed)
     in_memory = fit_in_memory(everything, settings.recipe.recipe, here.devices)
@@ -107,25 +122,30 @@ def expect(settings: Settings, console: Console) -> Estimate:
         held_out=_some(everything.held_out, _SAMPLE // 4),
     )
     program = memory_of_process()
-    began = time.perf_counter()
-    if in_memory:
-        sample = ready(sample, settings.recipe.recipe, Unreadable(console, _SAMPLE), console, here.devices)
-    reading = time.perf_counter() - began
-    parts = [len(images.training) + len(images.held_out) for images in (everything, sample)]
-    factor = parts[0] / parts[1] if in_memory else 0.0
-    with _threads(settings.threads), _quiet(), console.status("Measuring a few steps"):
-        module = _module(settings, everything, here, console)
-        alone = dataclasses.replace(settings, devices=1, nodes=1, strategy="auto", tensorboard=False)
-        trainer = _trainer(alone, module, [])
-        return estimate(
-            module,
-            sample,
-            trainer.strategy.root_device,
-            trainer.precision_plugin.forward_context,
-            reading=reading * factor,
-            images=round(_pixel_bytes(sample) * factor),
-            program=program,
-        )
+    with torch_threads(settings.threads), lightning_quiet():
+        net, preprocessing = _network(settings, len(everything.class_names))
+        describe_start(settings, everything, preprocessing, console)
+        began = time.perf_counter()
+        if in_memory:
+            sample = ready(
+                sample, settings.recipe.recipe, Unreadable(console, _SAMPLE), console, here.devices
+            )
+        reading = time.perf_counter() - began
+        parts = [len(images.training) + len(images.held_out) for images in (everything, sample)]
+        factor = parts[0] / parts[1] if in_memory else 0.0
+        with console.status("Measuring a few steps"):
+            module = _module(settings, net, preprocessing, everything, here, console)
+            alone = dataclasses.replace(settings, devices=1, nodes=1, strategy="auto", tensorboard=False)
+            trainer = _trainer(alone, module, [])
+            return estimate(
+                module,
+                sample,
+                trainer.strategy.root_device,
+                trainer.precision_plugin.forward_context,
+                reading=reading * factor,
+                images=round(_pixel_bytes(sample) * factor),
+                program=program,
+            )
 
 
 def _some(images: Images, count: int) -> Images:
@@ -140,43 +160,99 @@ def _pixel_bytes(images: LabelledImages) -> int:
     return sum(4 * source.width * source.height for source in sources if isinstance(source, Image))
 
 
-def _run(settings: Settings, console: Console, launcher: Launcher = _LAUNCHER) -> Result | None:
+@dataclass(frozen=True)
+class Beginning:
+    """How a run starts: anew, in place of another, or where it was left."""
+
+    resumes: bool = False
+    overwrite: bool = False
+    data_changed: bool = False
+
+
+def _run(settings: Settings, console: Console, launcher: Launcher, beginning: Beginning) -> Result | None:
     settings.check()
+    check_recipe(settings.recipe.recipe)
     here = launcher.place()
     if here is None and settings.devices * settings.nodes > 1:
         result: Result | None = launcher.start(
-            _started, (settings, console.quiet, launcher), devices=settings.devices, nodes=settings.nodes
+            _started,
+            (settings, console.quiet, launcher, beginning),
+            devices=settings.devices,
+            nodes=settings.nodes,
         )
         return result
     here = here or Place()
     settings = dataclasses.replace(settings, devices=here.devices, nodes=here.nodes)
     if not here.is_first:
-        console = Console(quiet=True)
+        return _trained(settings, here, Console(quiet=True), beginning)
+    with locked(settings.output) if beginning.resumes else nullcontext():
+        return _trained(settings, here, console, beginning)
+
+
+def _started(settings: Settings, quiet: bool, launcher: Launcher, beginning: Beginning) -> Result | None:
+    return _run(settings, Console(quiet=quiet), launcher, beginning)
+
+
+def _trained(settings: Settings, here: Place, console: Console, beginning: Beginning) -> Result | None:
     recipe = settings.recipe.recipe
-    unreadable = Unreadable(console, settings.unreadable)
-    images = ready(open_data(settings.data, settings.seed), recipe, unreadable, console, here.devices)
-    with _threads(settings.threads), _quiet():
-        module = _module(settings, images, here, console)
-        make_optimizer(module.net, recipe)  # what is unknown is said before anything is written
-        _trainer(settings, module, [])
-        if here.is_first:
-            make_folder(settings.output)
-            write_text(settings.output / RUN, json.dumps(settings.to_dict(), indent=2))
-        keeper = _fit(settings, module, unreadable, console)
-        return finish(settings, module, keeper, unreadable, console) if here.is_first else None
+    images = open_data(settings.data, settings.seed)
+    notes = list(images.notes)
+    if beginning.resumes and (settings.output / SPLIT).is_file():
+        images, changes = same_split(images, settings.output / SPLIT, changes_allowed=beginning.data_changed)
+        notes += changes
+    with torch_threads(settings.threads), lightning_quiet():
+        net, preprocessing = _network(settings, len(images.class_names))
+        describe_start(settings, images, preprocessing, console)
+        for note in notes:
+            console.print(printable(note), markup=False, highlight=False, soft_wrap=True)
+        unreadable = Unreadable(console, settings.unreadable)
+        read = ready(images, recipe, unreadable, console, here.devices)
+        module = _module(settings, net, preprocessing, read, here, console)
+        _trainer(settings, module, [])  # what it refuses is said before anything is written
+        if not here.is_first:
+            _fit(settings, module, unreadable, console)
+            return None
+        with nullcontext() if beginning.resumes else locked(settings.output):
+            _begin(settings, images, beginning)
+            keeper = _fit(settings, module, unreadable, console)
+            return finish(settings, module, keeper, unreadable, console)
 
 
-def _started(settings: Settings, quiet: bool, launcher: Launcher) -> Result | None:
-    return _run(settings, Console(quiet=quiet), launcher)
+def _begin(settings: Settings, images: LabelledImages, beginning: Beginning) -> None:
+    """Make the folder ready, and write what a run begins with."""
+    remove_leftovers(settings.output)
+    if not beginning.resumes:
+        if beginning.overwrite:
+            remove_run(settings.output)
+        elif (settings.output / RUN).exists():
+            raise InputError(f"Another run began in '{settings.output}' meanwhile; give another folder.")
+    # The settings last: with them a folder holds a run.
+    write_split(images, settings.output / SPLIT)
+    if not (settings.output / SAMPLE).exists():
+        draw_sample(images, settings.output / SAMPLE)
+    write_text(settings.output / RUN, json.dumps(settings.to_dict(), indent=2))
 
 
-def _module(settings: Settings, images: LabelledImages, here: Place, console: Console) -> TrainingModule:
+def _network(settings: Settings, classes: int) -> tuple[nn.Module, dict[str, Any]]:
+    """The network to train, with its branches, and how its images are prepared."""
     recipe = settings.recipe.recipe
-    task = task_of(images, recipe)
     reseed(settings.seed)
-    net = build_network(settings.network, len(images.class_names), recipe, settings.checkpoint)
+    net = build_network(settings.network, classes, recipe, settings.checkpoint)
     preprocessing = preprocessing_for(net, recipe, settings.checkpoint)
     net = _unfolded(net, settings, preprocessing)
+    check_size(net, preprocessing["input_size"], settings.network)
+    return net, preprocessing
+
+
+def _module(
+    settings: Settings,
+    net: nn.Module,
+    preprocessing: dict[str, Any],
+    images: LabelledImages,
+    here: Place,
+    console: Console,
+) -> TrainingModule:
+    recipe = settings.recipe.recipe
     if settings.channels_last:
         net = net.to(memory_format=torch.channels_last)
     module = TrainingModule(
@@ -184,7 +260,7 @@ def _module(settings: Settings, images: LabelledImages, here: Place, console: Co
         recipe,
         images,
         preprocessing,
-        task,
+        task_of(images, recipe),
         seed=settings.seed,
         workers=settings.workers,
         accumulate=settings.accumulate,
@@ -220,7 +296,7 @@ def _fit(settings: Settings, module: TrainingModule, unreadable: Unreadable, con
     live = LiveProgress(console, f"Training {settings.network}", keeper)
     trainer = _trainer(settings, module, [unreadable, keeper, live])
     begun = _readable(state)
-    with _interruptible(settings):
+    with interruptible(settings):
         trainer.fit(module, ckpt_path=begun, weights_only=True)
     return keeper
 
@@ -277,76 +353,3 @@ def _readable(state: Path) -> str | None:
             f"'{state}' cannot be read ({first_line(error)}); remove it to begin with the first epoch again."
         ) from error
     return str(state)
-
-
-@contextmanager
-def _interruptible(settings: Settings) -> Iterator[None]:
-    """Lightning turns Ctrl-C and SIGTERM into an exit of the process; here it stays an interrupt.
-
-    What ends a training from outside becomes an `InputError`, which says how to go on.
-    """
-    in_main = threading.current_thread() is threading.main_thread()
-    handler = signal.getsignal(signal.SIGINT) if in_main else None
-    kept = (
-        f" {settings.output} keeps the last whole epoch; go on with: refold train --resume {settings.output}"
-    )
-    try:
-        yield
-    except SystemExit as error:
-        raise KeyboardInterrupt from error
-    except (RefoldError, OSError, RuntimeError) as error:
-        reason = _reason(error, settings)
-        if reason is None:
-            raise
-        kind = PeerEnded if reason == _PEER_ENDED else InputError
-        raise kind(reason + (kept if (settings.output / STATE).is_file() else "")) from error
-    finally:
-        if in_main:
-            signal.signal(signal.SIGINT, handler)
-
-
-def _reason(error: BaseException, settings: Settings) -> str | None:
-    """Why a training cannot go on, where it is known and not a defect of the program."""
-    said = str(error)
-    if isinstance(error, RefoldError):
-        return said
-    if isinstance(error, OSError):
-        return f"The training cannot go on: {error.strerror or error}."
-    if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in said:
-        size = settings.recipe.recipe.batch_size
-        return (
-            f"The memory does not hold this training at batch_size {size}; lower it, or raise --accumulate."
-        )
-    if "DataLoader worker" in said:
-        return f"A process that prepares images was ended ({first_line(error)}); give fewer --workers."
-    if settings.devices * settings.nodes > 1 and any(sign in said for sign in _PEER_IS_GONE):
-        return _PEER_ENDED
-    return None
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep Lightning's advice off the terminal; what concerns the run is said here."""
-    loggers = [logging.getLogger(f"lightning.{part}") for part in ("pytorch", "fabric")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", module="lightning.*")
-            for said in ("lr_scheduler.step", "all_reduce is deprecated"):
-                warnings.filterwarnings("ignore", message=f".*{said}.*")
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
-
-
-@contextmanager
-def _threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

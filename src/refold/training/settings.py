@@ -8,26 +8,34 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 from refold.errors import InputError
-from refold.training.options import Option
+from refold.training.options import Option, check_bounds
 from refold.training.recipe import ResolvedRecipe
 
 STATE, TRAINING, PLAIN, ONNX = "last.ckpt", "training.safetensors", "plain.safetensors", "plain.onnx"
 RUN, CARD, REPORT, HISTORY, CURVES = "run.json", "card.json", "fold.json", "history.csv", "curves.png"
-PICTURE = "fold.svg"
+PICTURE, SPLIT, SAMPLE = "fold.svg", "split.csv", "data.png"
 TENSORBOARD = "tensorboard"
+# All that a run may write; what makes it a run comes first.
+RUN_FILES = (
+    RUN, STATE, TRAINING, PLAIN, ONNX, CARD, REPORT, HISTORY, CURVES, PICTURE, SPLIT, SAMPLE, TENSORBOARD,
+)  # fmt: skip
 
 Keep = Literal["best", "last"]
 Strategy = Literal["auto", "ddp", "ddp_find_unused_parameters_true"]
 
-Seed = Annotated[int, Option("Seed of the weights, the split and the training.")]
-Threads = Annotated[int, Option("PyTorch threads; a small network gains little from more.", least=1)]
+Seed = Annotated[int, Option("Seed of the weights, the split and the training.", least=0, most=2**32 - 1)]
+Threads = Annotated[
+    int,
+    Option("PyTorch threads; a small network gains little from more.", least=1, most=1024, changeable=True),
+]
 
 
 @dataclass(frozen=True)
 class Settings:
     """What a run may be told, beside its recipe; the options of `refold train` and `refold distill` are made of it.
 
-    ``data`` is what `refold.training.data.open_data` understands. ``checkpoint`` holds weights to start from,
+    ``data`` is what `refold.training.data.open_data` understands. ``pretrained`` takes the published weights of the
+    network to start from, ``checkpoint`` holds others,
     ``unfold`` names a plan of `refold.unfold`, ``teacher`` a network or a checkpoint to learn from; ``teacher_cache``
     is a folder that keeps its answers (`answers.TeacherCache`).
     ``accelerator`` and ``precision`` are those of Lightning's Trainer, ``strategy`` its name for how ``devices`` on
@@ -41,13 +49,20 @@ class Settings:
     data: Annotated[
         str,
         Option(
-            "digits, a folder with one folder of images a class, CIFAR as distributed, wds/FOLDER or hfds/NAME."
+            "digits, a folder with one folder of images a class, CIFAR as distributed, wds/FOLDER or hfds/NAME.",
+            changeable=True,
         ),
     ]
     network: Annotated[str, Option("The network to train, any model name.", default="repghostnet_050")]
     recipe: Annotated[
-        ResolvedRecipe, Option("A recipe's name, or a YAML file.", given_as=str, default="finetune")
+        ResolvedRecipe,
+        Option(
+            "A recipe's name, or a YAML file.",
+            given_as=str,
+            shown_default="small_images, photos or finetune: what fits data and weights",
+        ),
     ]
+    pretrained: Annotated[bool, Option("Start from the published weights of the network.")] = False
     checkpoint: Annotated[str | None, Option("Weights of the network to start from.", given_as=Path)] = None
     unfold: Annotated[str | None, Option("Train with the branches of this plan.", metavar="PLAN")] = None
     teacher: Annotated[
@@ -58,39 +73,56 @@ class Settings:
     ] = None
     teacher_cache: Annotated[
         str | None,
-        Option("Keep the teacher's answers here; for images without augmentation.", given_as=Path),
+        Option(
+            "Keep the teacher's answers here; for images without augmentation.",
+            given_as=Path,
+            changeable=True,
+        ),
     ] = None
     seed: Seed = 0
-    workers: Annotated[int, Option("Processes that prepare images, a device.", least=0)] = 0
+    workers: Annotated[int, Option("Processes that prepare images, a device.", least=0, changeable=True)] = 0
     threads: Threads = 1
-    accelerator: Annotated[str, Option("auto, cpu, gpu or mps.")] = "auto"
-    devices: Annotated[int, Option("Devices of this machine that train together.", least=1)] = 1
+    accelerator: Annotated[str, Option("auto, cpu, gpu or mps.", changeable=True)] = "auto"
+    devices: Annotated[
+        int, Option("Devices of this machine that train together.", least=1, changeable=True)
+    ] = 1
     nodes: Annotated[
         int,
-        Option("Machines that train together, each given MASTER_ADDR, MASTER_PORT and NODE_RANK.", least=1),
+        Option(
+            "Machines that train together, each given MASTER_ADDR, MASTER_PORT and NODE_RANK.",
+            least=1,
+            changeable=True,
+        ),
     ] = 1
-    strategy: Annotated[Strategy, Option("How devices train together, by Lightning's name.")] = "auto"
+    strategy: Annotated[
+        Strategy, Option("How devices train together, by Lightning's name.", changeable=True)
+    ] = "auto"
     sync_batch_norm: Annotated[bool, Option("Take batch statistics over all devices.")] = False
     precision: Annotated[str, Option("32-true, bf16-mixed or 16-mixed.")] = "32-true"
-    channels_last: Annotated[bool, Option("Keep channels last in memory.")] = True
-    compile: Annotated[bool, Option("Run the network through torch.compile.")] = False
-    accumulate: Annotated[int, Option("Batches that make one step.", least=1)] = 1
-    unreadable: Annotated[int, Option("Images that may be unreadable before it is an error.", least=0)] = 10
-    keep: Annotated[Keep, Option("The network to keep: the best on held-out images, or the last.")] = "best"
-    tensorboard: Annotated[bool, Option("Log each epoch for TensorBoard, too.")] = False
+    channels_last: Annotated[bool, Option("Keep channels last in memory.", changeable=True)] = True
+    compile: Annotated[bool, Option("Run the network through torch.compile.", changeable=True)] = False
+    accumulate: Annotated[int, Option("Batches that make one step.", least=1, changeable=True)] = 1
+    unreadable: Annotated[
+        int, Option("Images that may be unreadable before it is an error.", least=0, changeable=True)
+    ] = 10
+    keep: Annotated[
+        Keep, Option("The network to keep: the best on held-out images, or the last.", changeable=True)
+    ] = "best"
+    tensorboard: Annotated[bool, Option("Log each epoch for TensorBoard, too.", changeable=True)] = False
 
     def check(self) -> None:
-        """Raise `InputError` where a setting is none of its choices."""
+        """Raise `InputError` where a setting is none of its choices, or out of its bounds."""
         if self.keep not in get_args(Keep):
             raise InputError(f"There is no network '{self.keep}' to keep; choose best or last.")
         if self.strategy not in get_args(Strategy):
             raise InputError(
                 f"There is no strategy '{self.strategy}' here; choose {', '.join(get_args(Strategy))}."
             )
-        if min(self.devices, self.nodes) < 1:
+        if self.pretrained and self.checkpoint is not None:
             raise InputError(
-                f"{self.devices} devices on {self.nodes} machines cannot train; give at least 1."
+                "The weights to start from come from one place; give pretrained or a checkpoint."
             )
+        check_bounds(self)
 
     def to_dict(self) -> dict[str, Any]:
         """The same as plain JSON-able values."""
@@ -101,7 +133,7 @@ class Settings:
 class QuickstartOptions:
     """What a run of `refold.quickstart` may be told.
 
-    ``data`` None means the bundled digits, ``epochs`` None a number that fits the data.
+    ``data`` None means the bundled digits, ``epochs`` and ``image_size`` None numbers that fit the data.
     """
 
     output: Annotated[Path, Option("The run's folder.", short="-o", shown_default="runs/quickstart-TIME")]
@@ -109,7 +141,9 @@ class QuickstartOptions:
     epochs: Annotated[int | None, Option("Passes over the images.", shown_default="what fits the data")] = (
         None
     )
-    image_size: Annotated[int, Option("Side of the images in pixels.")] = 48
+    image_size: Annotated[
+        int | None, Option("Side of the images in pixels.", shown_default="48, and 96 for photos")
+    ] = None
     seed: Seed = 0
     threads: Threads = 1
 

@@ -1,0 +1,95 @@
+"""Going on with a run: its settings as written, what of them may change; and clearing its folder for another."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+
+from refold.errors import InputError, RefoldError
+from refold.training.options import declared_options
+from refold.training.recipe import Recipe, ResolvedRecipe
+from refold.training.settings import RUN, RUN_FILES, Settings
+
+_FIXED = {
+    "optimizer": "its state belongs to the optimiser that it has",
+    "batch_size": "an epoch would have other steps than the schedule counted",
+}
+# Values that bring parts of a run's state along where they are given, or are not zero.
+_BRINGS_STATE = ("ema_decay", "feature_weight", "relation_weight")
+
+
+def read_settings(folder: Path) -> Settings:
+    """The settings of the run in a folder; raises `InputError` where there is none, or they are not understood."""
+    path = folder / RUN
+    try:
+        written = json.loads(path.read_text(encoding="utf-8"))
+        recipe = ResolvedRecipe.from_dict(written["recipe"])
+        settings: Settings = TypeAdapter(Settings).validate_python(
+            {**written, "recipe": recipe, "output": folder}
+        )
+    except FileNotFoundError as error:
+        raise InputError(f"'{folder}' holds no run to go on with: there is no {RUN} in it.") from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"]))
+        raise InputError(
+            f"'{path}' is not understood ('{place}': {first['msg']}); start the run again."
+        ) from error
+    except RefoldError:
+        raise
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise InputError(f"'{path}' is not understood ({error!r}); start the run again.") from error
+    settings.check()
+    return settings
+
+
+def changed(settings: Settings, changes: Mapping[str, Any], recipe_changes: Mapping[str, Any]) -> Settings:
+    """The settings of a run that goes on, with what is given anew.
+
+    Raises `InputError` for what makes no sense in a run that has begun, and `RecipeError` for a value that is not
+    understood.
+    """
+    changeable = {declared.name: declared.option.changeable for declared in declared_options(type(settings))}
+    for name, value in changes.items():
+        if not changeable[name] and value != getattr(settings, name):
+            raise InputError(
+                f"{name} is {getattr(settings, name)!r} in the run of '{settings.output}' and cannot become {value!r}, "
+                "for it decides what is learnt from the beginning; start a new run."
+            )
+    recipe = (
+        settings.recipe.override(recipe_changes, "given on resuming") if recipe_changes else settings.recipe
+    )
+    _check_recipe(settings.recipe.recipe, recipe.recipe)
+    kept = {name: value for name, value in changes.items() if changeable[name]}
+    return dataclasses.replace(settings, **kept, recipe=recipe)
+
+
+def _check_recipe(before: Recipe, now: Recipe) -> None:
+    for key, reason in _FIXED.items():
+        if getattr(before, key) != getattr(now, key):
+            raise InputError(
+                f"{key} is {getattr(before, key)!r} in this run and cannot become {getattr(now, key)!r}: {reason}; "
+                "start a new run."
+            )
+    for key in _BRINGS_STATE:
+        if bool(getattr(before, key)) != bool(getattr(now, key)):
+            raise InputError(
+                f"{key} is {getattr(before, key)!r} in this run and cannot become {getattr(now, key)!r}: what is kept "
+                "of the run has no place for it; start a new run."
+            )
+
+
+def remove_run(folder: Path) -> None:
+    """Remove what a run wrote into its folder, and nothing else; its settings first, so that half of it is no run."""
+    for name in RUN_FILES:
+        path = folder / name
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
