@@ -280,3 +280,59 @@ def test_the_public_names_are_there() -> None:
     assert refold.export is not sys.modules["refold.export"], "the name stays the function"
     with pytest.raises(AttributeError, match="no attribute 'deploy'"):
         _ = refold.deploy  # type: ignore[attr-defined]
+
+
+def test_what_nobody_foresaw_is_one_line_too(call: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object, **__: object) -> list[str]:
+        raise RuntimeError("an odd \x1b[31mthing\nhappened")
+
+    monkeypatch.setattr("refold.models.list_models", broken)
+    code, out, err = call("list")
+    assert (code, out) == (2, "")
+    assert err == "refold: RuntimeError: an odd \\x1b[31mthing; --debug shows where it comes from.\n"
+    for arguments in (["--debug", "list"], ["list", "--debug"]):
+        monkeypatch.setattr(sys, "argv", ["refold", *arguments])
+        with pytest.raises(RuntimeError, match="odd"):
+            cli.main()
+
+    def full(*_: object, **__: object) -> list[str]:
+        raise MemoryError
+
+    monkeypatch.setattr("refold.models.list_models", full)
+    assert call("list")[2].startswith("refold: The memory does not suffice")
+
+    def missing(*_: object, **__: object) -> list[str]:
+        raise PermissionError(13, "Permission denied", "/there/file")
+
+    monkeypatch.setattr("refold.models.list_models", missing)
+    assert call("list")[2] == "refold: '/there/file' cannot be used: Permission denied.\n"
+
+
+@pytest.mark.slow
+def test_sigterm_ends_any_command_as_ctrl_c_does(tmp_path: Path) -> None:
+    path = tmp_path / "plain.safetensors"
+    script = (
+        "import os, signal, sys; from refold import cli; from refold.folding import fold as _; import refold.folding\n"
+        "refold.folding.fold = lambda *a, **k: os.kill(os.getpid(), signal.SIGTERM)\n"
+        f"sys.argv = ['refold', 'fold', 'repvgg_a0', '-o', {str(path)!r}]; cli.main()"
+    )
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert (ended.returncode, "Traceback" in ended.stderr) == (130, False), ended.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("epochs=inf", "'epochs' is 'inf'"), ("epochs=.inf", "'epochs' is inf"), ("epochs=.nan", "'epochs' is nan"),
+        ("learning_rate=-1", "'learning_rate' is -1"), ("epochs=1e400", "'epochs' is"), ("epochs=[1]", "'epochs' is"),
+        ("auto_augment=nonsense", "'auto_augment' is 'nonsense'"), ("optimizer=nonsense", "'optimizer' is 'nonsense'"),
+        ("epochs", "is no setting"), ("schedule=null", "'schedule' is None"), ("image_size=3", "'image_size' is 3"),
+        ("crop_scale={a: 1}", "'crop_scale' is"), ("mixup=true", "'mixup' is True"),
+    ],
+)  # fmt: skip
+def test_a_bad_value_of_a_recipe_is_one_line(call: Run, setting: str, message: str) -> None:
+    code, _, err = call("train", "--data", "digits", "-o", "run", "--set", setting)
+    assert (code, err.count("\n")) == (2, 1)
+    assert message in err
+    assert not Path("run").exists()

@@ -67,8 +67,8 @@ def survey(images: LabelledImages, console: Console) -> Survey:
 
 
 def render_survey(found: Survey) -> Table:
-    """A row a class, the rarest ones where there are many, and the sizes below."""
-    table = Table(title=escape(printable(found.title)), title_justify="left", caption_justify="left")
+    """A row a class, the rarest ones where there are many."""
+    table = Table(title=escape(printable(found.title)), title_justify="left")
     table.add_column("class")
     table.add_column("training images", justify="right")
     table.add_column("held-out images", justify="right")
@@ -82,10 +82,14 @@ def render_survey(found: Survey) -> Table:
     table.add_section()
     totals = (sum(found.training.values()), sum(found.held_out.values()))
     table.add_row(f"{len(found.training):,} classes", *(f"{total:,}" for total in totals))
+    return table
+
+
+def sizes_in_words(found: Survey) -> str:
+    """The commonest sizes in one line."""
     shown = [f"{size} ({count:,})" for size, count in list(found.sizes.items())[:4]]
     others = f" and {len(found.sizes) - 4:,} other sizes" if len(found.sizes) > 4 else ""
-    table.caption = f"width x height in pixels: {', '.join(shown)}{others}"
-    return table
+    return f"Width x height in pixels: {', '.join(shown)}{others}."
 
 
 def draw_sample(images: LabelledImages, path: Path) -> None:
