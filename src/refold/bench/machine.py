@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import platform
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 _PACKAGES = (
     "refold",
@@ -83,7 +84,7 @@ def this_machine(note: str = "") -> Machine:
         cpu=_cpu_name(),
         architecture=platform.machine(),
         cores=_usable_cores(),
-        memory=_memory(),
+        memory=psutil.virtual_memory().total,
         system=f"{platform.system()} {platform.release()}",
         python=platform.python_version(),
         versions=versions,
@@ -104,13 +105,7 @@ def _cpu_name() -> str:
 
 
 def _usable_cores() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
-def _memory() -> int | None:
     try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, ValueError, OSError):
-        return None
+        return len(psutil.Process().cpu_affinity())
+    except AttributeError:  # macOS does not tell
+        return psutil.cpu_count() or 1

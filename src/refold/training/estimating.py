@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import os
-import resource
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import psutil
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
@@ -151,9 +149,9 @@ def estimate(
 
 
 def memory_of_process() -> int:
-    """The most bytes of memory that this process has had so far."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    """The bytes of memory that this process has."""
+    resident: int = psutil.Process().memory_info().rss
+    return resident
 
 
 def _batch(
@@ -218,7 +216,8 @@ def _bytes(module: nn.Module) -> int:
 def _free_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    free: int = psutil.virtual_memory().available
+    return free
 
 
 def _now(device: torch.device) -> float:
