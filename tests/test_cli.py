@@ -336,3 +336,23 @@ def test_a_bad_value_of_a_recipe_is_one_line(call: Run, setting: str, message: s
     assert (code, err.count("\n")) == (2, 1)
     assert message in err
     assert not Path("run").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("lst", "No such command 'lst'"),
+        ("train --sed 1", "No such option: --sed"),
+        ("train --seed -1", "Invalid value for '--seed'"),
+        ("train --workers=many", "(given: 'many'); refold train --help names all options."),
+        ("train --seed 4294967296", "(given: '4294967296')"),
+        ("fold", "Missing argument"),
+        ("fold repvgg_a0", "Missing option '--output'"),
+        ("fold repvgg_a0 -o x --objective speed", "(given: 'speed')"),
+    ],
+)
+def test_a_mistyped_command_is_one_line(call: Run, arguments: str, message: str) -> None:
+    code, out, err = call(*arguments.split())
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert err.startswith("refold: ")
+    assert message in err

@@ -148,3 +148,36 @@ def test_sizes_are_counted(tmp_path: Path) -> None:
         Image.new("L", size).save(tmp_path / name)
     (tmp_path / "d.png").write_bytes(b"no image")
     assert sizes_of(sorted(tmp_path.iterdir())) == {(4, 3): 2, (5, 5): 1}
+
+
+def test_a_picture_that_would_be_huge_once_enlarged_is_refused(tmp_path: Path) -> None:
+    Image.new("L", (101, 1)).save(tmp_path / "line.png")
+    with pytest.raises(InputError, match=r"line\.png' is too narrow: it has 101 x 1 pixels, .*; crop it"):
+        read_image(tmp_path / "line.png")
+    Image.new("L", (100, 1)).save(tmp_path / "line.png")
+    assert read_image(tmp_path / "line.png").size == (100, 1)
+
+
+@pytest.mark.parametrize("name", ["a.jpg", "a.png", "a.webp", "a.tif", "a.bmp", "a.ppm"])
+def test_a_damaged_picture_is_read_or_refused_by_name(tmp_path: Path, name: str) -> None:
+    generator = np.random.default_rng(0)
+    exif = Image.Exif()
+    exif[0x0112], exif[0x010E] = 6, "words"
+    image = Image.fromarray(generator.integers(0, 255, (20, 24, 3), dtype=np.uint8))
+    path = tmp_path / name
+    image.save(path, **({} if name in ("a.bmp", "a.ppm") else {"exif": exif}))
+    whole = path.read_bytes()
+    refusals: list[str] = []
+    for _ in range(150):
+        damaged = bytearray(whole[: generator.integers(1, len(whole) + 1)])
+        for place in generator.integers(0, len(damaged), generator.integers(1, 8)):
+            damaged[place] = generator.integers(0, 256)
+        # Most of what a picture is lies in its head.
+        damaged[generator.integers(0, min(64, len(damaged)))] = generator.integers(0, 256)
+        path.write_bytes(damaged)
+        try:
+            assert read_image(path).mode == "RGB"
+        except InputError as error:
+            refusals.append(str(error))
+    assert refusals
+    assert all(str(path) in refusal for refusal in refusals)

@@ -20,6 +20,7 @@ from refold.errors import RefoldError, first_line, printable
 __all__ = ["app", "console", "main"]
 
 _DEBUG = "--debug"
+_INTERRUPTED = 130
 
 app = typer.Typer(
     help="Convolutional networks that train with many branches and run with one.",
@@ -37,16 +38,39 @@ def main() -> None:
     debug = _DEBUG in arguments
     signal.signal(signal.SIGTERM, _interrupt)
     try:
-        app([argument for argument in arguments if argument != _DEBUG])
+        code = app([each for each in arguments if each != _DEBUG] or ["--help"], standalone_mode=False) or 0
+        if code == _INTERRUPTED:  # Typer makes it of an interrupt
+            raise KeyboardInterrupt
+        sys.exit(code)
     except Exception as error:  # the last resort: nobody is helped by a page of traceback
         if debug:
             raise
-        said = str(error) if isinstance(error, RefoldError) else _unexpected(error)
-        print("refold:", printable(" ".join(said.split())), file=sys.stderr)
+        print("refold:", printable(" ".join(_said(error, arguments).split())), file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("refold: stopped", file=sys.stderr)
-        sys.exit(130)
+        sys.exit(_INTERRUPTED)
+
+
+def _said(error: Exception, arguments: list[str]) -> str:
+    if isinstance(error, RefoldError):
+        return str(error)
+    # What Typer says of options and arguments; its classes have moved from version to version.
+    of_usage: Callable[[], str] | None = getattr(error, "format_message", None)
+    if of_usage is not None:
+        words = ["refold", *([arguments[0]] if arguments and arguments[0] in _COMMANDS else []), "--help"]
+        return f"{of_usage().rstrip('.')}{_given(error, arguments)}; {' '.join(words)} names all options."
+    return _unexpected(error)
+
+
+def _given(error: Exception, arguments: list[str]) -> str:
+    """The value that an option was given, where an error is about an option."""
+    names = getattr(getattr(error, "param", None), "opts", ())
+    for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
+        name, equals, value = argument.partition("=")
+        if name in names:
+            return f" (given: '{value if equals else following}')"
+    return ""
 
 
 def _unexpected(error: Exception) -> str:

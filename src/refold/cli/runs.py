@@ -192,7 +192,7 @@ def stopped_by_ctrl_c(folder: Path) -> Iterator[None]:
         begun = (folder / "run.json").is_file()
         left = f"go on with: refold train --resume {folder}" if begun else "nothing was written"
         print(f"refold: stopped; {printable(left)}", file=sys.stderr)
-        raise typer.Exit(130) from None
+        sys.exit(130)
 
 
 def predict(

@@ -36,6 +36,8 @@ warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 Pixels = np.ndarray[Any, Any]
 
+_NARROWEST = 100
+
 _OF_16_BITS = ("I;16", "I;16L", "I;16B", "I;16N")
 # Where Pillow's "I", a whole number of 32 bits, stands for the 16 bits of these formats.
 _WIDENED = ("PNG", "PPM")
@@ -52,29 +54,41 @@ def read_image(source: Source) -> Image.Image:
 
     16 bits are scaled to 8; numbers with a fraction are read as 0 to 1, 0 to 255 or 0 to 65,535, the first that holds
     them all; what is transparent becomes white; of several frames the first is taken.
-    Raises `InputError`, naming the file, where it cannot be decoded, its numbers have no range that is known, or it
-    has more than `LARGEST_PICTURE` pixels.
+    Raises `InputError`, naming the file, where it cannot be decoded, its numbers have no range that is known, it has
+    more than `LARGEST_PICTURE` pixels, or one side is more than a hundred times the other.
     """
     if isinstance(source, Image.Image):
         return source
     try:
         with _opened(source) as file, Image.open(file) as image:
-            if image.width * image.height > LARGEST_PICTURE:
-                raise InputError(_too_large(source, f"{image.width} x {image.height} pixels"))
+            _check_size(source, image.width, image.height)
             return _as_rgb(ImageOps.exif_transpose(image), image.format)
     except UnidentifiedImageError as error:
         raise InputError(
             f"The image '{source}' cannot be read (no kind of image that is known); repair or remove it."
         ) from error
+    except InputError:
+        raise
     except Image.DecompressionBombError as error:
         raise InputError(_too_large(source, "far more pixels")) from error
-    except (OSError, ValueError, SyntaxError, KeyError, TypeError, OverflowError, MemoryError) as error:
-        raise InputError(f"The image '{source}' cannot be read ({error}); repair or remove it.") from error
+    except Exception as error:  # a damaged file may raise anything in Pillow's readers
+        reason = str(error) or type(error).__name__
+        raise InputError(f"The image '{source}' cannot be read ({reason}); repair or remove it.") from error
 
 
 def _opened(source: Path | Packed) -> IO[bytes]:
     # Pillow maps the file of a path into memory, and then forgets to turn an uncompressed TIFF as its EXIF says.
     return source.open("rb") if isinstance(source, Path) else io.BytesIO(source.read_bytes())
+
+
+def _check_size(source: Source, width: int, height: int) -> None:
+    if width * height > LARGEST_PICTURE:
+        raise InputError(_too_large(source, f"{width} x {height} pixels"))
+    if max(width, height) > _NARROWEST * min(width, height):
+        # Enlarged until the shorter side fits a network, it would fill the memory.
+        raise InputError(
+            f"The image '{source}' is too narrow: it has {width} x {height} pixels, over {_NARROWEST} to 1; crop it."
+        )
 
 
 def _too_large(source: Source, size: str) -> str:
