@@ -77,12 +77,16 @@ class Keeper(Callback):
         if trainer.is_global_zero:
             with written_aside(self.state_file) as aside:
                 trainer.save_checkpoint(aside)
-            write_text(self.history_file, _as_csv(self.rows))
+            self.write_history()
         else:
             trainer.save_checkpoint(self.state_file)  # takes part in the barrier, writes nothing
         for logger in trainer.loggers:  # which log on the first process only
             logger.log_metrics({k: v for k, v in row.items() if k not in ("epoch", "weights")}, row["epoch"])
             logger.save()
+
+    def write_history(self) -> None:
+        """Write a line for each epoch; anew after a run that was ended between its state and its history."""
+        write_text(self.history_file, _as_csv(self.rows))
 
 
 class Unreadable(Callback):

@@ -298,6 +298,8 @@ def _fit(settings: Settings, module: TrainingModule, unreadable: Unreadable, con
     begun = _readable(state)
     with interruptible(settings):
         trainer.fit(module, ckpt_path=begun, weights_only=True)
+        if trainer.is_global_zero:
+            keeper.write_history()
     return keeper
 
 
