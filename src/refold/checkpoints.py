@@ -20,10 +20,22 @@ from refold.errors import CheckpointError, InputError
 from refold.files import PathLike, written_aside
 from refold.folding import FoldReport, apply_record, fold
 from refold.models import create_model, load_checkpoint
+from refold.models.classes import check_class_names, class_count
 from refold.models.images import example_input
 from refold.unfolding import UnfoldReport, original_state_dict, rebuild
 
-__all__ = ["FORMS", "Card", "Form", "example_input", "load", "original", "read_card", "save"]
+__all__ = [
+    "FORMS",
+    "Card",
+    "Form",
+    "check_class_names",
+    "class_count",
+    "example_input",
+    "load",
+    "original",
+    "read_card",
+    "save",
+]
 
 Form = Literal["training", "plain"]
 FORMS: tuple[Form, ...] = ("training", "plain")
@@ -71,10 +83,11 @@ def save(
 
     Tensors keep their dtype. Class names, preprocessing and provenance that are not given are taken over from
     the checkpoint that the model was loaded from.
-    Raises `InputError` where ``path`` cannot be written and `CheckpointError` where an architecture argument
-    or the provenance has no JSON form.
+    Raises `InputError` where ``path`` cannot be written or the class names are not as many as the network's classes,
+    and `CheckpointError` where an architecture argument or the provenance has no JSON form.
     """
     card = _describe(model, class_names, preprocessing, provenance)
+    _check_names(card, model)
     try:
         metadata = {_METADATA_KEY: json.dumps(dataclasses.asdict(card))}
     except TypeError as error:
@@ -205,6 +218,12 @@ def _describe(
         unfold=unfolded.to_dict() if isinstance(unfolded, UnfoldReport) else None,
         provenance=dict(provenance or {}),
     )
+
+
+def _check_names(card: Card, model: nn.Module) -> None:
+    classes = None if card.class_names is None else class_count(model)
+    if card.class_names is not None and classes is not None:
+        check_class_names(card.class_names, classes, f"The checkpoint of {card.title}")
 
 
 def _build(
