@@ -58,10 +58,6 @@ def _numpy() -> list[Global]:
         for core in ("core", "_core")
         for name in ("scalar", "_reconstruct")
     ]
-    kinds = [type(np.dtype(code)) for code in "?bBhHiIlLqQefdFD"]
-    return [
-        *functions,
-        np.ndarray,
-        np.dtype,
-        *dict.fromkeys([*kinds, np.dtypes.StrDType, np.dtypes.BytesDType]),
-    ]
+    numbers = {type(np.dtype(code)) for code in "?bBhHiIlLqQefdFD"}
+    kinds: list[Any] = [np.ndarray, np.dtype, np.dtypes.StrDType, np.dtypes.BytesDType, *numbers]
+    return [*functions, *kinds]

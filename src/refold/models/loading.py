@@ -121,6 +121,7 @@ def read_weights(path: str | PathLike[str]) -> dict[str, Tensor]:
 
 def rename_weights(weights: Mapping[str, Any], network: nn.Module) -> dict[str, Any]:
     """The same weights under the network's own names, from whichever known layout they are in."""
+    weights = _best(OpenedCheckpoint("", (Found(dict(weights)),)), network).weights
     layout = recognise(weights, _layouts(network), network.state_dict())
     return {new: weights[key] for new, key in layout.rename_all(weights).items()}
 
