@@ -8,6 +8,7 @@ import inspect
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,8 @@ from refold.models.bounded import bounded
 from refold.models.classes import check_class_names, class_count
 from refold.models.images import example_input
 from refold.models.loading import OpenedCheckpoint, checkpoint_classes, open_checkpoint
-from refold.rebuilding import architecture_of, own_preprocessing, reshaped
-from refold.runs import RUN, STATE, TRAINING, network_of_run
+from refold.rebuilding import architecture_of, network_of_run, own_preprocessing, reshaped
+from refold.runs import RUN, STATE, TRAINING
 from refold.unfolding import UnfoldReport, original_state_dict
 
 __all__ = [
@@ -354,7 +355,7 @@ def _load_foreign(
         model = _shaped(card, architecture, arguments, path, read_from=beside)
         notes = (f"took the description in {TRAINING} beside it",)
     elif of_run is not None:
-        model = network_for(opened, of_run, arguments)
+        model = network_for(opened, partial(create_model, of_run), arguments)
         notes = (f"took the network's name, {of_run}, from {RUN} beside it",)
     elif callable(architecture):
         model = architecture(**arguments)
@@ -364,13 +365,15 @@ def _load_foreign(
     return model.eval(), (*notes, *load_checkpoint(model, opened).notes)
 
 
-def network_for(opened: OpenedCheckpoint, name: str, arguments: Mapping[str, Any]) -> nn.Module:
-    """A named network, with as many classes as a foreign checkpoint has unless the ``arguments`` say how many."""
-    model = create_model(name, **arguments)
+def network_for(
+    opened: OpenedCheckpoint, build: Callable[..., nn.Module], arguments: Mapping[str, Any]
+) -> nn.Module:
+    """What ``build`` gives for a foreign checkpoint: with as many classes as that has, unless ``arguments`` say."""
+    model = build(**arguments)
     classes = checkpoint_classes(opened, model)
     if arguments.get("num_classes") is not None or classes in (None, class_count(model)):
         return model
-    return create_model(name, **{**arguments, "num_classes": classes})
+    return build(**{**arguments, "num_classes": classes})
 
 
 def _unpickle(path: PathLike) -> Any:

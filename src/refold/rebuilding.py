@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import timm
@@ -12,9 +13,11 @@ from timm.models import get_pretrained_cfg
 from torch import nn
 
 from refold.cards import is_harmless, is_recordable
+from refold.errors import CheckpointError
 from refold.folding import FoldReport, apply_record, fold
 from refold.models import create_model, default_cfgs, list_models
 from refold.models.images import example_input
+from refold.runs import RUN, STATE, TRAINING
 from refold.unfolding import UnfoldReport, rebuild
 
 _PREPROCESSING = ("input_size", "mean", "std", "interpolation", "crop_pct")
@@ -59,6 +62,26 @@ def own_preprocessing(model: nn.Module, name: str) -> dict[str, Any] | None:
     expected = {key: getattr(usual, key) for key in described}
     plain: dict[str, Any] = json.loads(json.dumps(described))
     return None if plain == json.loads(json.dumps(expected)) else plain
+
+
+def network_of_run(folder: Path) -> str | None:
+    """The name of the network that a run trains; None where its ``run.json`` is missing or names none of a registry.
+
+    Raises `CheckpointError` where the run gives the network branches, which its name does not tell.
+    """
+    try:
+        written = json.loads((folder / RUN).read_text(encoding="utf-8"))
+        name, plan = written["network"], written.get("unfold")
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        return None
+    if not isinstance(name, str) or not is_recordable({"name": name, "arguments": {}}):
+        return None
+    if plan is not None:
+        raise CheckpointError(
+            f"'{folder / STATE}' holds {name} with the branches of a plan, which {TRAINING} beside it would describe; "
+            "put that file back, or resume the run."
+        )
+    return name
 
 
 def _timm_architecture(model: nn.Module) -> dict[str, Any] | None:

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
+import timm
 import yaml
 from torch import nn
 
 from refold.cards import Form
-from refold.checkpoints import load_with_notes, network_for, read_card
+from refold.checkpoints import load_with_notes, network_for, original, read_card
 from refold.errors import CheckpointError, InputError, RefoldError, first_line
 from refold.files import PathLike
-from refold.models import create_model, load_checkpoint
+from refold.models import create_model, list_models, load_checkpoint
 from refold.models.loading import open_checkpoint
 from refold.own_code import OwnNetwork, is_own_code
 from refold.runs import PLAIN, STATE, TRAINING
@@ -31,14 +34,16 @@ def open_network(
     arguments: Mapping[str, Any] | None = None,
     *,
     form: Form = "training",
-    pretrained: bool = False,
+    required: Form | None = None,
+    pretrained: bool | None = False,
     say: Say = lambda _: None,
 ) -> nn.Module:
     """The network that a text names, in eval mode on the CPU, with the weights of ``checkpoint`` if it is a name.
 
-    ``form`` is what is taken from the folder of a run. ``arguments`` build a named network, or one of the user's own;
-    a foreign checkpoint tells how many classes there are where they do not. What was chosen and stripped goes to
-    ``say``, a line each.
+    ``form`` is what is taken from the folder of a run, ``required`` the form that is to be had, if only one will do.
+    ``arguments`` build a named network, or one of the user's own; a foreign checkpoint tells how many classes there are
+    where they do not. ``pretrained`` takes the published weights of a name; None does so where no weights are given.
+    What was chosen and stripped goes to ``say``, a line each.
     Raises `InputError`, `CheckpointError` or `UnknownModel`, whose messages name options of the command line.
     """
     arguments = {key: value for key, value in (arguments or {}).items() if value is not None}
@@ -46,22 +51,42 @@ def open_network(
     with speaking_of_options():
         file = weights_file(target, form)
         if file is not None:
-            if checkpoint is not None:
+            if pretrained or checkpoint is not None:
+                option = "--pretrained" if pretrained else "--checkpoint"
                 raise InputError(
-                    f"'{target}' is a checkpoint already; leave --checkpoint out or name a model."
+                    f"'{target}' is a checkpoint already and the weights come from one place; leave {option} out, or "
+                    "name a model."
                 )
-            if pretrained:
-                raise InputError("The weights come from one place; leave --pretrained or the checkpoint out.")
-            return _loaded(file, None, arguments, say)
+            return _loaded(file, None, arguments, required, say)
         if pretrained and checkpoint is not None:
             raise InputError("The weights come from one place; leave --pretrained or --checkpoint out.")
-        if is_own_code(target):
-            return _own(OwnNetwork(target), checkpoint, arguments, form, pretrained, say)
-        _check_name(target)
-        if checkpoint is None:
+        own = OwnNetwork(target) if is_own_code(target) else None
+        if checkpoint is not None:
+            weights = weights_file(str(checkpoint), form) or Path(checkpoint)
+            return _filled(own or target, weights, arguments, required, say)
+        if own is None:
+            _check_name(target)
             with building(target, arguments):
-                return create_model(target, pretrained, **arguments).eval()
-        return _named(target, weights_file(str(checkpoint), form) or checkpoint, arguments, say)
+                return create_model(target, pretrained is not False, **arguments).eval()
+        if pretrained is not False:
+            raise InputError(f"Nobody publishes weights of '{target}'; give its own as --checkpoint.")
+        return own(**arguments).eval()
+
+
+def network_of(target: str, file: Path) -> nn.Module:
+    """The network of a checkpoint that was trained as ``target``; only code of the user's own has to be named again."""
+    own = OwnNetwork(target) if is_own_code(target) else None
+    with speaking_of_options():
+        return load_with_notes(file, own, form="training")[0]
+
+
+def original_network(target: str, model: nn.Module) -> nn.Module:
+    """`refold.checkpoints.original` for a model that ``target`` named, which may be code of the user's own."""
+    built: Any = getattr(model, "built_from", None)
+    with speaking_of_options():
+        if built is None or not is_own_code(target):
+            return original(model)
+        return original(model, partial(OwnNetwork(target), **built["arguments"]))
 
 
 def weights_file(target: str, form: Form = "training") -> Path | None:
@@ -70,14 +95,23 @@ def weights_file(target: str, form: Form = "training") -> Path | None:
     Raises `InputError` where a folder holds no such file.
     """
     path = Path(target)
-    if path.is_dir():
+    if path.is_dir() and not _is_model(target):
         file = path / (TRAINING if form == "training" else PLAIN)
         if not file.is_file():
             raise InputError(
                 f"The folder '{target}' holds no {file.name}, so it is none of a finished run; give a file."
             )
         return file
-    return path if path.is_file() or (path.suffix in CHECKPOINT_SUFFIXES and ":" not in path.name) else None
+    if path.is_file() and path.suffix not in CHECKPOINT_SUFFIXES and not _is_model(target):
+        raise InputError(
+            f"'{target}' is no checkpoint ({', '.join(sorted(CHECKPOINT_SUFFIXES))}); give one, such as that which the "
+            "file was made of."
+        )
+    return path if path.suffix in CHECKPOINT_SUFFIXES and ":" not in path.name else None
+
+
+def _is_model(name: str) -> bool:
+    return bool(list_models(name)) or timm.is_model(name.partition(".")[0])
 
 
 def model_arguments(given: Sequence[str] | None) -> dict[str, Any]:
@@ -94,6 +128,50 @@ def model_arguments(given: Sequence[str] | None) -> dict[str, Any]:
                 f"--model-args '{text}' is not understood ({first_line(error)}); give KEY=VALUE, such as width=0.5."
             ) from error
     return arguments
+
+
+def distinct_names(
+    targets: Sequence[str], checkpoints: Sequence[PathLike | None] = (), form: Form = "training"
+) -> list[str]:
+    """What to call models that are shown together: the shortest ends of their paths that tell them apart.
+
+    A file is called by its stem, the folder of a run by its own name, and all others as they are named; ``checkpoints``
+    are the weights of each, if any. Names are equal only where the models are.
+    """
+    pairs = list(zip_longest(targets, checkpoints))
+    models = [
+        tuple(
+            str((weights_file(str(part), form) or Path(part)).resolve()) for part in pair if part is not None
+        )
+        for pair in pairs
+    ]
+    names = [_names(target, checkpoint) for target, checkpoint in pairs]
+    first = {model: names[place] for place, model in reversed(list(enumerate(models)))}
+    lengths = dict.fromkeys(first, 0)
+    while True:
+        shown = {model: first[model][length] for model, length in lengths.items()}
+        alike = [
+            model
+            for model, name in shown.items()
+            if list(shown.values()).count(name) > 1 and lengths[model] + 1 < len(first[model])
+        ]
+        if not alike:
+            return [shown[model] for model in models]
+        for model in alike:
+            lengths[model] += 1
+
+
+def _names(target: str, checkpoint: PathLike | None = None) -> list[str]:
+    """What a model may be called, the shortest first."""
+    path = Path(target)
+    if checkpoint is not None:
+        return [*_names(target), *(f"{_names(target)[0]} {name}" for name in _names(str(checkpoint)))]
+    if not path.exists() and not path.suffix and not is_own_code(target):
+        return [target]
+    path = path.resolve()
+    ends = [path.name] if path.is_dir() or is_own_code(target) else [path.stem, path.name]
+    parents = ["", *("/".join(path.parts[-length:-1]) + "/" for length in range(2, len(path.parts) + 1))]
+    return [parent + end for parent in parents for end in ends]
 
 
 @contextmanager
@@ -119,39 +197,34 @@ def building(target: str, arguments: Mapping[str, Any]) -> Iterator[None]:
         ) from error
 
 
-def _own(
-    network: OwnNetwork,
-    checkpoint: PathLike | None,
-    arguments: dict[str, Any],
-    form: Form,
-    pretrained: bool,
-    say: Say,
+def _filled(
+    network: str | OwnNetwork, path: Path, arguments: dict[str, Any], required: Form | None, say: Say
 ) -> nn.Module:
-    if pretrained:
-        raise InputError(
-            f"Nobody publishes weights of '{network.target}'; give a --checkpoint, or leave --pretrained out."
-        )
-    if checkpoint is None:
-        return network(**arguments).eval()
-    return _loaded(weights_file(str(checkpoint), form) or checkpoint, network, arguments, say)
+    """A named network, or one of the user's own, with the weights of a file."""
+    card = read_card(path)
+    # A file of another network may still fit by its names: timm's of a network that refold has, too.
+    is_its_own = isinstance(network, OwnNetwork) or (
+        card is not None and card.architecture in (network, None)
+    )
+    if path.name == STATE or (card is not None and (is_its_own or "plain" in (card.form, required))):
+        return _loaded(path, network, arguments, required, say)
+    opened = open_checkpoint(path)
+    if isinstance(network, OwnNetwork):
+        filled = network_for(opened, network, arguments)
+    else:
+        _check_name(network)
+        with building(network, arguments):
+            filled = network_for(opened, partial(create_model, network), arguments)
+    _say(path, load_checkpoint(filled, opened).notes, say)
+    return filled.eval()
 
 
-def _named(name: str, checkpoint: PathLike, arguments: dict[str, Any], say: Say) -> nn.Module:
-    card = read_card(checkpoint)
-    is_described = card is not None and (card.architecture in (name, None) or card.form == "plain")
-    if is_described or Path(checkpoint).name == STATE:
-        return _loaded(checkpoint, name, arguments, say)
-    opened = open_checkpoint(checkpoint)
-    with building(name, arguments):
-        network = network_for(opened, name, arguments)
-    _say(checkpoint, load_checkpoint(network, opened).notes, say)
-    return network.eval()
-
-
-def _loaded(path: PathLike, architecture: Any, arguments: dict[str, Any], say: Say) -> nn.Module:
-    network, notes = load_with_notes(path, architecture, **arguments)
+def _loaded(
+    path: Path, network: str | OwnNetwork | None, arguments: dict[str, Any], required: Form | None, say: Say
+) -> nn.Module:
+    loaded, notes = load_with_notes(path, network, form=required, **arguments)
     _say(path, notes, say)
-    return network
+    return loaded
 
 
 def _say(path: PathLike, notes: Sequence[str], say: Say) -> None:

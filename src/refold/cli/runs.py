@@ -15,9 +15,9 @@ import typer
 
 from refold.cli.options import takes_options_of
 from refold.cli.shared import (
-    CHECKPOINT_SUFFIXES,
     AsJson,
     Checkpoint,
+    ModelArguments,
     NumClasses,
     console,
     network_from,
@@ -129,20 +129,19 @@ def predict(
     top: Annotated[int, typer.Option("--top", min=1, help="How many classes.")] = 5,
     checkpoint: Checkpoint = None,
     num_classes: NumClasses = None,
+    model_args: ModelArguments = None,
     as_json: AsJson = False,
 ) -> None:
     """Name the likeliest classes of images; a model name without --checkpoint takes its published weights."""
-    from refold.models import create_model
     from refold.training.predicting import find_images, network_classifier, onnx_classifier
 
     files = find_images(images)
     path = Path(target)
     if path.suffix == ".onnx":
         classifier = onnx_classifier(path)
-    elif checkpoint is None and path.suffix not in CHECKPOINT_SUFFIXES:
-        classifier = network_classifier(create_model(target, pretrained=True, num_classes=num_classes))
     else:
-        classifier = network_classifier(network_from(target, checkpoint, num_classes))
+        net = network_from(target, checkpoint, num_classes, model_args, form="plain", pretrained=None)
+        classifier = network_classifier(net)
     predictions = classifier.predict(files, top)
     if as_json:
         print(json.dumps([prediction.to_dict() for prediction in predictions], indent=2))

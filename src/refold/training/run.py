@@ -11,6 +11,7 @@ import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -174,7 +175,14 @@ def _module(settings: Settings, images: LabelledImages, here: Place, console: Co
     recipe = settings.recipe.recipe
     task = task_of(images, recipe)
     reseed(settings.seed)
-    net = build_network(settings.network, len(images.class_names), recipe, settings.checkpoint)
+    net = build_network(
+        settings.network,
+        len(images.class_names),
+        recipe,
+        settings.checkpoint,
+        settings.model_args,
+        partial(console.print, markup=False),
+    )
     preprocessing = preprocessing_for(net, recipe, settings.checkpoint)
     net = _unfolded(net, settings, preprocessing)
     if settings.channels_last:

@@ -8,11 +8,14 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 from refold.errors import InputError
+from refold.runs import PLAIN as PLAIN
+from refold.runs import RUN as RUN
+from refold.runs import STATE as STATE
+from refold.runs import TRAINING as TRAINING
 from refold.training.options import Option
 from refold.training.recipe import ResolvedRecipe
 
-STATE, TRAINING, PLAIN, ONNX = "last.ckpt", "training.safetensors", "plain.safetensors", "plain.onnx"
-RUN, CARD, REPORT, HISTORY, CURVES = "run.json", "card.json", "fold.json", "history.csv", "curves.png"
+ONNX, CARD, REPORT, HISTORY, CURVES = "plain.onnx", "card.json", "fold.json", "history.csv", "curves.png"
 PICTURE = "fold.svg"
 TENSORBOARD = "tensorboard"
 
@@ -27,7 +30,8 @@ Threads = Annotated[int, Option("PyTorch threads; a small network gains little f
 class Settings:
     """What a run may be told, beside its recipe; the options of `refold train` and `refold distill` are made of it.
 
-    ``data`` is what `refold.training.data.open_data` understands. ``checkpoint`` holds weights to start from,
+    ``data`` is what `refold.training.data.open_data` understands, ``network`` what `refold.targets` does, which
+    ``model_args`` (KEY=VALUE) build. ``checkpoint`` holds weights to start from,
     ``unfold`` names a plan of `refold.unfold`, ``teacher`` a network or a checkpoint to learn from; ``teacher_cache``
     is a folder that keeps its answers (`answers.TeacherCache`).
     ``accelerator`` and ``precision`` are those of Lightning's Trainer, ``strategy`` its name for how ``devices`` on
@@ -44,10 +48,15 @@ class Settings:
             "digits, a folder with one folder of images a class, CIFAR as distributed, wds/FOLDER or hfds/NAME."
         ),
     ]
-    network: Annotated[str, Option("The network to train, any model name.", default="repghostnet_050")]
+    network: Annotated[
+        str, Option("The network to train: a name, a checkpoint, net.py:Net ...", default="repghostnet_050")
+    ]
     recipe: Annotated[
         ResolvedRecipe, Option("A recipe's name, or a YAML file.", given_as=str, default="finetune")
     ]
+    model_args: Annotated[
+        list[str] | None, Option("An argument that builds the network; repeatable.", metavar="KEY=VALUE")
+    ] = None
     checkpoint: Annotated[str | None, Option("Weights of the network to start from.", given_as=Path)] = None
     unfold: Annotated[str | None, Option("Train with the branches of this plan.", metavar="PLAN")] = None
     teacher: Annotated[

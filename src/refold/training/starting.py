@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,10 +12,12 @@ from rich.console import Console
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import nn
 
-from refold.checkpoints import load, read_card
-from refold.errors import CheckpointError, InputError
+from refold.checkpoints import class_count, read_card
+from refold.errors import CheckpointError, InputError, RecipeError
 from refold.files import PathLike
-from refold.models import create_model, load_checkpoint
+from refold.models import create_model
+from refold.own_code import OwnNetwork, is_own_code
+from refold.targets import Say, building, model_arguments, open_network, weights_file
 from refold.training.callbacks import Unreadable
 from refold.training.images import LabelledImages, read_into_memory
 from refold.training.progress import progress
@@ -24,24 +27,36 @@ from refold.unfolding import rebuild
 _LARGEST_MEMORY = 2 * 1024**3
 
 
-def build_network(name: str, classes: int, recipe: Recipe, checkpoint: PathLike | None = None) -> nn.Module:
-    """The named network for that many classes, with the recipe's dropout.
+def build_network(
+    target: str,
+    classes: int,
+    recipe: Recipe,
+    checkpoint: PathLike | None = None,
+    model_args: Sequence[str] | None = None,
+    say: Say = lambda _: None,
+) -> nn.Module:
+    """The network that a text names, for that many classes, with the recipe's dropout and ``model_args`` (KEY=VALUE).
 
-    With a ``checkpoint`` its weights are taken over, but for a classifier of another number of classes, and so are the
-    branches of a network that was unfolded.
-    Raises `CheckpointError` where the checkpoint does not fit, `UnknownModel` where nobody has the name.
+    With a ``checkpoint``, or one in the place of the name, its weights are taken over, but for a classifier of another
+    number of classes, and so are the branches of a network that was unfolded. What was stripped goes to ``say``.
+    Raises `CheckpointError` where the checkpoint does not fit, `UnknownModel` where nobody has the name, `RecipeError`
+    where the network has no such rate, and `InputError` where it has another number of classes.
     """
-    net = create_model(name, num_classes=classes, drop_rate=recipe.dropout, drop_path_rate=recipe.drop_path)
-    if checkpoint is None:
+    arguments = model_arguments(model_args)
+    is_file = weights_file(target) is not None
+    source: Any = None
+    if is_file or checkpoint is not None:
+        source = open_network(target, checkpoint, arguments, required="training", say=say)
+    if is_file:
+        checkpoint = target
+        target = source.architecture["name"]
+        arguments = {**source.architecture["arguments"], **arguments}
+    net = _untrained(target, classes, recipe, arguments)
+    if source is None:
         return net
-    if read_card(checkpoint) is not None:
-        source = load(checkpoint, form="training")
-        report: Any = getattr(source, "unfold_report", None)
-        if report is not None:
-            net = rebuild(net, report.to_dict())
-    else:
-        source = create_model(name)
-        load_checkpoint(source, checkpoint)
+    report: Any = getattr(source, "unfold_report", None)
+    if report is not None:
+        net = rebuild(net, report.to_dict())
     own = net.state_dict()
     fitting = {
         key: value
@@ -51,10 +66,47 @@ def build_network(name: str, classes: int, recipe: Recipe, checkpoint: PathLike 
     if not _is_all_but_the_classifier(own.keys() - fitting.keys(), net):
         stranger = min(own.keys() - fitting.keys())
         raise CheckpointError(
-            f"'{checkpoint}' does not fit {name}: it has nothing for '{stranger}'; name the network it is of."
+            f"'{checkpoint}' does not fit {target}: it has nothing for '{stranger}'; name the network it is of."
         )
     net.load_state_dict(fitting, strict=False)
     return net
+
+
+def _untrained(target: str, classes: int, recipe: Recipe, given: Mapping[str, Any]) -> nn.Module:
+    rates = {"drop_rate": ("dropout", recipe.dropout), "drop_path_rate": ("drop_path", recipe.drop_path)}
+    arguments = {name: rate for name, (_, rate) in rates.items() if rate is not None} | dict(given)
+    if not is_own_code(target):
+        arguments["num_classes"] = classes
+        try:
+            with building(target, arguments):
+                return create_model(target, **arguments)
+        except InputError as error:
+            for name, (key, rate) in rates.items():
+                if rate is not None and f"'{name}'" in str(error):
+                    raise _no_rate(target, key, rate) from error
+            raise
+    network = OwnNetwork(target)
+    for name, (key, rate) in rates.items():
+        if name in arguments and not network.accepts(name):
+            if rate:
+                raise _no_rate(target, key, rate)
+            del arguments[name]
+    if network.accepts("num_classes"):
+        arguments["num_classes"] = classes
+    net = network(**arguments)
+    found = class_count(net)
+    if found not in (None, classes):
+        raise InputError(
+            f"'{target}' answers with {found} numbers and the data has {classes} classes; let it take num_classes, or "
+            "give --model-args."
+        )
+    return net
+
+
+def _no_rate(target: str, key: str, rate: float) -> RecipeError:
+    return RecipeError(
+        f"'{key}' is {rate:g} in the recipe, but {target} has no such rate; leave it out: --set {key}=null."
+    )
 
 
 def preprocessing_for(net: nn.Module, recipe: Recipe, checkpoint: PathLike | None = None) -> dict[str, Any]:
