@@ -51,11 +51,13 @@ def open_network(
     with speaking_of_options():
         file = weights_file(target, form)
         if file is not None:
-            if pretrained or checkpoint is not None:
-                option = "--pretrained" if pretrained else "--checkpoint"
+            if pretrained:
                 raise InputError(
-                    f"'{target}' is a checkpoint already and the weights come from one place; leave {option} out, or "
-                    "name a model."
+                    f"The weights come from one place; leave --pretrained or the checkpoint '{target}' out."
+                )
+            if checkpoint is not None:
+                raise InputError(
+                    f"'{target}' is a checkpoint already; leave --checkpoint out or name a model."
                 )
             return _loaded(file, None, arguments, required, say)
         if pretrained and checkpoint is not None:
@@ -95,6 +97,8 @@ def weights_file(target: str, form: Form = "training") -> Path | None:
     Raises `InputError` where a folder holds no such file.
     """
     path = Path(target)
+    if is_own_code(target):
+        return None
     if path.is_dir() and not _is_model(target):
         file = path / (TRAINING if form == "training" else PLAIN)
         if not file.is_file():
@@ -107,7 +111,7 @@ def weights_file(target: str, form: Form = "training") -> Path | None:
             f"'{target}' is no checkpoint ({', '.join(sorted(CHECKPOINT_SUFFIXES))}); give one, such as that which the "
             "file was made of."
         )
-    return path if path.suffix in CHECKPOINT_SUFFIXES and ":" not in path.name else None
+    return path if path.suffix in CHECKPOINT_SUFFIXES else None
 
 
 def _is_model(name: str) -> bool:
@@ -145,7 +149,7 @@ def distinct_names(
         )
         for pair in pairs
     ]
-    names = [_names(target, checkpoint) for target, checkpoint in pairs]
+    names = [_names(target, checkpoint, form) for target, checkpoint in pairs]
     first = {model: names[place] for place, model in reversed(list(enumerate(models)))}
     lengths = dict.fromkeys(first, 0)
     while True:
@@ -161,15 +165,19 @@ def distinct_names(
             lengths[model] += 1
 
 
-def _names(target: str, checkpoint: PathLike | None = None) -> list[str]:
+def _names(target: str, checkpoint: PathLike | None, form: Form) -> list[str]:
     """What a model may be called, the shortest first."""
-    path = Path(target)
-    if checkpoint is not None:
-        return [*_names(target), *(f"{_names(target)[0]} {name}" for name in _names(str(checkpoint)))]
-    if not path.exists() and not path.suffix and not is_own_code(target):
-        return [target]
+    if weights_file(target, form) is not None or is_own_code(target):
+        own = _ends(Path(target), keep_suffix=is_own_code(target))
+    else:
+        own = [target]
+    weights = [] if checkpoint is None else _ends(Path(checkpoint))
+    return [*own, *(f"{own[0]} {end}" for end in weights)]
+
+
+def _ends(path: Path, keep_suffix: bool = False) -> list[str]:
     path = path.resolve()
-    ends = [path.name] if path.is_dir() or is_own_code(target) else [path.stem, path.name]
+    ends = [path.name] if keep_suffix or path.is_dir() else [path.stem, path.name]
     parents = ["", *("/".join(path.parts[-length:-1]) + "/" for length in range(2, len(path.parts) + 1))]
     return [parent + end for parent in parents for end in ends]
 
@@ -206,7 +214,8 @@ def _filled(
     is_its_own = isinstance(network, OwnNetwork) or (
         card is not None and card.architecture in (network, None)
     )
-    if path.name == STATE or (card is not None and (is_its_own or "plain" in (card.form, required))):
+    has_card_beside = path.name == STATE and path.with_name(TRAINING).is_file()
+    if has_card_beside or (card is not None and (is_its_own or "plain" in (card.form, required))):
         return _loaded(path, network, arguments, required, say)
     opened = open_checkpoint(path)
     if isinstance(network, OwnNetwork):
