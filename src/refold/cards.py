@@ -72,10 +72,18 @@ def _is_plain(value: Any, depth: int = 0) -> bool:
     return value is None
 
 
+def _is_size(size: list[int]) -> list[int]:
+    try:
+        check_input_size(size)
+    except InputError as error:
+        raise ValueError(str(error).partition(";")[0]) from error
+    return size
+
+
 class _Preprocessing(TypedDict, total=False):
     __pydantic_config__ = ConfigDict(extra="allow", strict=True)  # type: ignore[misc]  # how pydantic is told
 
-    input_size: Annotated[list[int], AfterValidator(check_input_size)]
+    input_size: Annotated[list[int], AfterValidator(_is_size)]
     mean: _Channels
     std: _Deviations
     interpolation: Annotated[str, Field(max_length=_LONGEST_TEXT)]
@@ -92,7 +100,10 @@ _PREPROCESSING = TypeAdapter(_Preprocessing)
 
 def _is_preprocessing(preprocessing: dict[str, Any] | None) -> dict[str, Any] | None:
     if preprocessing is not None:
-        _PREPROCESSING.validate_python(preprocessing)
+        try:
+            _PREPROCESSING.validate_python(preprocessing)
+        except ValidationError as error:
+            raise ValueError(_reason(error)) from error
     return preprocessing
 
 
@@ -165,5 +176,5 @@ def _reason(error: ValidationError | RefoldError) -> str:
     if isinstance(error, RefoldError):
         return str(error)
     first = error.errors(include_url=False, include_input=False)[0]
-    place = ".".join(str(part) for part in first["loc"])[:_LONGEST_TEXT]
-    return f"{place}: {first['msg']}" if place else str(first["msg"])
+    place, said = ".".join(str(part) for part in first["loc"]), first["msg"].removeprefix("Value error, ")
+    return f"{place[:_LONGEST_TEXT]}: {said}" if place else said
