@@ -57,17 +57,15 @@ def build_network(
     report: Any = getattr(source, "unfold_report", None)
     if report is not None:
         net = rebuild(net, report.to_dict())
-    own = net.state_dict()
-    fitting = {
-        key: value
-        for key, value in source.state_dict().items()
-        if key in own and own[key].shape == value.shape
-    }
-    if not _is_all_but_the_classifier(own.keys() - fitting.keys(), net):
-        stranger = min(own.keys() - fitting.keys())
+    own, theirs = net.state_dict(), source.state_dict()
+    fitting = {key: value for key, value in theirs.items() if key in own and own[key].shape == value.shape}
+    left = own.keys() - fitting.keys()
+    if not _is_classifier(left, net, theirs, classes):
         raise CheckpointError(
-            f"'{checkpoint}' does not fit {target}: it has nothing for '{stranger}'; name the network it is of."
+            f"'{checkpoint}' does not fit {target}: it has nothing for '{min(left)}'; name the network it is of."
         )
+    if left:
+        say(f"{checkpoint}: its classifier is one of other classes; a new one for {classes} starts.")
     net.load_state_dict(fitting, strict=False)
     return net
 
@@ -160,13 +158,17 @@ def _largest_side(recipe: Recipe) -> int:
     return round(recipe.image_size / math.sqrt(smallest))
 
 
-def _is_all_but_the_classifier(missing: set[str], net: nn.Module) -> bool:
-    if not missing:
+def _is_classifier(left: set[str], net: nn.Module, theirs: Mapping[str, torch.Tensor], classes: int) -> bool:
+    """Whether the tensors that are left without weights, if any, are those of the network's classifier."""
+    if not left:
         return True
+    state: dict[str, torch.Tensor] = net.state_dict(keep_vars=True)
     get_classifier: Any = getattr(net, "get_classifier", None)
     classifier = None if get_classifier is None else get_classifier()
-    if not isinstance(classifier, nn.Module):
-        return False
-    held = {id(parameter) for parameter in classifier.parameters()}
-    state: dict[str, torch.Tensor] = net.state_dict(keep_vars=True)
-    return all(id(state[key]) in held for key in missing)
+    if isinstance(classifier, nn.Module):
+        held = {id(parameter) for parameter in classifier.parameters()}
+        return all(id(state[key]) in held for key in left)
+    # A network of the user's own shows it by its rows: one for each class.
+    return len({key.rpartition(".")[0] for key in left}) == 1 and all(
+        key in theirs and state[key].shape == (classes, *theirs[key].shape[1:]) for key in left
+    )
