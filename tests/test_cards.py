@@ -340,3 +340,22 @@ def test_a_network_of_timms_that_was_changed_has_no_name(tmp_path: Path) -> None
     reset.reset_classifier(5)
     refold.save(reset, tmp_path / "net.safetensors")
     assert refold.load(tmp_path / "net.safetensors").num_classes == 5
+
+
+def test_what_is_written_can_be_read(saved: dict[str, Path], tmp_path: Path) -> None:
+    model, path = refold.load(saved["training"]), tmp_path / "net.safetensors"
+    for given, message in (
+        ({"preprocessing": {"input_size": [3, 64.5, 64]}}, "input_size.1: Input should be a valid integer"),
+        ({"preprocessing": {"mean": [float("nan")] * 3}}, "mean.0: Input should be a finite number"),
+        ({"class_names": [1, 2, 3, 4]}, "class_names.0: Input should be a valid string"),
+        ({"provenance": {"deep": nested(2_000)}}, "recursion"),
+        ({"provenance": {"path": Path("x")}}, "PosixPath is not JSON serializable"),
+    ):
+        with pytest.raises(CheckpointError) as raised:
+            refold.save(model, path, **given)  # type: ignore[arg-type]
+        assert message in str(raised.value)
+        assert not path.exists()
+    refold.save(model, path, provenance={"loss": float("nan"), "time": (1, 2)})
+    card: Any = read_card(path)
+    assert card.provenance["loss"] != card.provenance["loss"]
+    assert card.provenance["time"] == [1, 2]

@@ -16,8 +16,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
 from typing_extensions import TypedDict
 
-from refold.errors import CheckpointError, InputError, RefoldError
-from refold.files import PathLike
+from refold.errors import InputError, UnknownModel
 from refold.models.images import check_input_size
 from refold.models.registry import declared_arguments
 
@@ -144,20 +143,20 @@ class Card:
 _CARD = TypeAdapter(Card)
 
 
-def card_from(text: str, path: PathLike) -> Card:
-    """The card that a file holds as JSON; raises `CheckpointError` where it is not understood or not believed."""
+def card_from(text: str) -> Card:
+    """The card that JSON describes; raises ValueError, with the reason, where it is not understood or not believed."""
     try:
         card: Card = _CARD.validate_json(text)
-        strangers = set(card.arguments) - _ALLOWED
-        if card.architecture is not None and strangers:
+    except ValidationError as error:
+        raise ValueError(_reason(error)) from error
+    strangers = set(card.arguments) - _ALLOWED
+    if card.architecture is not None and strangers:
+        try:
             strangers -= declared_arguments(card.architecture)
-            if strangers:
-                raise InputError(f"{card.architecture} has no argument '{min(strangers)}'")
-    except (ValidationError, RefoldError) as error:
-        raise CheckpointError(
-            f"The description in '{path}' is not understood by refold {version('refold')} ({_reason(error)}); "
-            "it is damaged or comes from a newer version."
-        ) from error
+        except UnknownModel as error:
+            raise ValueError(str(error)) from error
+        if strangers:
+            raise ValueError(f"{card.architecture} has no argument '{min(strangers)}'")
     return card
 
 
@@ -166,15 +165,13 @@ def is_recordable(architecture: Mapping[str, Any]) -> bool:
     name, arguments = architecture["name"], architecture["arguments"]
     described = {"form": "training", "model_class": "", "architecture": name, "arguments": arguments}
     try:
-        card_from(json.dumps(described), "")
-    except (CheckpointError, TypeError, ValueError):
+        card_from(json.dumps(described))
+    except (TypeError, ValueError):
         return False
     return True
 
 
-def _reason(error: ValidationError | RefoldError) -> str:
-    if isinstance(error, RefoldError):
-        return str(error)
+def _reason(error: ValidationError) -> str:
     first = error.errors(include_url=False, include_input=False)[0]
     place, said = ".".join(str(part) for part in first["loc"]), first["msg"].removeprefix("Value error, ")
     return f"{place[:_LONGEST_TEXT]}: {said}" if place else said

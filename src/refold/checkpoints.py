@@ -9,6 +9,7 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -63,15 +64,16 @@ def save(
     card = _describe(model, class_names, preprocessing, provenance)
     _check_names(card, model)
     try:
-        metadata = {_METADATA_KEY: json.dumps(dataclasses.asdict(card))}
-    except TypeError as error:
+        text = json.dumps(dataclasses.asdict(card))
+        card_from(text)  # what is written can be read
+    except (TypeError, ValueError, RecursionError) as error:
         raise CheckpointError(
-            f"The description of {card.title} cannot be written as JSON ({error}); "
+            f"The description of {card.title} cannot be written as JSON ({first_line(error)}); "
             "use plain values: numbers, strings, lists."
         ) from error
     with written_aside(path) as aside:
         try:
-            save_model(model, str(aside), metadata=metadata)
+            save_model(model, str(aside), metadata={_METADATA_KEY: text})
         except SafetensorError as error:
             raise InputError(f"'{path}' cannot be written: {error}.") from error
 
@@ -170,7 +172,13 @@ def read_card(path: PathLike) -> Card | None:
         ) from error
     if text is None:
         return None
-    return card_from(text, path)
+    try:
+        return card_from(text)
+    except ValueError as error:
+        raise CheckpointError(
+            f"The description in '{path}' is not understood by refold {version('refold')} ({error}); "
+            "it is damaged or comes from a newer version."
+        ) from error
 
 
 def _describe(

@@ -15,7 +15,7 @@ from refold.errors import CheckpointError
 _FACTORIES = {"empty", "zeros", "ones", "full", "rand", "randn", "empty_strided", "new_empty", "new_zeros"}
 # No training form has a hundred times the numbers or the tensors of its plain form.
 _RATIO = 100
-_SPARE_NUMBERS, _SPARE_TENSORS = 10_000_000, 10_000
+_SPARE_NUMBERS, _SPARE_TENSORS = 10_000_000, 1_000
 
 
 @contextmanager
