@@ -14,7 +14,7 @@ from torch import nn
 import refold
 from refold.checkpoints import read_card
 from refold.errors import CheckpointError, InputError, RefoldError, UnknownModel
-from refold.own_code import OwnNetwork, is_own_code
+from refold.own_code import OwnNetwork, is_own_code, takes
 from refold.targets import distinct_names, model_arguments, open_network, weights_file
 
 NET = """
@@ -89,8 +89,8 @@ def test_a_class_and_a_function_build_networks(net: str, monkeypatch: pytest.Mon
     built: Any = open_network(f"{net}:Net", arguments={"width": 6})
     assert (type(built).__name__, built.last.in_features, built.training) == ("Net", 6, False)
     assert open_network(f"{net}:small").last.out_features == 3  # type: ignore[union-attr]
-    assert OwnNetwork(f"{net}:Net").accepts("drop_rate")
-    assert not OwnNetwork(f"{net}:small").accepts("drop_rate")
+    assert takes(OwnNetwork(f"{net}:Net"), "drop_rate")
+    assert not takes(OwnNetwork(f"{net}:small"), "drop_rate")
     monkeypatch.chdir(Path(net).parent)
     assert open_network("net.py:small").last.out_features == 3  # type: ignore[union-attr]
     assert open_network("net:small").last.out_features == 3  # type: ignore[union-attr]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import inspect
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -26,6 +25,7 @@ from refold.models.bounded import bounded
 from refold.models.classes import check_class_names, class_count
 from refold.models.images import example_input
 from refold.models.loading import OpenedCheckpoint, checkpoint_classes, open_checkpoint
+from refold.own_code import takes
 from refold.rebuilding import architecture_of, network_of_run, own_preprocessing, reshaped
 from refold.runs import RUN, STATE, TRAINING
 from refold.unfolding import UnfoldReport, original_state_dict
@@ -233,7 +233,8 @@ def _shaped(
     numbers = sum(math.prod(shape) for shape in shapes.values())
     model: nn.Module | None = None
     if callable(architecture):
-        model = architecture(**{**_accepted(card.arguments, architecture), **arguments})
+        recorded = {key: value for key, value in card.arguments.items() if takes(architecture, key)}
+        model = architecture(**{**recorded, **arguments})
     elif "num_classes" not in arguments:
         _check_count(card, shapes, read_from)
     try:
@@ -270,17 +271,6 @@ def _build(
             f"{card.built_from or 'net.py:' + card.model_class} --checkpoint {path}",
         )
     return create_model(name, **{**card.arguments, **arguments})
-
-
-def _accepted(arguments: dict[str, Any], builder: Callable[..., nn.Module]) -> dict[str, Any]:
-    """Those of the arguments that the builder declares."""
-    try:
-        declared = inspect.signature(builder).parameters.values()
-    except (TypeError, ValueError):
-        return {}
-    takes_all = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in declared)
-    names = {parameter.name for parameter in declared}
-    return {key: value for key, value in arguments.items() if takes_all or key in names}
 
 
 def _shapes(path: PathLike) -> dict[str, list[int]]:
@@ -379,7 +369,8 @@ def network_for(
     """What ``build`` gives for a foreign checkpoint: with as many classes as that has, unless ``arguments`` say."""
     model = build(**arguments)
     classes = checkpoint_classes(opened, model)
-    if arguments.get("num_classes") is not None or classes in (None, class_count(model)):
+    is_said = arguments.get("num_classes") is not None or not takes(build, "num_classes")
+    if is_said or classes in (None, class_count(model)):
         return model
     return build(**{**arguments, "num_classes": classes})
 

@@ -11,7 +11,7 @@ import re
 import sys
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -29,7 +29,7 @@ _imported: dict[Path, tuple[tuple[int, int], ModuleType]] = {}
 
 
 class OwnNetwork:
-    """What builds a network of the user's own, and accepts what the class or function behind it accepts.
+    """What builds a network of the user's own, and `takes` what the class or function behind it takes.
 
     ``target`` is the text that named it. Raises `InputError` where it cannot be imported or found, is not to be called,
     fails, or builds no network.
@@ -41,17 +41,8 @@ class OwnNetwork:
         self._folder = Path(place).resolve().parent if place.endswith(".py") else Path.cwd()
         with _importable(self._folder):
             self._function = _found(_module(place), name, target)
-        try:
+        with suppress(TypeError, ValueError):  # some of C code have none
             self.__signature__ = inspect.signature(self._function)
-        except (TypeError, ValueError):  # some classes of C code have none
-            self.__signature__ = inspect.Signature(
-                [inspect.Parameter("arguments", inspect.Parameter.VAR_KEYWORD)]
-            )
-
-    def accepts(self, argument: str) -> bool:
-        """Whether it takes a keyword of that name."""
-        parameters = self.__signature__.parameters.values()
-        return any(each.name == argument or each.kind is inspect.Parameter.VAR_KEYWORD for each in parameters)
 
     def __call__(self, **arguments: Any) -> nn.Module:
         given = ", ".join(f"{key}={value!r}" for key, value in arguments.items()) or "no arguments"
@@ -69,6 +60,15 @@ class OwnNetwork:
         # For messages, and so that a checkpoint knows the arguments.
         built.built_from = {"name": self.target, "arguments": arguments}  # type: ignore[assignment]  # nn.Module types its attributes as tensors and modules
         return built
+
+
+def takes(builder: Callable[..., Any], argument: str) -> bool:
+    """Whether a class or function takes a keyword of that name; False for one that does not tell."""
+    try:
+        parameters = inspect.signature(builder).parameters.values()
+    except (TypeError, ValueError):  # some of C code
+        return False
+    return any(each.name == argument or each.kind is inspect.Parameter.VAR_KEYWORD for each in parameters)
 
 
 def is_own_code(target: str) -> bool:

@@ -15,7 +15,7 @@ from torch import nn
 
 from refold.cards import Form
 from refold.checkpoints import load_with_notes, network_for, original, read_card
-from refold.errors import CheckpointError, InputError, RefoldError, first_line
+from refold.errors import CheckpointError, InputError, RefoldError, UnknownModel, first_line
 from refold.files import PathLike
 from refold.models import create_model, list_models, load_checkpoint
 from refold.models.loading import open_checkpoint
@@ -64,10 +64,8 @@ def open_network(
             raise InputError("The weights come from one place; leave --pretrained or --checkpoint out.")
         own = OwnNetwork(target) if is_own_code(target) else None
         if checkpoint is not None:
-            weights = weights_file(str(checkpoint), form) or Path(checkpoint)
-            return _filled(own or target, weights, arguments, required, say)
+            return _filled(own or target, _weights(checkpoint, form), arguments, required, say)
         if own is None:
-            _check_name(target)
             with building(target, arguments):
                 return create_model(target, pretrained is not False, **arguments).eval()
         if pretrained is not False:
@@ -114,6 +112,12 @@ def weights_file(target: str, form: Form = "training") -> Path | None:
     return path if path.suffix in CHECKPOINT_SUFFIXES else None
 
 
+def _weights(checkpoint: PathLike, form: Form) -> Path:
+    """The file that an option names, whatever it is called, or the one in the folder of a run."""
+    path = Path(checkpoint)
+    return (weights_file(str(path), form) or path) if path.is_dir() else path
+
+
 def _is_model(name: str) -> bool:
     return bool(list_models(name)) or timm.is_model(name.partition(".")[0])
 
@@ -144,10 +148,11 @@ def distinct_names(
     """
     pairs = list(zip_longest(targets, checkpoints))
     models = [
-        tuple(
-            str((weights_file(str(part), form) or Path(part)).resolve()) for part in pair if part is not None
+        (
+            str((weights_file(target, form) or Path(target)).resolve()),
+            checkpoint and str(_weights(checkpoint, form).resolve()),
         )
-        for pair in pairs
+        for target, checkpoint in pairs
     ]
     names = [_names(target, checkpoint, form) for target, checkpoint in pairs]
     first = {model: names[place] for place, model in reversed(list(enumerate(models)))}
@@ -196,6 +201,10 @@ def building(target: str, arguments: Mapping[str, Any]) -> Iterator[None]:
     """Turn whatever building a network raises into an `InputError` that names its arguments."""
     try:
         yield
+    except UnknownModel as error:
+        if "/" in target or "\\" in target:
+            raise InputError(f"There is no file, run folder or model '{target}'; check the path.") from error
+        raise
     except RefoldError:
         raise
     except Exception as error:  # timm checks its arguments nowhere
@@ -215,13 +224,12 @@ def _filled(
         card is not None and card.architecture in (network, None)
     )
     has_card_beside = path.name == STATE and path.with_name(TRAINING).is_file()
-    if has_card_beside or (card is not None and (is_its_own or "plain" in (card.form, required))):
+    if has_card_beside or (card is not None and (is_its_own or card.form == "plain")):
         return _loaded(path, network, arguments, required, say)
     opened = open_checkpoint(path)
     if isinstance(network, OwnNetwork):
         filled = network_for(opened, network, arguments)
     else:
-        _check_name(network)
         with building(network, arguments):
             filled = network_for(opened, partial(create_model, network), arguments)
     _say(path, load_checkpoint(filled, opened).notes, say)
@@ -239,11 +247,6 @@ def _loaded(
 def _say(path: PathLike, notes: Sequence[str], say: Say) -> None:
     if notes:
         say(f"{path}: {', '.join(notes)}.")
-
-
-def _check_name(target: str) -> None:
-    if ("/" in target or "\\" in target) and ":" not in target:
-        raise InputError(f"There is no file, run folder or model '{target}'; check the path.")
 
 
 def _check_classes(arguments: Mapping[str, Any]) -> None:

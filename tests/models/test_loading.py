@@ -336,7 +336,7 @@ def with_ema(weights: dict[str, Tensor], trained: str, averaged: str) -> dict[st
         (lambda w: {f"student.{k}": v for k, v in w.items()}, ["stripped 'student.' from their names"]),
         (
             lambda w: {"n_averaged": torch.tensor(5), **{f"module.{k}": v for k, v in w.items()}},
-            ["stripped 'module.' from their names", "left out 1 others (n_averaged)"],
+            ["stripped 'module.' from their names", "left out 1 other (n_averaged)"],
         ),
         (
             lambda w: {
@@ -418,6 +418,14 @@ def test_values_beside_the_weights_do_nothing(weights: dict[str, Tensor], tmp_pa
     assert holds(network, weights)
     torch.save({"model": weights, "callbacks": Callbacks()}, path)
     assert "holds Python objects besides weights (" in refusal(fresh(), path)
+
+
+def test_a_checkpoint_that_holds_itself(weights: dict[str, Tensor]) -> None:
+    around: dict[str, object] = {"weights": weights}
+    around |= dict.fromkeys(("model", "net", "ema", "state_dict"), around)
+    network = fresh()
+    assert load_checkpoint(network, around).notes == ("took the weights in 'weights'",)
+    assert holds(network, weights)
 
 
 def test_the_classes_are_read_from_the_checkpoint(weights: dict[str, Tensor]) -> None:

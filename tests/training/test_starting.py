@@ -18,7 +18,7 @@ from refold.errors import CheckpointError, InputError, RecipeError
 from refold.targets import open_network
 from refold.training.recipe import Recipe, load_recipe
 from refold.training.run import Settings, resume, train
-from refold.training.starting import build_network
+from refold.training.starting import build_network, preprocessing_for
 from refold.training.teacher import teacher_network
 
 NET = """
@@ -88,10 +88,12 @@ def test_weights_of_any_number_of_classes(classes: int, prefix: str, tmp_path: P
 
 def test_a_checkpoint_in_the_place_of_the_name(tmp_path: Path) -> None:
     saved = refold.create_model("repghostnet_050", num_classes=6, drop_rate=0.3)
-    refold.save(saved, tmp_path / "training.safetensors")
+    looks = {"input_size": [3, 64, 64], "mean": [0.1, 0.2, 0.3]}
+    refold.save(saved, tmp_path / "training.safetensors", preprocessing=looks)
     for target in (tmp_path, tmp_path / "training.safetensors"):
         started: Any = build_network(str(target), 3, recipe())
         assert same(body(started), body(saved))
+        assert preprocessing_for(started, recipe())["mean"] == [0.1, 0.2, 0.3]
         assert started.architecture == {
             "name": "repghostnet_050",
             "arguments": {"num_classes": 3, "drop_rate": 0.3},

@@ -99,10 +99,10 @@ def open_checkpoint(source: str | PathLike[str] | Mapping[str, Any] | nn.Module)
         described, checkpoint = "The given checkpoint", source
     else:
         described, checkpoint = f"The checkpoint {source}", _read(Path(source))
-    places = tuple(weights_in(checkpoint))
+    places = weights_in(checkpoint)
     if not places:
         raise CheckpointError(f"{described} holds no weights; give network.state_dict() or a file of it.")
-    return OpenedCheckpoint(described, places)
+    return OpenedCheckpoint(described, tuple(places))
 
 
 def checkpoint_classes(opened: OpenedCheckpoint, network: nn.Module) -> int | None:

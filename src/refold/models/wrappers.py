@@ -16,7 +16,8 @@ _AVERAGED = (
     "averaged_model", "swa_model",
 )  # fmt: skip
 _TRAINED = (
-    "state_dict", "model_state_dict", "model", "net", "network", "module", "student", "params", "weights",
+    "state_dict", "model_state_dict", "model", "net", "network", "module", "student", "backbone", "encoder",
+    "params", "weights",
 )  # fmt: skip
 _AVERAGED_PREFIXES = {"average.", "ema_model.", "model_ema.", "ema.", "averaged_model.", "swa_model."}
 _PREFIXES = {
@@ -52,19 +53,27 @@ class Found:
         if said and self.is_averaged:
             said[-1] += ", which are averaged"
         if self.left_out:
-            said.append(f"left out {len(self.left_out)} others ({some(_heads(self.left_out))})")
+            others = "other" if len(self.left_out) == 1 else "others"
+            said.append(f"left out {len(self.left_out)} {others} ({some(_heads(self.left_out))})")
         return tuple(said)
 
 
-def weights_in(checkpoint: Mapping[Any, Any] | nn.Module, place: tuple[str, ...] = ()) -> Iterator[Found]:
+def weights_in(checkpoint: Mapping[Any, Any] | nn.Module) -> list[Found]:
     """The weights at each place of a checkpoint that training scripts use, the likeliest first."""
+    return list(_weights_in(checkpoint, (), set()))
+
+
+def _weights_in(
+    checkpoint: Mapping[Any, Any] | nn.Module, place: tuple[str, ...], seen: set[int]
+) -> Iterator[Found]:
     if isinstance(checkpoint, nn.Module):
         checkpoint = checkpoint.state_dict()
+    seen.add(id(checkpoint))  # a file may hold one dictionary at many places, itself among them
     if len(place) < _DEEPEST:
         for name in (*_AVERAGED, *_TRAINED):
             inner = checkpoint.get(name)
-            if isinstance(inner, Mapping | nn.Module):
-                yield from weights_in(inner, (*place, name))
+            if isinstance(inner, Mapping | nn.Module) and id(inner) not in seen:
+                yield from _weights_in(inner, (*place, name), seen)
     weights = {key: _tensor(value) for key, value in checkpoint.items() if isinstance(key, str)}
     held = {key: value for key, value in weights.items() if value is not None}
     if held:

@@ -16,7 +16,7 @@ from refold.checkpoints import class_count, read_card
 from refold.errors import CheckpointError, InputError, RecipeError
 from refold.files import PathLike
 from refold.models import create_model
-from refold.own_code import OwnNetwork, is_own_code
+from refold.own_code import OwnNetwork, is_own_code, takes
 from refold.targets import Say, building, model_arguments, open_network, weights_file
 from refold.training.callbacks import Unreadable
 from refold.training.images import LabelledImages, read_into_memory
@@ -67,6 +67,9 @@ def build_network(
     if left:
         say(f"{checkpoint}: its classifier is one of other classes; a new one for {classes} starts.")
     net.load_state_dict(fitting, strict=False)
+    card = getattr(source, "card", None)
+    if card is not None and card.preprocessing is not None:
+        net.pretrained_cfg = (getattr(net, "pretrained_cfg", None) or {}) | card.preprocessing
     return net
 
 
@@ -85,11 +88,11 @@ def _untrained(target: str, classes: int, recipe: Recipe, given: Mapping[str, An
             raise
     network = OwnNetwork(target)
     for name, (key, rate) in rates.items():
-        if name in arguments and not network.accepts(name):
+        if name in arguments and not takes(network, name):
             if rate:
                 raise _no_rate(target, key, rate)
             del arguments[name]
-    if network.accepts("num_classes"):
+    if takes(network, "num_classes"):
         arguments["num_classes"] = classes
     net = network(**arguments)
     found = class_count(net)
