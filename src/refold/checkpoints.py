@@ -5,58 +5,45 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, load_model, save_model
 from torch import Tensor, nn
 
-from refold.errors import CheckpointError, InputError
+from refold.cards import FORMS, Card, Form, card_from, is_harmless
+from refold.errors import CheckpointError, InputError, RefoldError, first_line
 from refold.files import PathLike, written_aside
-from refold.folding import FoldReport, apply_record, fold
 from refold.models import create_model, load_checkpoint
+from refold.models.bounded import bounded
+from refold.models.classes import check_class_names, class_count
 from refold.models.images import example_input
-from refold.unfolding import UnfoldReport, original_state_dict, rebuild
+from refold.models.loading import OpenedCheckpoint, checkpoint_classes, open_checkpoint
+from refold.own_code import takes
+from refold.rebuilding import architecture_of, network_of_run, own_preprocessing, reshaped
+from refold.runs import RUN, STATE, TRAINING
+from refold.unfolding import UnfoldReport, original_state_dict
 
-__all__ = ["FORMS", "Card", "Form", "example_input", "load", "original", "read_card", "save"]
-
-Form = Literal["training", "plain"]
-FORMS: tuple[Form, ...] = ("training", "plain")
+__all__ = [
+    "FORMS",
+    "Card",
+    "Form",
+    "check_class_names",
+    "class_count",
+    "example_input",
+    "load",
+    "original",
+    "read_card",
+    "save",
+]
 
 _METADATA_KEY = "refold"
-
-
-@dataclass(frozen=True)
-class Card:
-    """What a checkpoint says about its network.
-
-    ``architecture`` is a name for `refold.create_model`, with its ``arguments``, or None for a network that
-    was built otherwise; ``model_class`` is its Python class. ``preprocessing`` speaks timm's terms
-    (``input_size`` as channels, height, width; ``mean``, ``std``, ``interpolation``). ``fold`` is the report
-    of the fold that made a plain network, ``unfold`` the record of the branches that `refold.unfold` gave the
-    architecture before that, ``provenance`` whatever the writer wanted to keep.
-    """
-
-    form: Form
-    model_class: str
-    architecture: str | None = None
-    arguments: dict[str, Any] = field(default_factory=dict)
-    class_names: list[str] | None = None
-    preprocessing: dict[str, Any] | None = None
-    fold: dict[str, Any] | None = None
-    unfold: dict[str, Any] | None = None
-    provenance: dict[str, Any] = field(default_factory=dict)
-    refold_version: str = field(default_factory=lambda: version("refold"))
-
-    @property
-    def title(self) -> str:
-        """The architecture's name, or the class of a network that has none."""
-        return self.architecture or self.model_class
 
 
 def save(
@@ -71,20 +58,22 @@ def save(
 
     Tensors keep their dtype. Class names, preprocessing and provenance that are not given are taken over from
     the checkpoint that the model was loaded from.
-    Raises `InputError` where ``path`` cannot be written and `CheckpointError` where an architecture argument
-    or the provenance has no JSON form.
+    Raises `InputError` where ``path`` cannot be written or the class names are not as many as the network's classes,
+    and `CheckpointError` where an architecture argument or the provenance has no JSON form.
     """
     card = _describe(model, class_names, preprocessing, provenance)
+    _check_names(card, model)
     try:
-        metadata = {_METADATA_KEY: json.dumps(dataclasses.asdict(card))}
-    except TypeError as error:
+        text = json.dumps(dataclasses.asdict(card))
+        card_from(text)  # what is written can be read
+    except (TypeError, ValueError, RecursionError) as error:
         raise CheckpointError(
-            f"The description of {card.title} cannot be written as JSON ({error}); "
+            f"The description of {card.title} cannot be written as JSON ({first_line(error)}); "
             "use plain values: numbers, strings, lists."
         ) from error
     with written_aside(path) as aside:
         try:
-            save_model(model, str(aside), metadata=metadata)
+            save_model(model, str(aside), metadata={_METADATA_KEY: text})
         except SafetensorError as error:
             raise InputError(f"'{path}' cannot be written: {error}.") from error
 
@@ -107,8 +96,21 @@ def load(
     ``allow_pickle`` says so.
     The network carries the file's `Card` as its attribute ``card``.
 
-    Raises `CheckpointError` where the file cannot be read, has another form or does not fit the architecture.
+    Raises `CheckpointError` where the file cannot be read, has another form, does not fit the architecture or describes
+    what no network is built of.
     """
+    return load_with_notes(path, architecture, form=form, allow_pickle=allow_pickle, **arguments)[0]
+
+
+def load_with_notes(
+    path: PathLike,
+    architecture: str | Callable[..., nn.Module] | None = None,
+    *,
+    form: Form | None = None,
+    allow_pickle: bool = False,
+    **arguments: Any,
+) -> tuple[nn.Module, tuple[str, ...]]:
+    """`load`, and what of a foreign file was chosen, stripped from its names and left out, a fact each."""
     if form is not None and form not in FORMS:
         raise InputError(f"form is '{form}'; expected 'training', 'plain' or None.")
     if not Path(path).is_file():
@@ -118,32 +120,34 @@ def load(
         return _load_foreign(path, architecture, form, allow_pickle, arguments)
     if form is not None and card.form != form:
         raise CheckpointError(_wrong_form(path, card, form))
-    model = _build(card, architecture, arguments, path)
-    model.card = card  # type: ignore[assignment]  # nn.Module types its attributes as tensors and modules
-    model = _reshaped(model, card.unfold, None if card.form == "training" else card.fold or {})
+    model = _shaped(card, architecture, arguments, path, read_from=path)
     _fill(model, path, card)
-    return model.eval()
+    return model.eval(), ()
 
 
-def original(model: nn.Module) -> nn.Module:
+def original(model: nn.Module, architecture: Callable[[], nn.Module] | None = None) -> nn.Module:
     """The network that was unfolded, of its own class, with the weights that training its branches gave.
 
-    ``model`` is what `refold.unfold` returned, or its fold; `refold.create_model` must know the network by name.
+    ``model`` is what `refold.unfold` returned, or its fold; `refold.create_model` must know the network by name, or
+    ``architecture`` builds it.
     It computes the same in eval mode, which it is in, and has the same card.
     Raises `InputError` where the model was not unfolded, or folding merged layers of the original, and
     `CheckpointError` where the network has no name.
     """
     state = original_state_dict(model)
     report: Any = model.unfold_report
-    architecture: Any = getattr(model, "architecture", None)
-    if architecture is None:
+    named: Any = getattr(model, "architecture", None)
+    if architecture is not None:
+        made = architecture()
+    elif named is not None:
+        made = create_model(named["name"], **named["arguments"])
+    else:
         raise CheckpointError(
             f"This {type(model).__name__} is none of refold.create_model, so that only you can build its class; load "
             "what refold.original_state_dict gives into it."
         )
-    made = create_model(architecture["name"], **architecture["arguments"])
     if report.before is not None:
-        made = _reshaped(made, report.before["unfold"], report.before["fold"])
+        made = reshaped(made, report.before["unfold"], report.before["fold"])
     _take_dtypes(made, state)
     made.load_state_dict(state, strict=True)
     card: Card | None = getattr(model, "card", None)
@@ -169,11 +173,11 @@ def read_card(path: PathLike) -> Card | None:
     if text is None:
         return None
     try:
-        return Card(**json.loads(text))
-    except (TypeError, ValueError) as error:
+        return card_from(text)
+    except ValueError as error:
         raise CheckpointError(
             f"The description in '{path}' is not understood by refold {version('refold')} ({error}); "
-            "it may come from a newer version."
+            "it is damaged or comes from a newer version."
         ) from error
 
 
@@ -184,16 +188,19 @@ def _describe(
     provenance: Mapping[str, Any] | None,
 ) -> Card:
     known: Card | None = getattr(model, "card", None)
-    architecture = getattr(model, "architecture", None) or {"name": None, "arguments": {}}
-    report = getattr(model, "fold_report", None)
-    folded = None
-    if report is not None:
-        folded = report.to_dict()
-    unfolded = getattr(model, "unfold_report", None)
+    report, unfolded = getattr(model, "fold_report", None), getattr(model, "unfold_report", None)
     if known is not None:
         class_names = known.class_names if class_names is None else class_names
         preprocessing = known.preprocessing if preprocessing is None else preprocessing
         provenance = known.provenance if provenance is None else provenance
+    architecture, built_from = architecture_of(model), None
+    if architecture is not None and preprocessing is None:
+        preprocessing = own_preprocessing(model, architecture["name"])
+    elif architecture is None:
+        built: dict[str, Any] = getattr(model, "built_from", None) or {"name": None, "arguments": {}}
+        built_from = built["name"]
+        arguments = {key: value for key, value in built["arguments"].items() if is_harmless(key)}
+        architecture = {"name": None, "arguments": arguments}
     return Card(
         form="training" if report is None else "plain",
         model_class=type(model).__name__,
@@ -201,43 +208,84 @@ def _describe(
         arguments=copy.deepcopy(dict(architecture["arguments"])),
         class_names=None if class_names is None else list(class_names),
         preprocessing=None if preprocessing is None else dict(preprocessing),
-        fold=folded,
+        fold=None if report is None else report.to_dict(),
         unfold=unfolded.to_dict() if isinstance(unfolded, UnfoldReport) else None,
         provenance=dict(provenance or {}),
+        built_from=built_from,
     )
 
 
-def _build(
+def _check_names(card: Card, model: nn.Module) -> None:
+    classes = None if card.class_names is None else class_count(model)
+    if card.class_names is not None and classes is not None:
+        check_class_names(card.class_names, classes, f"The checkpoint of {card.title}")
+
+
+def _shaped(
     card: Card,
     architecture: str | Callable[..., nn.Module] | None,
     arguments: dict[str, Any],
     path: PathLike,
+    read_from: PathLike,
 ) -> nn.Module:
+    """The network of a card, in the card's form, its weights not set; ``read_from`` is the file that has the card."""
+    shapes = _shapes(read_from)
+    numbers = sum(math.prod(shape) for shape in shapes.values())
+    model: nn.Module | None = None
     if callable(architecture):
-        model: nn.Module = architecture(**arguments)
-        return model
-    name = architecture or card.architecture
-    if name is None:
+        recorded = {key: value for key, value in card.arguments.items() if takes(architecture, key)}
+        model = architecture(**{**recorded, **arguments})
+    elif "num_classes" not in arguments:
+        _check_count(card, shapes, read_from)
+    try:
+        with bounded(numbers, len(shapes), f"The description in '{read_from}'"):
+            if model is None:
+                model = _build(card, architecture, arguments, path)
+            model = reshaped(model, card.unfold, None if card.form == "training" else card.fold or {})
+    except RefoldError:
+        raise
+    except Exception as error:  # a description that nobody wrote can fail anywhere where networks are built
         raise CheckpointError(
-            f"'{path}' holds a network of class {card.model_class}, not one of refold.create_model; "
-            f"give the class{', as it was before refold.unfold' if card.unfold else ''}: "
-            "refold.load(path, architecture=...)."
+            f"The description in '{read_from}' is none of a network that can be built ({first_line(error)}); it is "
+            "damaged or comes from another version: save it again."
+        ) from error
+    model.card = card  # type: ignore[assignment]  # nn.Module types its attributes as tensors and modules
+    try:
+        _check_names(card, model)
+    except InputError as error:
+        raise CheckpointError(f"'{read_from}' cannot be used. {error}") from error
+    return model
+
+
+def _build(
+    card: Card, architecture: str | Callable[..., nn.Module] | None, arguments: dict[str, Any], path: PathLike
+) -> nn.Module:
+    name = architecture or card.architecture
+    if not isinstance(name, str):
+        before = ", as it was before refold.unfold" if card.unfold else ""
+        built = f", built from {card.built_from}" if card.built_from else ""
+        fact = f"'{path}' holds a network of class {card.model_class}{built}, not one of refold.create_model"
+        raise CheckpointError(
+            f"{fact}; give the class{before}: refold.load(path, architecture=...).",
+            f"{fact}; name its class and give the file as --checkpoint: "
+            f"{card.built_from or 'net.py:' + card.model_class} --checkpoint {path}",
         )
     return create_model(name, **{**card.arguments, **arguments})
 
 
-def _reshaped(model: nn.Module, unfolded: Any, folded: Any) -> nn.Module:
-    """The model in the form of a record: with branches, after whatever was done to it before, and then folded."""
-    if unfolded is not None:
-        before = unfolded["before"]
-        model = rebuild(_reshaped(model, before["unfold"], before["fold"]) if before else model, unfolded)
-    if folded is None:
-        return model
-    if not folded.get("record"):  # written before folds were recorded, or one that cannot be: search again
-        return fold(model, example_input(model), prove=False, **folded.get("options", folded))
-    plain = apply_record(model, folded["record"])
-    plain.fold_report = FoldReport.from_dict(folded)  # type: ignore[assignment]  # nn.Module types its attributes as tensors and modules
-    return plain
+def _shapes(path: PathLike) -> dict[str, list[int]]:
+    with safe_open(str(path), framework="pt") as file:
+        return {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118  # no mapping
+
+
+def _check_count(card: Card, shapes: Mapping[str, list[int]], path: PathLike) -> None:
+    classes = card.arguments.get("num_classes", 0)
+    largest = max((shape[0] for shape in shapes.values() if shape), default=0)
+    if classes > largest and not card.arguments.get("features_only"):
+        raise CheckpointError(
+            f"The description in '{path}' says {classes:,} classes, but none of its weights has more than {largest:,} "
+            "rows; it is damaged: save it again."
+        )
 
 
 def _fill(model: nn.Module, path: PathLike, card: Card) -> None:
@@ -248,10 +296,13 @@ def _fill(model: nn.Module, path: PathLike, card: Card) -> None:
         if key not in written:
             continue  # one of several names of a shared tensor, or missing: told apart below
         if written[key].shape != tensor.shape:
-            raise CheckpointError(
+            fact = (
                 f"'{path}' does not fit {card.title}: '{key}' has shape "
-                f"{tuple(written[key].shape)}, expected {tuple(tensor.shape)}; "
-                "build it with the arguments of the checkpoint, such as num_classes."
+                f"{tuple(written[key].shape)}, expected {tuple(tensor.shape)}"
+            )
+            raise CheckpointError(
+                f"{fact}; build it with the arguments of the checkpoint, such as num_classes.",
+                f"{fact}; give the arguments that it was saved with, or none.",
             )
     _take_dtypes(model, written)
     try:
@@ -277,23 +328,51 @@ def _load_foreign(
     form: Form | None,
     allow_pickle: bool,
     arguments: dict[str, Any],
-) -> nn.Module:
-    if architecture is None:
-        raise CheckpointError(
-            f"'{path}' was not written by refold.save, so it does not name its network; give the "
-            "architecture, such as architecture='repvgg_a0' (--architecture on the command line)."
-        )
+) -> tuple[nn.Module, tuple[str, ...]]:
     if form == "plain":
         raise CheckpointError(
             f"'{path}' was not written by refold.save and is read as a training form; load it with "
-            "form='training' and fold it."
+            "form='training' and fold it.",
+            f"'{path}' was not written by refold and is read as a training form; fold it first.",
         )
-    model = architecture(**arguments) if callable(architecture) else create_model(architecture, **arguments)
-    if allow_pickle:
-        load_checkpoint(model, _unpickle(path))
+    beside = Path(path).with_name(TRAINING)
+    is_state = Path(path).name == STATE
+    card = read_card(beside) if is_state and beside.is_file() else None
+    of_run = network_of_run(Path(path).parent) if architecture is None and card is None and is_state else None
+    if of_run is None and architecture is None and card is None:
+        fact = f"'{path}' was not written by refold.save, so it does not name its network"
+        raise CheckpointError(
+            f"{fact}; give the architecture, such as architecture='repvgg_a0'.",
+            f"{fact}; name the network and give the file as --checkpoint: repvgg_a0 --checkpoint {path}",
+        )
+    opened = open_checkpoint(_unpickle(path) if allow_pickle else path)
+    notes: tuple[str, ...] = ()
+    if card is not None:
+        # What it says of an epoch is said of another one.
+        card = dataclasses.replace(card, provenance={})
+        model = _shaped(card, architecture, arguments, path, read_from=beside)
+        notes = (f"took the description in {TRAINING} beside it",)
+    elif of_run is not None:
+        model = network_for(opened, partial(create_model, of_run), arguments)
+        notes = (f"took the network's name, {of_run}, from {RUN} beside it",)
+    elif callable(architecture):
+        model = architecture(**arguments)
     else:
-        load_checkpoint(model, path)
-    return model.eval()
+        assert architecture is not None
+        model = create_model(architecture, **arguments)
+    return model.eval(), (*notes, *load_checkpoint(model, opened).notes)
+
+
+def network_for(
+    opened: OpenedCheckpoint, build: Callable[..., nn.Module], arguments: Mapping[str, Any]
+) -> nn.Module:
+    """What ``build`` gives for a foreign checkpoint: with as many classes as that has, unless ``arguments`` say."""
+    model = build(**arguments)
+    classes = checkpoint_classes(opened, model)
+    is_said = arguments.get("num_classes") is not None or not takes(build, "num_classes")
+    if is_said or classes in (None, class_count(model)):
+        return model
+    return build(**{**arguments, "num_classes": classes})
 
 
 def _unpickle(path: PathLike) -> Any:

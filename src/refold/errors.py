@@ -24,7 +24,14 @@ class UnknownModel(RefoldError):
 
 
 class CheckpointError(RefoldError):
-    """A checkpoint cannot be read, does not fit the network, or has the wrong form."""
+    """A checkpoint cannot be read, does not fit the network, or has the wrong form.
+
+    ``on_command_line`` is the message where its advice must name options instead of arguments.
+    """
+
+    def __init__(self, message: str, on_command_line: str | None = None) -> None:
+        super().__init__(message)
+        self.on_command_line = on_command_line or message
 
 
 class InputError(RefoldError):

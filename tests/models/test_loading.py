@@ -1,9 +1,12 @@
 """Checkpoints: every known layout and wrapper loads, and what does not fit is told apart in one sentence."""
 
 import argparse
+from collections import defaultdict
 from collections.abc import Callable
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -13,6 +16,7 @@ from torch import Tensor, nn
 from golden import drawn_weights, golden_record, golden_state_dict
 from refold.errors import CheckpointError
 from refold.models import create_model, load_checkpoint
+from refold.models.loading import checkpoint_classes, open_checkpoint
 
 NAME = "repghostnet_050"
 
@@ -289,3 +293,146 @@ def test_plain_and_training_form_are_told_apart_for_refolds_own_names() -> None:
     load_checkpoint(plain, plain.state_dict())
     converted = timm.utils.reparameterize_model(timm.create_model("repvgg_a0", num_classes=4))
     assert load_checkpoint(plain, converted.state_dict()).layout == "timm RepVGG"
+
+
+class Callbacks:
+    """Something of a training script's own, which is no weight."""
+
+
+def with_ema(weights: dict[str, Tensor], trained: str, averaged: str) -> dict[str, Tensor]:
+    return {
+        **{f"{trained}{key}": value + 1 for key, value in weights.items()},
+        **{f"{averaged}{key}": value for key, value in weights.items()},
+    }
+
+
+@pytest.mark.parametrize(
+    ("wrap", "notes"),
+    [
+        (lambda w: {"model_state_dict": w}, ["took the weights in 'model_state_dict'"]),
+        (lambda w: {"net": w}, ["took the weights in 'net'"]),
+        (lambda w: {"network": w}, ["took the weights in 'network'"]),
+        (lambda w: {"weights": w}, ["took the weights in 'weights'"]),
+        (
+            lambda w: {"params": {k: v + 1 for k, v in w.items()}, "params_ema": w},
+            ["took the weights in 'params_ema', which are averaged"],
+        ),
+        (
+            lambda w: {"model": {k: v + 1 for k, v in w.items()}, "ema": {"decay": 0.9, "module": w}},
+            ["took the weights in 'ema.module', which are averaged"],
+        ),
+        (
+            lambda w: {"state_dict": w, "ema_state_dict": {"step": torch.tensor(3)}},
+            ["took the weights in 'state_dict'"],
+        ),
+        (
+            lambda w: {f"module._orig_mod.model.{k}": v for k, v in w.items()},
+            ["stripped 'module._orig_mod.model.' from their names"],
+        ),
+        (
+            lambda w: {f"model.module.backbone.{k}": v for k, v in w.items()},
+            ["stripped 'model.module.backbone.' from their names"],
+        ),
+        (lambda w: {f"student.{k}": v for k, v in w.items()}, ["stripped 'student.' from their names"]),
+        (
+            lambda w: {"n_averaged": torch.tensor(5), **{f"module.{k}": v for k, v in w.items()}},
+            ["stripped 'module.' from their names", "left out 1 other (n_averaged)"],
+        ),
+        (
+            lambda w: {
+                "pytorch-lightning_version": "2.6.6",
+                "callbacks": {"ModelCheckpoint": {"best": Path("a") / "b"}},
+                "hyper_parameters": {"rate": np.float64(0.1), "sizes": np.arange(3), "name": np.str_("x")},
+                "state_dict": {
+                    **{f"model.{k}": v for k, v in w.items()},
+                    **{f"teacher.{k}": v + 1 for k, v in w.items()},
+                    "loss.weight": torch.ones(4),
+                },
+            },
+            [
+                "took the weights in 'state_dict'",
+                "stripped 'model.' from their names",
+                "left out {others} others (teacher.stem.conv.weight, ",
+            ],
+        ),
+        (
+            lambda w: {"state_dict": with_ema(w, "net.", "average.module.")},
+            [
+                "took the weights in 'state_dict'",
+                "stripped 'average.module.' from their names, which are averaged",
+                "left out {own} others (net.)",
+            ],
+        ),
+        (
+            lambda w: with_ema(w, "online_model.", "ema_model."),
+            ["stripped 'ema_model.' from their names, which are averaged", "left out {own} others (online_"],
+        ),
+        (
+            lambda w: {k if k.startswith("head.fc") else f"backbone.{k}": v for k, v in w.items()},
+            ["stripped 'backbone.' from their names"],
+        ),
+        (lambda w: {k: v.numpy() for k, v in w.items()}, []),
+    ],
+)  # fmt: skip
+def test_what_training_scripts_put_around_weights(
+    wrap: Callable[..., dict[str, object]], notes: list[str], weights: dict[str, Tensor], tmp_path: Path
+) -> None:
+    path = tmp_path / "checkpoint.ckpt"
+    torch.save(wrap(weights), path)
+    network = fresh()
+    loaded = load_checkpoint(network, path)
+    assert holds(network, weights)
+    assert len(loaded.notes) == len(notes)
+    for note, start in zip(loaded.notes, notes, strict=True):
+        assert note.startswith(start.format(own=len(weights), others=len(weights) + 1))
+
+
+def test_a_prefix_of_the_networks_own_names_stays() -> None:
+    class Own(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 2, 1))
+
+    saved = Own().state_dict()
+    network = Own()
+    assert load_checkpoint(network, saved).notes == ()
+    assert holds(network, saved)
+    wrapped = {f"model.{key}": value for key, value in saved.items()}
+    network = Own()
+    assert load_checkpoint(network, wrapped).notes == ("stripped 'model.' from their names",)
+    assert holds(network, saved)
+
+
+def test_values_beside_the_weights_do_nothing(weights: dict[str, Tensor], tmp_path: Path) -> None:
+    path = tmp_path / "checkpoint.pth"
+    beside = {
+        "args": argparse.Namespace(output=Path("runs"), windows=PureWindowsPath("C:/runs")),
+        "best": np.float32(0.5),
+        "epochs": np.int64(3),
+        "history": defaultdict(list, loss=[1.0]),
+        "space": SimpleNamespace(a=1),
+    }
+    torch.save({"model": weights, **beside}, path)
+    network = fresh()
+    load_checkpoint(network, path)
+    assert holds(network, weights)
+    torch.save({"model": weights, "callbacks": Callbacks()}, path)
+    assert "holds Python objects besides weights (" in refusal(fresh(), path)
+
+
+def test_a_checkpoint_that_holds_itself(weights: dict[str, Tensor]) -> None:
+    around: dict[str, object] = {"weights": weights}
+    around |= dict.fromkeys(("model", "net", "ema", "state_dict"), around)
+    network = fresh()
+    assert load_checkpoint(network, around).notes == ("took the weights in 'weights'",)
+    assert holds(network, weights)
+
+
+def test_the_classes_are_read_from_the_checkpoint(weights: dict[str, Tensor]) -> None:
+    network = create_model(NAME)
+    wrapped = {"state_dict": {f"model.{key}": value for key, value in weights.items()}}
+    assert checkpoint_classes(open_checkpoint(wrapped), network) == 4
+    theirs = timm.create_model(NAME, num_classes=6).state_dict()
+    assert checkpoint_classes(open_checkpoint(theirs), network) == 6
+    without = {key: value for key, value in weights.items() if not key.startswith("head.fc")}
+    assert checkpoint_classes(open_checkpoint(without), network) is None

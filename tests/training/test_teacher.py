@@ -46,7 +46,7 @@ def test_a_teacher_sees_images_prepared_its_own_way() -> None:
 def test_a_teacher_has_the_classes_of_the_data(tmp_path: Path) -> None:
     net = refold.create_model("repghostnet_050", num_classes=3)
     refold.save(net, tmp_path / "t.safetensors", class_names=["a", "b", "c"], preprocessing=STUDENT)
-    network = teacher_network(str(tmp_path / "t.safetensors"), 3)
+    network = teacher_network(str(tmp_path / "t.safetensors"))
     straight = open_teacher(network, "t", ["a", "b", "c"], STUDENT)
     turned = open_teacher(network, "t", ["c", "a", "b"], STUDENT)
     images = torch.randn(2, 3, 16, 16)
@@ -58,4 +58,4 @@ def test_a_teacher_has_the_classes_of_the_data(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="knows 4 classes and the data has 3"):
         open_teacher(unnamed, "u", ["a", "b", "c"], STUDENT)
     with pytest.raises(InputError, match="is a checkpoint already"):
-        teacher_network("t.safetensors", 3, tmp_path / "t.safetensors")
+        teacher_network("t.safetensors", tmp_path / "t.safetensors")

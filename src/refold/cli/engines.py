@@ -7,7 +7,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.console import Console
@@ -15,13 +15,16 @@ from rich.markup import escape
 from rich.table import Table
 
 from refold.cli.shared import (
-    CHECKPOINT_SUFFIXES,
+    MODEL,
+    MODEL_HELP,
     AsJson,
     Checkpoint,
+    Checkpoints,
     Engines,
     InputSize,
     MachineName,
     MachineNote,
+    ModelArguments,
     NumClasses,
     Plots,
     Rounds,
@@ -30,8 +33,11 @@ from refold.cli.shared import (
     TimeLimit,
     WarmUp,
     console,
+    example_for,
     network_from,
+    paired,
     parse_size,
+    say,
 )
 from refold.errors import InputError
 from refold.export import FORMATS, export, get_engine
@@ -67,21 +73,22 @@ def export_command(
     checkpoint: Checkpoint = None,
     input_size: InputSize = None,
     num_classes: NumClasses = None,
+    model_args: ModelArguments = None,
     as_json: AsJson = False,
 ) -> None:
     """Export a network for an inference engine, folded first, and check the file by running it."""
     get_engine(engine)
-    from refold.checkpoints import example_input
     from refold.export.placing import check_destination
 
     check_destination(output, FORMATS[engine])
     normalization = _parse_normalization(mean, std)
     names = None if class_names is None else _read_lines(class_names)
-    model = network_from(target, checkpoint, num_classes)
+    form: Literal["training", "plain"] = "training" if keep_branches else "plain"
+    model = network_from(target, checkpoint, num_classes, model_args, form=form)
     result = export(
         model,
         output,
-        example_input(model, parse_size(input_size, model)),
+        example_for(model, input_size),
         engine=engine,
         dynamic_batch=not fixed_batch,
         half=half,
@@ -148,7 +155,7 @@ def _read_lines(path: Path) -> list[str]:
 def bench(
     targets: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[NAME|CHECKPOINT]...", help="Model names, or files of refold.save."),
+        typer.Argument(metavar=f"[{MODEL}]...", help=MODEL_HELP),
     ] = None,
     form: Annotated[
         list[str] | None,
@@ -165,7 +172,9 @@ def bench(
         list[str] | None,
         typer.Option("--precision", help="float32 or float16; repeat it.", show_default="float32"),
     ] = None,
+    checkpoint: Checkpoints = None,
     input_size: InputSize = None,
+    model_args: ModelArguments = None,
     rounds: Rounds = 30,
     warm_up: WarmUp = 5,
     baseline: Annotated[
@@ -212,11 +221,10 @@ def bench(
     from refold.bench.runner import BenchmarkInterrupted
     from refold.bench.tables import to_rich
 
-    models: dict[str, nn.Module] = {}
-    for target in targets or ():
-        is_file = Path(target).suffix in CHECKPOINT_SUFFIXES
-        models[Path(target).stem if is_file else target] = network_from(target, None, None)
+    models = _models(targets or [], checkpoint, model_args)
     size = None if not models else parse_size(input_size, next(iter(models.values())))
+    for model in models.values():
+        example_for(model, input_size)  # a size that one of them does not take is said before any is measured
     measuring = {
         "forms": form or ["training", "plain"],
         "engine": engine or ["onnxruntime"],
@@ -249,3 +257,19 @@ def bench(
         print(json.dumps(result.to_dict(), indent=1))
     else:
         console.print(to_rich(result))
+
+
+def _models(
+    targets: list[str], checkpoints: list[Path] | None, model_args: list[str] | None
+) -> dict[str, nn.Module]:
+    """The models by the names to show; one that is given twice is measured once, which is said."""
+    from refold.targets import distinct_names
+
+    models: dict[str, nn.Module] = {}
+    files = paired(targets, checkpoints)
+    for name, target, file in zip(distinct_names(targets, files), targets, files, strict=True):
+        if name in models:
+            say(f"'{target}' is given twice and measured once.")
+        else:
+            models[name] = network_from(target, file, model_args=model_args)
+    return models

@@ -13,14 +13,19 @@ from rich.markup import escape
 from rich.table import Table
 
 from refold.cli.shared import (
+    MODEL,
+    MODEL_HELP,
     AsJson,
     Checkpoint,
+    Checkpoints,
     InputSize,
+    ModelArguments,
     NumClasses,
     Target,
     console,
+    example_for,
     network_from,
-    parse_size,
+    paired,
 )
 from refold.errors import InputError
 
@@ -51,14 +56,14 @@ def profile(
     checkpoint: Checkpoint = None,
     input_size: InputSize = None,
     num_classes: NumClasses = None,
+    model_args: ModelArguments = None,
     as_json: AsJson = False,
 ) -> None:
     """Show what one image costs: the training form beside the plain form."""
-    from refold.checkpoints import example_input
     from refold.folding import count, fold
 
-    model = network_from(target, checkpoint, num_classes)
-    example = example_input(model, parse_size(input_size, model))
+    model = network_from(target, checkpoint, num_classes, model_args)
+    example = example_for(model, input_size)
     if hasattr(model, "fold_report"):
         costs = {"plain": count(model, example)}
     else:
@@ -114,9 +119,10 @@ def fold_command(
     checkpoint: Checkpoint = None,
     input_size: InputSize = None,
     num_classes: NumClasses = None,
+    model_args: ModelArguments = None,
 ) -> None:
     """Fold a network into its plain form, prove it, and write the plain checkpoint."""
-    from refold.checkpoints import example_input, save
+    from refold.checkpoints import save
     from refold.files import check_writable, write_text
     from refold.folding import fold
     from refold.picture import check_picture, save_picture
@@ -132,10 +138,10 @@ def fold_command(
         raise InputError(
             "--original folds branches only; leave --report, --picture, --objective and --shortcuts out."
         )
-    model = network_from(target, checkpoint, num_classes)
-    example = example_input(model, parse_size(input_size, model))
+    model = network_from(target, checkpoint, num_classes, model_args)
+    example = example_for(model, input_size)
     if original:
-        _save_original(model, example, output)
+        _save_original(target, model, example, output)
         return
     with console.status("folding") as status:
         chosen: Any = objective
@@ -158,43 +164,53 @@ def fold_command(
         console.print(f"Picture: {escape(str(picture))}", soft_wrap=True)
 
 
-def _save_original(model: nn.Module, example: Tensor, output: Path) -> None:
-    from refold.checkpoints import original, save
+def _save_original(target: str, model: nn.Module, example: Tensor, output: Path) -> None:
+    from refold.checkpoints import save
     from refold.folding import verify as verify_networks
+    from refold.targets import original_network
 
-    back = original(model)
+    back = original_network(target, model)
     proof = verify_networks(model, back, example)
     save(back, output)
-    name: Any = back.architecture
+    name: Any = getattr(back, "architecture", None) or {"name": target}
     console.print(f"{name['name']} computes the same without the branches, to {proof.distance_float64:.0e}")
     console.print(f"Checkpoint with the names of its class: {escape(str(output))}", soft_wrap=True)
 
 
 def verify(
-    reference: Annotated[Path, typer.Argument(help="A checkpoint of refold.save, in either form.")],
-    candidate: Annotated[Path, typer.Argument(help="The checkpoint to compare with it.")],
+    reference: Annotated[str, typer.Argument(metavar=MODEL, help=MODEL_HELP)],
+    candidate: Annotated[str, typer.Argument(metavar=MODEL, help="The model to compare with it.")],
+    checkpoint: Checkpoints = None,
     input_size: InputSize = None,
+    model_args: ModelArguments = None,
     as_json: AsJson = False,
 ) -> None:
-    """Prove that two checkpoints compute the same function; exit code 2 where they do not."""
-    from refold.checkpoints import example_input, load
+    """Prove that two networks compute the same function; exit code 2 where they do not."""
     from refold.folding import verify as verify_networks
+    from refold.targets import distinct_names
 
-    first, second = load(reference), load(candidate)
-    proof = verify_networks(first, second, example_input(first, parse_size(input_size, first)))
+    targets = (reference, candidate)
+    weights = paired(targets, checkpoint)
+    first, second = (
+        network_from(target, file, model_args=model_args)
+        for target, file in zip(targets, weights, strict=True)
+    )
+    proof = verify_networks(first, second, example_for(first, input_size))
     if as_json:
         print(json.dumps(proof.to_dict(), indent=2))
         return
-    table = Table(title=f"{reference.name} and {candidate.name} compute the same", title_justify="left")
+    names = distinct_names(targets, weights)
+    title = f"{' and '.join(map(escape, names))} compute the same"
+    table = Table(title=title, title_justify="left")
     table.add_column("")
     table.add_column("distance", justify="right")
     table.add_row("both in float64", f"{proof.distance_float64:.1e}")
     for name, distance in (
-        (reference.name, proof.original_distance),
-        (candidate.name, proof.folded_distance),
+        (names[0], proof.original_distance),
+        (names[1], proof.folded_distance),
     ):
         if distance is not None:
-            table.add_row(f"{name} in its own dtype, from float64", f"{distance:.1e}")
+            table.add_row(f"{escape(name)} in its own dtype, from float64", f"{distance:.1e}")
     console.print(table)
 
 

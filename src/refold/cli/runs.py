@@ -16,9 +16,9 @@ from rich.console import Console
 
 from refold.cli.options import Given, takes_options_of
 from refold.cli.shared import (
-    CHECKPOINT_SUFFIXES,
     AsJson,
     Checkpoint,
+    ModelArguments,
     NumClasses,
     console,
     network_from,
@@ -107,6 +107,7 @@ def distill_command(
 def _train(
     command: str, given: Given, overrides: list[str] | None, dry_run: bool, overwrite: bool, quiet: bool
 ) -> None:
+    from refold.targets import weights_file
     from refold.training.data import fitting_recipe
     from refold.training.recipe import load_recipe, parse_overrides
     from refold.training.rendering import render_estimate, render_recipe, render_result
@@ -114,8 +115,8 @@ def _train(
 
     told, shown = _plain(given.values), console_of(quiet)
     data, output = told.pop("data"), told.pop("output")
-    from_weights = told["pretrained"] or told["checkpoint"] is not None
-    name = told.pop("recipe") or fitting_recipe(data, from_weights=from_weights)
+    from_weights = told["pretrained"] or told["checkpoint"] or weights_file(told["network"])
+    name = told.pop("recipe") or fitting_recipe(data, from_weights=bool(from_weights))
     recipe = load_recipe(name, parse_overrides(overrides or []), told["network"])
     settings = Settings(Path(output or default_output(command)), data or "", recipe=recipe, **told)
     if dry_run:
@@ -209,20 +210,19 @@ def predict(
     top: Annotated[int, typer.Option("--top", min=1, help="How many classes.")] = 5,
     checkpoint: Checkpoint = None,
     num_classes: NumClasses = None,
+    model_args: ModelArguments = None,
     as_json: AsJson = False,
 ) -> None:
     """Name the likeliest classes of images; a model name without --checkpoint takes its published weights."""
-    from refold.models import create_model
     from refold.training.predicting import find_images, network_classifier, onnx_classifier
 
     files = find_images(images)
     path = Path(target)
     if path.suffix == ".onnx":
         classifier = onnx_classifier(path)
-    elif checkpoint is None and path.suffix not in CHECKPOINT_SUFFIXES:
-        classifier = network_classifier(create_model(target, pretrained=True, num_classes=num_classes))
     else:
-        classifier = network_classifier(network_from(target, checkpoint, num_classes))
+        net = network_from(target, checkpoint, num_classes, model_args, form="plain", pretrained=None)
+        classifier = network_classifier(net)
     predictions = classifier.predict(files, top)
     if as_json:
         print(json.dumps([prediction.to_dict() for prediction in predictions], indent=2))

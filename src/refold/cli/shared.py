@@ -2,28 +2,42 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.console import Console
 
-from refold.errors import InputError
+from refold.errors import InputError, first_line, printable
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
 console = Console()
 
-CHECKPOINT_SUFFIXES = {".safetensors", ".pth", ".pt", ".ckpt", ".bin", ".tar"}
-
-Target = Annotated[
-    str, typer.Argument(metavar="NAME|CHECKPOINT", help="A model name, or a file of refold.save.")
-]
+MODEL, MODEL_HELP = (
+    "MODEL",
+    "A name, a checkpoint, a run's folder, or your own class or function: net.py:Net, package.module:net.",
+)
+Target = Annotated[str, typer.Argument(metavar=MODEL, help=MODEL_HELP)]
 Checkpoint = Annotated[
     Path | None,
     typer.Option(
         "--checkpoint", help="Weights for the named model: refold's, timm's or the official layout."
+    ),
+]
+Checkpoints = Annotated[
+    list[Path] | None,
+    typer.Option("--checkpoint", help="Weights for a named model; repeat it, one for each in their order."),
+]
+ModelArguments = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--model-args",
+        metavar="KEY=VALUE",
+        help="An argument that builds the named model, such as width=0.5; repeatable.",
     ),
 ]
 InputSize = Annotated[
@@ -58,24 +72,63 @@ TimeLimit = Annotated[
 
 
 def network_from(
-    target: str, checkpoint: Path | None, num_classes: int | None, *, pretrained: bool = False
+    target: str,
+    checkpoint: Path | None = None,
+    num_classes: int | None = None,
+    model_args: Sequence[str] | None = None,
+    *,
+    form: Literal["training", "plain"] = "training",
+    pretrained: bool | None = False,
 ) -> nn.Module:
-    """Load a checkpoint file, or create a named model and fill it from ``checkpoint`` or its published weights."""
-    from refold.checkpoints import load
-    from refold.models import create_model, load_checkpoint
+    """`refold.targets.open_network` for the options of a command; what it says goes to stderr."""
+    from refold.targets import model_arguments, open_network
 
-    arguments: dict[str, Any] = {} if num_classes is None else {"num_classes": num_classes}
-    path = Path(target)
-    if pretrained and (checkpoint is not None or path.suffix in CHECKPOINT_SUFFIXES):
-        raise InputError("The weights come from one place; leave --pretrained or the checkpoint out.")
-    if path.is_file() or path.suffix in CHECKPOINT_SUFFIXES:
-        if checkpoint is not None:
-            raise InputError(f"'{target}' is a checkpoint already; leave --checkpoint out or name a model.")
-        return load(path, **arguments)
-    model = create_model(target, pretrained, **arguments)
-    if checkpoint is not None:
-        load_checkpoint(model, checkpoint)
-    return model.eval()
+    arguments = model_arguments(model_args)
+    if num_classes is not None:
+        arguments["num_classes"] = num_classes
+    return open_network(target, checkpoint, arguments, form=form, pretrained=pretrained, say=say)
+
+
+def say(text: str) -> None:
+    """Tell the user one thing that is no result, in one line on stderr."""
+    print("refold:", printable(text), file=sys.stderr)
+
+
+def paired(targets: Sequence[str], checkpoints: Sequence[Path] | None) -> list[Path | None]:
+    """The checkpoint of each target: the named ones take them in their order, the others bring their own weights.
+
+    Raises `InputError` where there is not one for each named target.
+    """
+    from refold.targets import weights_file
+
+    if not checkpoints:
+        return [None] * len(targets)
+    named = [weights_file(target) is None for target in targets]
+    if sum(named) != len(checkpoints):
+        raise InputError(
+            f"There are {len(checkpoints)} of --checkpoint for {sum(named)} named models; give one for each, in their "
+            "order."
+        )
+    left = iter(checkpoints)
+    return [next(left) if is_named else None for is_named in named]
+
+
+def example_for(model: nn.Module, input_size: str | None) -> Tensor:
+    """The image of the size that an option states, or of the model's own; raises `InputError` where it does not run."""
+    import torch
+
+    from refold.checkpoints import example_input
+
+    example = example_input(model, parse_size(input_size, model))
+    try:
+        with torch.no_grad():
+            model(example)
+    except Exception as error:  # a network may refuse a size, or its number of channels, in any way
+        size = " x ".join(map(str, example.shape[1:]))
+        raise InputError(
+            f"The network cannot run on an image of {size} ({first_line(error)}); give an --input-size that it takes."
+        ) from error
+    return example
 
 
 def parse_size(text: str | None, model: nn.Module) -> list[int] | None:

@@ -12,7 +12,18 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from refold.cli.shared import AsJson, Checkpoint, InputSize, NumClasses, console, network_from, parse_size
+from refold.cli.shared import (
+    MODEL,
+    MODEL_HELP,
+    AsJson,
+    Checkpoint,
+    InputSize,
+    ModelArguments,
+    NumClasses,
+    console,
+    example_for,
+    network_from,
+)
 from refold.errors import InputError
 
 if TYPE_CHECKING:
@@ -24,9 +35,7 @@ if TYPE_CHECKING:
 def unfold_command(
     target: Annotated[
         str | None,
-        typer.Argument(
-            metavar="NAME|CHECKPOINT", help="A model name, or a file of refold.save.", show_default=False
-        ),
+        typer.Argument(metavar=MODEL, help=MODEL_HELP, show_default=False),
     ] = None,
     output: Annotated[
         Path | None,
@@ -77,6 +86,7 @@ def unfold_command(
     checkpoint: Checkpoint = None,
     input_size: InputSize = None,
     num_classes: NumClasses = None,
+    model_args: ModelArguments = None,
     as_json: AsJson = False,
 ) -> None:
     """Give a network training-time branches; refold fold takes them away again.
@@ -92,7 +102,7 @@ def unfold_command(
         )
     import torch
 
-    from refold.checkpoints import example_input, save
+    from refold.checkpoints import save
     from refold.files import check_writable
     from refold.unfolding import unfold
 
@@ -100,7 +110,7 @@ def unfold_command(
         check_writable(output)
     torch.manual_seed(seed)
     chosen_kinds: Any = kinds or None
-    model = network_from(target, checkpoint, num_classes, pretrained=pretrained)
+    model = network_from(target, checkpoint, num_classes, model_args, pretrained=pretrained)
     wide: Any = unfold(
         model,
         plan,
@@ -110,7 +120,7 @@ def unfold_command(
         stages=stages or None,
         branches=_counts(branches),
         start=start,
-        example_input=example_input(model, parse_size(input_size, model)),
+        example_input=example_for(model, input_size),
     )
     if output is not None:
         save(wide, output)

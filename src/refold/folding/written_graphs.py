@@ -57,6 +57,7 @@ def graph_from_data(data: list[list[Any]]) -> fx.Graph:
     """The graph that `graph_to_data` wrote. Raises ValueError for an operator that no fold writes."""
     graph, nodes = fx.Graph(), dict[str, fx.Node]()
     for name, kind, target, args, kwargs in data:
+        _require_names(kind, target, kwargs)
         if kind == "output":
             graph.output(_from_data(args, nodes)[0])
             continue
@@ -67,6 +68,15 @@ def graph_from_data(data: list[list[Any]]) -> fx.Graph:
         nodes[name] = graph.create_node(kind, found, _from_data(args, nodes), given, name=name)
     graph.lint()
     return graph
+
+
+def _require_names(kind: str, target: str, kwargs: dict[str, Any]) -> None:
+    """torch.fx writes these into Python code as they are, so that a name must not be able to be anything else."""
+    is_name = (
+        str.isidentifier(target.lstrip("*")) if kind == "placeholder" else not set(target) & set("\"'\\\r\n")
+    )
+    if not is_name or not all(key.isidentifier() for key in kwargs):
+        raise ValueError(f"{target!r} with {list(kwargs)} is no name that a fold writes")
 
 
 def _target_name(node: fx.Node) -> str:
@@ -102,7 +112,7 @@ def _function(target: str) -> Any:
         found: Any = torch.ops
         for part in target.removeprefix("torch.ops.").split("."):
             found = getattr(found, part)
-        if isinstance(found, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)):
+        if "file" not in target and isinstance(found, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)):
             return found
     elif home in _HOMES:
         found = getattr(_HOMES[home], name, None)

@@ -46,10 +46,16 @@ def recognise(
     none, of a network in training form.
     """
     keys = list(keys)
+    return max((OWN_LAYOUT, *layouts), key=lambda layout: _score(layout, keys, own_keys))
 
-    def score(layout: CheckpointLayout) -> tuple[int, int]:
-        renamed = [layout.rename(key) for key in keys]
-        met = sum(key in own_keys for key in renamed)
-        return met, sum(new != old for new, old in zip(renamed, keys, strict=True))
 
-    return max((OWN_LAYOUT, *layouts), key=score)
+def names_met(keys: Iterable[str], layouts: Collection[CheckpointLayout], own_keys: Collection[str]) -> int:
+    """How many of the network's ``own_keys`` the names meet in the layout that meets the most."""
+    keys = list(keys)
+    return max(_score(layout, keys, own_keys)[0] for layout in (OWN_LAYOUT, *layouts))
+
+
+def _score(layout: CheckpointLayout, keys: list[str], own_keys: Collection[str]) -> tuple[int, int]:
+    renamed = [layout.rename(key) for key in keys]
+    met = sum(key in own_keys for key in renamed)
+    return met, sum(new != old for new, old in zip(renamed, keys, strict=True))

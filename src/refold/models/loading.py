@@ -1,6 +1,5 @@
 """Load a checkpoint into a network, whichever of the known layouts its names have."""
 
-import argparse
 from collections.abc import Mapping
 from dataclasses import dataclass
 from os import PathLike
@@ -9,38 +8,51 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from timm.models import clean_state_dict
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from refold.algebra import batch_norm_affine
 from refold.errors import CheckpointError
-from refold.models.layouts import CheckpointLayout, recognise
+from refold.models.harmless import harmless_globals
+from refold.models.layouts import CheckpointLayout, names_met, recognise
+from refold.models.wrappers import Found, best, some, weights_in
 
-# Where training scripts put the weights inside a checkpoint; averaged weights are the ones meant for use.
-_WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model")
-_SHOWN = 3
 # Of every norm that stands alone behind its convolution, here and in the official networks.
 _EPSILON = 1e-5
 
 
 @dataclass(frozen=True)
 class LoadedCheckpoint:
-    """What `load_checkpoint` found: the layout, and the weights of either side without a partner."""
+    """What `load_checkpoint` found: the layout, and the weights of either side without a partner.
+
+    ``notes`` says what of the file was chosen, stripped from its names and left out, a fact each.
+    """
 
     layout: str
     missing: tuple[str, ...]
     unexpected: tuple[str, ...]
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class OpenedCheckpoint:
+    """A checkpoint that was read: what messages call it, and the weights at each place of it."""
+
+    described: str
+    places: tuple[Found, ...]
 
 
 def load_checkpoint(
-    network: nn.Module, source: str | PathLike[str] | Mapping[str, Any] | nn.Module, strict: bool = True
+    network: nn.Module,
+    source: str | PathLike[str] | Mapping[str, Any] | nn.Module | OpenedCheckpoint,
+    strict: bool = True,
 ) -> LoadedCheckpoint:
     """Fill a network in place with the weights of a checkpoint, cast to the network's dtype and device.
 
-    ``source`` is a ``.pth``, ``.pt`` or ``.safetensors`` file, a state dict or a network, bare or inside a
-    training script's checkpoint (``state_dict``, ``model``, their averages first). refold's own
-    layout, the official repositories' and timm's are recognised by their names; no pickled code is executed.
+    ``source`` is a ``.pth``, ``.pt``, ``.ckpt`` or ``.safetensors`` file, a state dict or a network, bare or inside a
+    training script's checkpoint (``state_dict``, ``model`` ..., their averages first), whose names may have prefixes
+    such as ``module.`` or ``model.``. refold's own layout, the official repositories' and timm's are recognised by
+    their names; no pickled code is executed.
     With ``strict=False`` every weight that fits is loaded and the others are left as they are.
     The official plain forms keep the batch norms that stand outside their branches; a plain network of this library,
     which has none, takes them into its convolutions.
@@ -49,12 +61,9 @@ def load_checkpoint(
     network, has another number of classes, or is in plain form and the network in training form (or
     reversed).
     """
-    if isinstance(source, Mapping | nn.Module):
-        described = "The given checkpoint"
-        weights = _unwrap(source, described)
-    else:
-        described = f"The checkpoint {source}"
-        weights = read_weights(source)
+    opened = source if isinstance(source, OpenedCheckpoint) else open_checkpoint(source)
+    found, described = _best(opened, network), opened.described
+    weights = found.weights
     own = {key: value.shape for key, value in network.state_dict().items() if isinstance(value, Tensor)}
     layout = recognise(weights, _layouts(network), own)
     original = layout.rename_all(weights)
@@ -77,7 +86,29 @@ def load_checkpoint(
         )
     network.load_state_dict(fitting, strict=False)
     left = tuple(key for key in own if key in missing or key in unfit)
-    return LoadedCheckpoint(layout.name, left, tuple(original[key] for key in (*unexpected, *unfit)))
+    strangers = tuple(original[key] for key in (*unexpected, *unfit))
+    return LoadedCheckpoint(layout.name, left, strangers, found.notes)
+
+
+def open_checkpoint(source: str | PathLike[str] | Mapping[str, Any] | nn.Module) -> OpenedCheckpoint:
+    """Read a checkpoint once, for `checkpoint_classes` and `load_checkpoint`.
+
+    Raises ``CheckpointError`` where it cannot be read or holds no weights.
+    """
+    if isinstance(source, Mapping | nn.Module):
+        described, checkpoint = "The given checkpoint", source
+    else:
+        described, checkpoint = f"The checkpoint {source}", _read(Path(source))
+    places = weights_in(checkpoint)
+    if not places:
+        raise CheckpointError(f"{described} holds no weights; give network.state_dict() or a file of it.")
+    return OpenedCheckpoint(described, tuple(places))
+
+
+def checkpoint_classes(opened: OpenedCheckpoint, network: nn.Module) -> int | None:
+    """The number of classes that a checkpoint of this network's kind knows; None where its classifier is not found."""
+    weight = _classifier_weight(network, rename_weights(_best(opened, network).weights, network))
+    return None if weight is None else weight.shape[0]
 
 
 def read_weights(path: str | PathLike[str]) -> dict[str, Tensor]:
@@ -85,17 +116,23 @@ def read_weights(path: str | PathLike[str]) -> dict[str, Tensor]:
 
     Raises ``CheckpointError`` where the file cannot be read or holds no weights.
     """
-    return _unwrap(_read(Path(path)), f"The checkpoint {path}")
+    return open_checkpoint(path).places[0].weights
 
 
 def rename_weights(weights: Mapping[str, Any], network: nn.Module) -> dict[str, Any]:
     """The same weights under the network's own names, from whichever known layout they are in."""
+    weights = _best(OpenedCheckpoint("", (Found(dict(weights)),)), network).weights
     layout = recognise(weights, _layouts(network), network.state_dict())
     return {new: weights[key] for new, key in layout.rename_all(weights).items()}
 
 
 def _layouts(network: nn.Module) -> tuple[CheckpointLayout, ...]:
     return getattr(network, "layouts", ())
+
+
+def _best(opened: OpenedCheckpoint, network: nn.Module) -> Found:
+    own = {key for key in network.state_dict() if not key.endswith("num_batches_tracked")}
+    return best(opened.places, lambda keys: names_met(keys, _layouts(network), own))
 
 
 def _read(path: Path) -> Mapping[str, Any]:
@@ -106,8 +143,7 @@ def _read(path: Path) -> Mapping[str, Any]:
         if path.suffix == ".safetensors":
             tensors: dict[str, Any] = load_file(path)
             return tensors
-        # Training scripts often store their command line beside the weights; it holds no code.
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with torch.serialization.safe_globals(harmless_globals()):
             loaded = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file can fail anywhere in the readers, in any way
         raise CheckpointError(_unreadable(path)) from error
@@ -121,30 +157,18 @@ def _read(path: Path) -> Mapping[str, Any]:
 
 def _unreadable(path: Path) -> str:
     try:
-        objects = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+        with torch.serialization.safe_globals(harmless_globals()):
+            objects = torch.serialization.get_unsafe_globals_in_checkpoint(path)
     except Exception:  # whatever is wrong with the file, it is not a readable archive
         objects = []
     if objects:
         return (
-            f"The checkpoint {path} holds Python objects besides weights ({_some(objects)}), which are not "
+            f"The checkpoint {path} holds Python objects besides weights ({some(objects)}), which are not "
             "executed; save network.state_dict() alone and give that file."
         )
     return (
         f"The checkpoint {path} cannot be read: it is cut short, damaged or of another format; get it again."
     )
-
-
-def _unwrap(checkpoint: Mapping[str, Any] | nn.Module, described: str) -> dict[str, Tensor]:
-    if isinstance(checkpoint, nn.Module):
-        checkpoint = checkpoint.state_dict()
-    for wrapper in _WRAPPERS:
-        inner = checkpoint.get(wrapper)
-        if isinstance(inner, Mapping | nn.Module):
-            return _unwrap(inner, described)
-    weights = {key: value for key, value in clean_state_dict(checkpoint).items() if isinstance(value, Tensor)}
-    if not weights:
-        raise CheckpointError(f"{described} holds no weights; give network.state_dict() or a file of it.")
-    return weights
 
 
 def _take_in_norms(
@@ -211,20 +235,25 @@ def _owner(network: nn.Module, key: str) -> nn.Module | None:
         return None
 
 
-def _check_classes(network: nn.Module, renamed: Mapping[str, Tensor], described: str) -> None:
+def _classifier_weight(network: nn.Module, renamed: Mapping[str, Tensor]) -> Tensor | None:
     get_classifier = getattr(network, "get_classifier", None)
     classifier = get_classifier() if callable(get_classifier) else None
     names = [name for name, module in network.named_modules() if module is classifier]
-    weight = renamed.get(f"{names[0]}.weight") if names else None
+    return renamed.get(f"{names[0]}.weight") if names else None
+
+
+def _check_classes(network: nn.Module, renamed: Mapping[str, Tensor], described: str) -> None:
+    weight = _classifier_weight(network, renamed)
     if weight is None:
         return
     # That of a linear layer or, in some of timm's networks, of a convolution.
-    own = getattr(classifier, "weight", None)
+    own = getattr(network.get_classifier(), "weight", None)  # type: ignore[operator]  # it was called above
     found, expected = weight.shape[0], 0 if own is None else own.shape[0]
     if found != expected:
+        fact = f"{described} has {found} classes, but {_name(network)} has {expected}"
         raise CheckpointError(
-            f"{described} has {found} classes, but {_name(network)} has {expected}; create it with "
-            f"num_classes={found}, or load all but the classifier with strict=False."
+            f"{fact}; create it with num_classes={found}, or load all but the classifier with strict=False.",
+            f"{fact}; give the number of the checkpoint, {found}, or none.",
         )
 
 
@@ -232,26 +261,24 @@ def _check_names(
     network: nn.Module, missing: list[str], unexpected: list[str], own: int, described: str
 ) -> None:
     if missing or unexpected:
-        lacks = f"it lacks {len(missing)} of {own} weights ({_some(missing)})" if missing else ""
-        extra = f"it has {len(unexpected)} unknown ones ({_some(unexpected)})" if unexpected else ""
+        lacks = f"it lacks {len(missing)} of {own} weights ({some(missing)})" if missing else ""
+        extra = f"it has {len(unexpected)} unknown ones ({some(unexpected)})" if unexpected else ""
+        fact = f"{described} is not one of {_name(network)}: {' and '.join(filter(None, (lacks, extra)))}"
         raise CheckpointError(
-            f"{described} is not one of {_name(network)}: {' and '.join(filter(None, (lacks, extra)))}; "
-            "create the network that it was saved from, or load what fits with strict=False."
+            f"{fact}; create the network that it was saved from, or load what fits with strict=False.",
+            f"{fact}; name the network that it was saved from.",
         )
 
 
 def _check_shapes(unfit: Mapping[str, tuple[str, torch.Size, torch.Size]], described: str) -> None:
     if unfit:
         shapes = [f"{key} {tuple(found)} for {tuple(expected)}" for key, found, expected in unfit.values()]
+        fact = f"{described} has {len(unfit)} weights of another shape ({some(shapes)})"
         raise CheckpointError(
-            f"{described} has {len(unfit)} weights of another shape ({_some(shapes)}); create the network "
-            "with the name and arguments that it was saved with, or load what fits with strict=False."
+            f"{fact}; create the network with the name and arguments that it was saved with, or load what fits with "
+            "strict=False.",
+            f"{fact}; name the network, with the arguments, that it was saved from.",
         )
-
-
-def _some(items: list[str]) -> str:
-    shown = ", ".join(items[:_SHOWN])
-    return f"{shown} and {len(items) - _SHOWN} more" if len(items) > _SHOWN else shown
 
 
 def _name(network: nn.Module) -> str:

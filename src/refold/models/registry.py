@@ -5,6 +5,7 @@ In timm's registry each network of refold is ``refold_`` and its name: ``timm.cr
 
 import difflib
 import fnmatch
+import inspect
 import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
@@ -12,6 +13,7 @@ from functools import partial
 from typing import Any, cast
 
 import timm
+import torch
 from timm.models import (
     PretrainedCfg,
     build_model_with_cfg,
@@ -84,7 +86,8 @@ TIMM_PREFIX = "refold_"
 _GIVEN_WEIGHTS = ("state_dict", "file", "source")
 
 # Where a network runs and where its weights come from is not part of what it is.
-_NOT_ARCHITECTURE = {"device", "dtype", "cache_dir", "checkpoint_path"}
+_SOURCES = ("pretrained_cfg", "pretrained_cfg_overlay")
+_NOT_ARCHITECTURE = {"device", "dtype", "cache_dir", "checkpoint_path", *_SOURCES}
 
 
 def _default_cfg(name: str, network: type[ImageClassifier], row: Any) -> PretrainedCfg:
@@ -190,8 +193,32 @@ def _build_own(name: str, pretrained: bool, **kwargs: Any) -> nn.Module:
     return built
 
 
+def declared_arguments(name: str) -> frozenset[str]:
+    """The keywords that the constructor of a named network declares.
+
+    Raises ``UnknownModel`` where nobody has the name.
+    """
+    if name in _NETWORKS:
+        network: type = _NETWORKS[name][0]
+    else:
+        _check_timm_name(name)
+        try:
+            with torch.device("meta"):
+                network = type(timm.create_model(name))
+        except Exception:  # some of timm's need real tensors to begin with
+            return frozenset()
+    constructors = [vars(base)["__init__"] for base in network.__mro__ if "__init__" in vars(base)]
+    taken = {key for each in constructors for key in inspect.signature(each).parameters}
+    return frozenset(taken - {"self", "args", "kwargs"})
+
+
 def _architecture(name: str, arguments: dict[str, Any]) -> dict[str, Any] | None:
     kept = {key: value for key, value in arguments.items() if key not in _NOT_ARCHITECTURE}
+    # timm takes these from there where they are not given.
+    for source in (arguments.get(key) for key in _SOURCES):
+        for key in ("num_classes", "in_chans", "global_pool"):
+            if isinstance(source, Mapping) and key in source:
+                kept.setdefault(key, source[key])
     try:
         return {"name": name, "arguments": json.loads(json.dumps(kept))}
     except TypeError:

@@ -13,6 +13,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import nn
 
 from refold.errors import InputError, RecipeError, RefoldError, first_line, printable
+from refold.targets import weights_file
 from refold.training.batches import recipe_transforms
 from refold.training.images import LabelledImages
 from refold.training.module import make_optimizer
@@ -113,8 +114,9 @@ def describe_start(
 def _start(settings: Settings) -> str:
     if (settings.output / STATE).is_file():
         return f"the last whole epoch of '{settings.output}'"
-    if settings.checkpoint is not None:
-        return f"the weights in '{settings.checkpoint}'"
+    file = settings.checkpoint or weights_file(settings.network)
+    if file is not None:
+        return f"the weights in '{file}'"
     if settings.pretrained:
         return "its published weights"
     return "random weights"

@@ -12,11 +12,12 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
-from refold.checkpoints import example_input, load, original, save
+from refold.checkpoints import example_input, save
 from refold.export import export, get_engine
 from refold.files import write_text
 from refold.folding import fold
 from refold.picture import save_picture
+from refold.targets import network_of, original_network
 from refold.training.batches import held_out_loader
 from refold.training.callbacks import EpochRow, Keeper, Unreadable
 from refold.training.curves import draw_curves
@@ -41,8 +42,8 @@ def finish(
 ) -> Result:
     """Fold the best network as it was saved, write what belongs to the run, and say what it gave."""
     folder, images = settings.output, module.images
-    net = load(folder / TRAINING, form="training")
-    trained = original(net) if hasattr(net, "unfold_report") else net
+    net = network_of(settings.network, folder / TRAINING)
+    trained = original_network(settings.network, net) if hasattr(net, "unfold_report") else net
     example = example_input(net, module.preprocessing["input_size"])
     with console.status("Folding, and proving the fold"):
         plain: Any = fold(trained, example)

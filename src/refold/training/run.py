@@ -8,6 +8,7 @@ import time
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -123,7 +124,7 @@ def expect(settings: Settings, console: Console) -> Estimate:
     )
     program = memory_of_process()
     with torch_threads(settings.threads), lightning_quiet():
-        net, preprocessing = _network(settings, len(everything.class_names))
+        net, preprocessing = _network(settings, len(everything.class_names), console)
         describe_start(settings, everything, preprocessing, console)
         began = time.perf_counter()
         if in_memory:
@@ -201,7 +202,7 @@ def _trained(settings: Settings, here: Place, console: Console, beginning: Begin
         images, changes = same_split(images, settings.output / SPLIT, changes_allowed=beginning.data_changed)
         notes += changes
     with torch_threads(settings.threads), lightning_quiet():
-        net, preprocessing = _network(settings, len(images.class_names))
+        net, preprocessing = _network(settings, len(images.class_names), console)
         describe_start(settings, images, preprocessing, console)
         for note in notes:
             console.print(printable(note), markup=False, highlight=False, soft_wrap=True)
@@ -233,11 +234,19 @@ def _begin(settings: Settings, images: LabelledImages, beginning: Beginning) -> 
     write_text(settings.output / RUN, json.dumps(settings.to_dict(), indent=2))
 
 
-def _network(settings: Settings, classes: int) -> tuple[nn.Module, dict[str, Any]]:
+def _network(settings: Settings, classes: int, console: Console) -> tuple[nn.Module, dict[str, Any]]:
     """The network to train, with its branches, and how its images are prepared."""
     recipe = settings.recipe.recipe
     reseed(settings.seed)
-    net = build_network(settings.network, classes, recipe, settings.checkpoint)
+    net = build_network(
+        settings.network,
+        classes,
+        recipe,
+        settings.checkpoint,
+        settings.model_args,
+        partial(console.print, markup=False),
+        pretrained=settings.pretrained,
+    )
     preprocessing = preprocessing_for(net, recipe, settings.checkpoint)
     net = _unfolded(net, settings, preprocessing)
     check_size(net, preprocessing["input_size"], settings.network)

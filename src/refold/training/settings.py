@@ -8,11 +8,14 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 from refold.errors import InputError
+from refold.runs import PLAIN as PLAIN
+from refold.runs import RUN as RUN
+from refold.runs import STATE as STATE
+from refold.runs import TRAINING as TRAINING
 from refold.training.options import Option, check_bounds
 from refold.training.recipe import ResolvedRecipe
 
-STATE, TRAINING, PLAIN, ONNX = "last.ckpt", "training.safetensors", "plain.safetensors", "plain.onnx"
-RUN, CARD, REPORT, HISTORY, CURVES = "run.json", "card.json", "fold.json", "history.csv", "curves.png"
+ONNX, CARD, REPORT, HISTORY, CURVES = "plain.onnx", "card.json", "fold.json", "history.csv", "curves.png"
 PICTURE, SPLIT, SAMPLE = "fold.svg", "split.csv", "data.png"
 TENSORBOARD = "tensorboard"
 # All that a run may write; what makes it a run comes first.
@@ -34,8 +37,9 @@ Threads = Annotated[
 class Settings:
     """What a run may be told, beside its recipe; the options of `refold train` and `refold distill` are made of it.
 
-    ``data`` is what `refold.training.data.open_data` understands. ``pretrained`` takes the published weights of the
-    network to start from, ``checkpoint`` holds others,
+    ``data`` is what `refold.training.data.open_data` understands, ``network`` what `refold.targets` does, which
+    ``model_args`` (KEY=VALUE) build. ``pretrained`` takes the network's published weights to start from,
+    ``checkpoint`` holds others,
     ``unfold`` names a plan of `refold.unfold`, ``teacher`` a network or a checkpoint to learn from; ``teacher_cache``
     is a folder that keeps its answers (`answers.TeacherCache`).
     ``accelerator`` and ``precision`` are those of Lightning's Trainer, ``strategy`` its name for how ``devices`` on
@@ -53,7 +57,9 @@ class Settings:
             changeable=True,
         ),
     ]
-    network: Annotated[str, Option("The network to train, any model name.", default="repghostnet_050")]
+    network: Annotated[
+        str, Option("The network to train: a name, a checkpoint, net.py:Net ...", default="repghostnet_050")
+    ]
     recipe: Annotated[
         ResolvedRecipe,
         Option(
@@ -62,6 +68,9 @@ class Settings:
             shown_default="small_images, photos or finetune: what fits data and weights",
         ),
     ]
+    model_args: Annotated[
+        list[str] | None, Option("An argument that builds the network; repeatable.", metavar="KEY=VALUE")
+    ] = None
     pretrained: Annotated[bool, Option("Start from the published weights of the network.")] = False
     checkpoint: Annotated[str | None, Option("Weights of the network to start from.", given_as=Path)] = None
     unfold: Annotated[str | None, Option("Train with the branches of this plan.", metavar="PLAN")] = None

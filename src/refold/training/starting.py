@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,10 +12,12 @@ from rich.console import Console
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import nn
 
-from refold.checkpoints import load, read_card
-from refold.errors import CheckpointError, InputError
+from refold.checkpoints import class_count, read_card
+from refold.errors import CheckpointError, InputError, RecipeError
 from refold.files import PathLike
-from refold.models import create_model, load_checkpoint
+from refold.models import create_model
+from refold.own_code import OwnNetwork, is_own_code, takes
+from refold.targets import Say, building, model_arguments, open_network, weights_file
 from refold.training.callbacks import Unreadable
 from refold.training.images import LabelledImages, read_into_memory
 from refold.training.progress import progress
@@ -24,37 +27,93 @@ from refold.unfolding import rebuild
 _LARGEST_MEMORY = 2 * 1024**3
 
 
-def build_network(name: str, classes: int, recipe: Recipe, checkpoint: PathLike | None = None) -> nn.Module:
-    """The named network for that many classes, with the recipe's dropout.
+def build_network(
+    target: str,
+    classes: int,
+    recipe: Recipe,
+    checkpoint: PathLike | None = None,
+    model_args: Sequence[str] | None = None,
+    say: Say = lambda _: None,
+    *,
+    pretrained: bool = False,
+) -> nn.Module:
+    """The network that a text names, for that many classes, with the recipe's dropout and ``model_args`` (KEY=VALUE).
 
-    With a ``checkpoint`` its weights are taken over, but for a classifier of another number of classes, and so are the
-    branches of a network that was unfolded.
-    Raises `CheckpointError` where the checkpoint does not fit, `UnknownModel` where nobody has the name.
+    With a ``checkpoint``, one in the place of the name, or the published weights of a ``pretrained`` network, the
+    weights are taken over, but for a classifier of another number of classes, and so are the branches of a network that
+    was unfolded. What was stripped goes to ``say``.
+    Raises `CheckpointError` where the checkpoint does not fit, `UnknownModel` where nobody has the name, `RecipeError`
+    where the network has no such rate, and `InputError` where it has another number of classes.
     """
-    net = create_model(name, num_classes=classes, drop_rate=recipe.dropout, drop_path_rate=recipe.drop_path)
-    if checkpoint is None:
-        return net
-    if read_card(checkpoint) is not None:
-        source = load(checkpoint, form="training")
-        report: Any = getattr(source, "unfold_report", None)
-        if report is not None:
-            net = rebuild(net, report.to_dict())
-    else:
-        source = create_model(name)
-        load_checkpoint(source, checkpoint)
-    own = net.state_dict()
-    fitting = {
-        key: value
-        for key, value in source.state_dict().items()
-        if key in own and own[key].shape == value.shape
-    }
-    if not _is_all_but_the_classifier(own.keys() - fitting.keys(), net):
-        stranger = min(own.keys() - fitting.keys())
-        raise CheckpointError(
-            f"'{checkpoint}' does not fit {name}: it has nothing for '{stranger}'; name the network it is of."
+    arguments = model_arguments(model_args)
+    is_file = weights_file(target) is not None
+    source: Any = None
+    if is_file or checkpoint is not None or pretrained:
+        source = open_network(
+            target, checkpoint, arguments, required="training", pretrained=pretrained, say=say
         )
+    if is_file:
+        checkpoint = target
+        target = source.architecture["name"]
+        arguments = {**source.architecture["arguments"], **arguments}
+    net = _untrained(target, classes, recipe, arguments)
+    if source is None:
+        return net
+    report: Any = getattr(source, "unfold_report", None)
+    if report is not None:
+        net = rebuild(net, report.to_dict())
+    own, theirs = net.state_dict(), source.state_dict()
+    fitting = {key: value for key, value in theirs.items() if key in own and own[key].shape == value.shape}
+    left = own.keys() - fitting.keys()
+    if not _is_classifier(left, net, theirs, classes):
+        raise CheckpointError(
+            f"'{checkpoint}' does not fit {target}: it has nothing for '{min(left)}'; name the network it is of."
+        )
+    if left:
+        origin = "the published weights" if checkpoint is None else checkpoint
+        say(f"{origin}: the classifier is one of other classes; a new one for {classes} starts.")
     net.load_state_dict(fitting, strict=False)
+    card = getattr(source, "card", None)
+    if card is not None and card.preprocessing is not None:
+        net.pretrained_cfg = (getattr(net, "pretrained_cfg", None) or {}) | card.preprocessing
     return net
+
+
+def _untrained(target: str, classes: int, recipe: Recipe, given: Mapping[str, Any]) -> nn.Module:
+    rates = {"drop_rate": ("dropout", recipe.dropout), "drop_path_rate": ("drop_path", recipe.drop_path)}
+    arguments = {name: rate for name, (_, rate) in rates.items() if rate is not None} | dict(given)
+    if not is_own_code(target):
+        arguments["num_classes"] = classes
+        try:
+            with building(target, arguments):
+                return create_model(target, **arguments)
+        except InputError as error:
+            for name, (key, rate) in rates.items():
+                if rate is not None and f"'{name}'" in str(error):
+                    raise _no_rate(target, key, rate) from error
+            raise
+    network = OwnNetwork(target)
+    for name, (key, rate) in rates.items():
+        if name in arguments and not takes(network, name):
+            if rate:
+                raise _no_rate(target, key, rate)
+            del arguments[name]
+    if takes(network, "num_classes"):
+        arguments["num_classes"] = classes
+    net = network(**arguments)
+    found = class_count(net)
+    if found not in (None, classes):
+        raise InputError(
+            f"'{target}' answers with {found} numbers and the data has {classes} classes; let it take num_classes, or "
+            "give --model-args."
+        )
+    return net
+
+
+def _no_rate(target: str, key: str, rate: float) -> RecipeError:
+    return RecipeError(
+        f"'{key}' is {rate:g} in the recipe, but {target} has no such rate; leave it out: --set {key}=null."
+    )
 
 
 def preprocessing_for(net: nn.Module, recipe: Recipe, checkpoint: PathLike | None = None) -> dict[str, Any]:
@@ -108,13 +167,17 @@ def _largest_side(recipe: Recipe) -> int:
     return round(recipe.image_size / math.sqrt(smallest))
 
 
-def _is_all_but_the_classifier(missing: set[str], net: nn.Module) -> bool:
-    if not missing:
+def _is_classifier(left: set[str], net: nn.Module, theirs: Mapping[str, torch.Tensor], classes: int) -> bool:
+    """Whether the tensors that are left without weights, if any, are those of the network's classifier."""
+    if not left:
         return True
+    state: dict[str, torch.Tensor] = net.state_dict(keep_vars=True)
     get_classifier: Any = getattr(net, "get_classifier", None)
     classifier = None if get_classifier is None else get_classifier()
-    if not isinstance(classifier, nn.Module):
-        return False
-    held = {id(parameter) for parameter in classifier.parameters()}
-    state: dict[str, torch.Tensor] = net.state_dict(keep_vars=True)
-    return all(id(state[key]) in held for key in missing)
+    if isinstance(classifier, nn.Module):
+        held = {id(parameter) for parameter in classifier.parameters()}
+        return all(id(state[key]) in held for key in left)
+    # A network of the user's own shows it by its rows: one for each class.
+    return len({key.rpartition(".")[0] for key in left}) == 1 and all(
+        key in theirs and state[key].shape == (classes, *theirs[key].shape[1:]) for key in left
+    )

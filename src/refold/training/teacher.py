@@ -10,31 +10,22 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from refold.checkpoints import load, read_card
-from refold.errors import InputError
+from refold.errors import CheckpointError, InputError
 from refold.files import PathLike
-from refold.models import create_model, load_checkpoint
-
-_CHECKPOINT_SUFFIXES = {".safetensors", ".pth", ".pt", ".ckpt", ".bin", ".tar"}
+from refold.targets import Say, open_network
 
 
-def teacher_network(name: str, classes: int, checkpoint: PathLike | None = None) -> nn.Module:
-    """A teacher in eval mode: a checkpoint of refold's in either form, or a named network and its weights.
+def teacher_network(name: str, checkpoint: PathLike | None = None, say: Say = lambda _: None) -> nn.Module:
+    """A teacher in eval mode, as `refold.targets.open_network` has it, in either form.
 
     A named network without a checkpoint takes the weights that are published for it.
     Raises `InputError`, `CheckpointError` or `UnknownModel` where that is not possible.
     """
-    if any(name.endswith(suffix) for suffix in _CHECKPOINT_SUFFIXES):
-        if checkpoint is not None:
-            raise InputError(f"The teacher '{name}' is a checkpoint already; give no second one.")
-        return load(name)
-    if checkpoint is None:
-        return create_model(name, pretrained=True).eval()
-    if read_card(checkpoint) is not None:
-        return load(checkpoint)
-    net = create_model(name, num_classes=classes)
-    load_checkpoint(net, checkpoint)
-    return net.eval()
+    try:
+        return open_network(name, checkpoint, pretrained=None, say=say)
+    except (InputError, CheckpointError) as error:
+        said = str(error).replace("--checkpoint", "--teacher-checkpoint")
+        raise type(error)(f"The teacher cannot be used. {said}") from error
 
 
 class Teacher:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +91,8 @@ def open_teaching(
                 "There is no teacher whose answers could be kept; name one, or give no teacher_cache."
             )
         return None
-    network = teacher_network(settings.teacher, len(images.class_names), settings.teacher_checkpoint)
+    say = partial(console.print, markup=False)
+    network = teacher_network(settings.teacher, settings.teacher_checkpoint, say)
     teacher = open_teacher(network, settings.teacher, images.class_names, preprocessing)
     cache = None
     if settings.teacher_cache is not None:
