@@ -45,6 +45,4 @@ def first_line(error: BaseException) -> str:
 
 def printable(text: object) -> str:
     """A text in one line for a terminal: control characters, of which file names may hold any, are written out."""
-    return "".join(
-        character if character.isprintable() else repr(character)[1:-1] for character in str(text)
-    )
+    return "".join(character if character.isprintable() else repr(character)[1:-1] for character in str(text))

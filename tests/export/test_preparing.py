@@ -40,7 +40,8 @@ def test_normalization_and_softmax_are_in_the_file(tmp_path: Path) -> None:
     metadata = metadata_of(path)
     assert json.loads(metadata["class_names"]) == ["ape", "bee", "cat", "Öl"]
     assert json.loads(metadata["normalization"]) == {"mean": mean, "std": std}
-    assert json.loads(metadata["preprocessing"]) == {"mean": [0.0] * 3, "std": [1.0] * 3}
+    left = {"mean": [0.0] * 3, "std": [1.0] * 3, "input_size": [3, 16, 16]}
+    assert json.loads(metadata["preprocessing"]) == left
     assert metadata["output"] == "probabilities"
     assert [trial.same_top1 for trial in report.trials] == [trial.batch_size for trial in report.trials]
 

@@ -121,6 +121,11 @@ def installed_engines() -> list[str]:
     return [name for name, form in FORMATS.items() if not _missing(form)]
 
 
+def engine_of(path: Path) -> str | None:
+    """The name of the engine whose files end as the path does; None where there is none."""
+    return next((name for name, form in FORMATS.items() if path.name.endswith(form.suffix)), None)
+
+
 def get_engine(name: str) -> Engine:
     """The module of an engine; raises `InputError` where there is none of that name or it is not installed."""
     if name not in FORMATS:

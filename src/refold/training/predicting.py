@@ -2,28 +2,41 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from timm.data import ImageNetInfo, create_transform, resolve_model_data_config
+from timm.data import (
+    DEFAULT_CROP_PCT,
+    IMAGENET_DEFAULT_MEAN,
+    IMAGENET_DEFAULT_STD,
+    ImageNetInfo,
+    create_transform,
+)
 from torch import Tensor, nn
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from refold.errors import InputError
-from refold.export import get_engine
+from refold.errors import InputError, RefoldError, first_line
+from refold.export.metadata import (
+    OutputKind,
+    Preprocessing,
+    are_probabilities,
+    check_class_names,
+    check_probabilities,
+    read_preprocessing,
+)
+from refold.export.preparing import known_preprocessing
 from refold.training.images import read_image
-from refold.training.task import ClassificationTask, Task
+from refold.training.task import ClassificationTask
 
 _BATCH = 32
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """The likeliest classes of one image with their probabilities, or why it could not be read."""
+    """The likeliest classes of one image with their probabilities, or why there are none."""
 
     image: str
     classes: list[tuple[str, float]]
@@ -37,69 +50,152 @@ class Prediction:
 
 @dataclass(frozen=True)
 class ImagePredictor:
-    """A function from prepared images ``(n, 3, height, width)`` to outputs, how to prepare them, and what they mean."""
+    """A function from prepared images ``(n, 3, height, width)`` to outputs ``(n, classes)``, and what they mean.
 
+    ``title`` is what messages call the network. ``output`` says whether the outputs are logits or probabilities,
+    ``batch`` how many images a call must have, None for any number. ``notes`` are sentences on what was not
+    known for sure; predicting may add to them.
+    """
+
+    title: str
     run: Callable[[Tensor], Tensor]
-    preprocessing: dict[str, Any]
-    task: Task
+    preprocessing: Preprocessing
+    class_names: Sequence[str] | None
+    output: OutputKind = "logits"
+    batch: int | None = None
+    notes: list[str] = field(default_factory=list)
 
     def predict(self, images: Sequence[Path], top: int = 5) -> Iterator[Prediction]:
-        """The ``top`` likeliest classes of each image, in order; an unreadable image carries its error."""
-        keys = ("input_size", "interpolation", "mean", "std", "crop_pct")
-        settings = {key: self.preprocessing[key] for key in keys if self.preprocessing.get(key) is not None}
-        prepare = create_transform(
-            is_training=False,
-            **{key: tuple(value) if isinstance(value, list) else value for key, value in settings.items()},
-        )
-        for start in range(0, len(images), _BATCH):
-            paths, prepared, errors = images[start : start + _BATCH], [], {}
+        """The ``top`` likeliest classes of each image, in order.
+
+        An image that cannot be read, or for which the outputs are not finite, carries its error. Raises `InputError`
+        where the network cannot run on such images, or what is said of its outputs is not so.
+        """
+        prepare = create_transform(is_training=False, **self.preprocessing.known())
+        size = self.batch or _BATCH
+        for start in range(0, len(images), size):
+            paths, errors = images[start : start + size], {}
+            prepared = []
             for path in paths:
                 try:
                     prepared.append(prepare(read_image(path)))
                 except InputError as error:
                     errors[path] = str(error)
-            answers: Iterator[list[tuple[str, float]]] = iter(())
-            if prepared:
-                with torch.inference_mode():
-                    answers = iter(self.task.likeliest(self.run(torch.stack(prepared)), top))
+            answers = iter(self._answers(torch.stack(prepared), top) if prepared else [])
             for path in paths:
                 if path in errors:
                     yield Prediction(str(path), [], errors[path])
-                else:
-                    yield Prediction(str(path), next(answers))
+                    continue
+                classes = next(answers)
+                yield Prediction(str(path), classes or [], None if classes else self._not_finite(path))
+
+    def _not_finite(self, path: Path) -> str:
+        return (
+            f"The image '{path}' has no prediction: {self.title} gives NaN or infinity for it; look for weights that "
+            "are not finite."
+        )
+
+    def _answers(self, batch: Tensor, top: int) -> list[list[tuple[str, float]] | None]:
+        """The likeliest classes of each image; None where its outputs are not finite."""
+        outputs = self._outputs(batch)
+        finite = outputs.isfinite().all(dim=1)
+        rows = outputs[finite]
+        if self.output == "probabilities":
+            check_probabilities(rows, self.title)
+            logits = rows.log()
+        elif are_probabilities(rows):
+            self._note(f"{self.title} gives probabilities, though nothing says so; no softmax was applied.")
+            logits = rows.log()
+        else:
+            logits = rows
+        likeliest = iter(ClassificationTask(self.class_names).likeliest(logits, top))
+        return [next(likeliest) if is_finite else None for is_finite in finite.tolist()]
+
+    def _outputs(self, batch: Tensor) -> Tensor:
+        count = len(batch)
+        if self.batch is not None:
+            # A file of a fixed batch takes no fewer; the last image stands in for those that are missing.
+            batch = torch.cat([batch, batch[-1:].expand(self.batch - count, *batch.shape[1:])])
+        with torch.inference_mode():
+            try:
+                outputs = self.run(batch)
+            except RefoldError:
+                raise
+            except Exception as error:
+                raise InputError(
+                    f"{self.title} cannot run on images of shape {tuple(batch.shape)}: {first_line(error)}."
+                ) from error
+        if not isinstance(outputs, Tensor) or outputs.dim() != 2 or len(outputs) != len(batch):
+            shape = tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
+            raise InputError(
+                f"{self.title} gives {shape} for {len(batch)} images, not one row of classes for each; predict "
+                "names the classes of networks that classify images."
+            )
+        if self.class_names is not None:
+            check_class_names(self.class_names, outputs.shape[1], self.title)
+        return outputs[:count]
+
+    def _note(self, note: str) -> None:
+        if note not in self.notes:
+            self.notes.append(note)
 
 
-def network_classifier(net: nn.Module) -> ImagePredictor:
-    """A network with what its checkpoint says, or as timm knows its name; a thousand classes are ImageNet's."""
-    card = getattr(net, "card", None)
-    preprocessing = dict(resolve_model_data_config(net))
-    if card is not None and card.preprocessing is not None:
-        preprocessing |= card.preprocessing
-    names = None if card is None else card.class_names
-    if names is None and getattr(net, "num_classes", None) == 1000:
-        imagenet = ImageNetInfo()
-        names = [imagenet.index_to_description(index) for index in range(1000)]
-    return ImagePredictor(net.eval(), preprocessing, ClassificationTask(names))
+def network_classifier(net: nn.Module, title: str | None = None) -> ImagePredictor:
+    """A network with what its checkpoint says, or as timm knows its name; a thousand classes are ImageNet's.
 
-
-def onnx_classifier(path: Path, threads: int = 1) -> ImagePredictor:
-    """An ONNX file of a training run, with the ``card.json`` beside it.
-
-    Raises `InputError` where the file or the card is missing or not understood.
+    ``title`` is what messages call it. Raises `InputError` where its preprocessing is not understood.
     """
-    if not path.is_file():
-        raise InputError(f"There is no file '{path}'; check the path.")
-    card = path.with_name("card.json")
-    try:
-        described = json.loads(card.read_text(encoding="utf-8"))
-        names, preprocessing = described["class_names"], described["preprocessing"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    card = getattr(net, "card", None)
+    notes: list[str] = []
+    title = f"'{title}'" if title else type(net).__name__
+    known = read_preprocessing(known_preprocessing(net), title)
+    names = None if card is None else card.class_names
+    return ImagePredictor(
+        title,
+        net.eval(),
+        completed(known, title, notes),
+        named_classes(names, getattr(net, "num_classes", None), title, notes),
+        notes=notes,
+    )
+
+
+def completed(preprocessing: Preprocessing, title: str, notes: list[str]) -> Preprocessing:
+    """The preprocessing with ImageNet's usual values for what is not known, and a note of which these are.
+
+    Raises `InputError` where the means or deviations are not one for each of three channels.
+    """
+    usual: dict[str, Any] = {
+        "input_size": (3, 224, 224),
+        "mean": IMAGENET_DEFAULT_MEAN,
+        "std": IMAGENET_DEFAULT_STD,
+        "interpolation": "bicubic",
+        "crop_pct": DEFAULT_CROP_PCT,
+    }
+    missing = [name for name in usual if getattr(preprocessing, name) is None]
+    if missing:
+        values = ", ".join(f"{name} {usual[name]}" for name in missing)
+        notes.append(f"{title} does not say how images are prepared in full; taken as usual: {values}.")
+    full = preprocessing.model_copy(update={name: usual[name] for name in missing})
+    assert full.input_size is not None
+    assert full.mean is not None
+    assert full.std is not None
+    if not full.input_size[0] == len(full.mean) == len(full.std) == 3:
         raise InputError(
-            f"'{path}' has no readable card.json of a training run beside it, so its classes and preprocessing "
-            "are not known; give the checkpoint that it was exported from."
-        ) from error
-    session = get_engine("onnxruntime").open(path, threads=threads)
-    return ImagePredictor(lambda batch: session(batch)[0], preprocessing, ClassificationTask(names))
+            f"{title} takes images of {full.input_size[0]} channels with {len(full.mean)} means and {len(full.std)} "
+            "deviations; predict prepares images of three: red, green and blue."
+        )
+    return full
+
+
+def named_classes(
+    names: Sequence[str] | None, classes: int | None, title: str, notes: list[str]
+) -> Sequence[str] | None:
+    """The names given; ImageNet's where there are none for a thousand classes, which a note says."""
+    if names is not None or classes != 1000:
+        return names
+    notes.append(f"{title} has no class names; its thousand classes are taken for those of ImageNet.")
+    imagenet = ImageNetInfo()
+    return [imagenet.index_to_description(index) for index in range(classes)]
 
 
 def find_images(paths: Sequence[Path]) -> list[Path]:
