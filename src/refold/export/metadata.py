@@ -16,6 +16,7 @@ from refold.errors import InputError
 from refold.export.request import Inputs, Normalization
 
 OutputKind = Literal["logits", "probabilities"]
+PortKind = Literal["image", "output"]
 
 # What two roundings to float16 may add up to, over a thousand classes.
 _SUM_TOLERANCE = 1e-2
@@ -122,7 +123,7 @@ def pixel_range(normalization: Normalization) -> int:
     return 255 if max(*mean, *std) > 1 else 1
 
 
-def port_names(kind: Literal["image", "output"], count: int) -> list[str]:
+def port_names(kind: PortKind, count: int) -> list[str]:
     """What the inputs or the outputs of a file are called, in every format that has names."""
     if count == 1:
         return [kind]
@@ -134,7 +135,7 @@ def ports_of(
 ) -> tuple[list[Port], list[Port]]:
     """The inputs and the outputs of a network, by its example and what it gave for it."""
 
-    def ports(kind: Literal["image", "output"], tensors: Sequence[Tensor]) -> list[Port]:
+    def ports(kind: PortKind, tensors: Sequence[Tensor]) -> list[Port]:
         return [
             Port(
                 name=name, shape=_shape(tensor, dynamic_batch), dtype=str(tensor.dtype).removeprefix("torch.")
