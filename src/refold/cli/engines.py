@@ -148,7 +148,7 @@ def _read_lines(path: Path) -> list[str]:
 def bench(
     targets: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[NAME|CHECKPOINT]...", help="Model names, or files of refold.save."),
+        typer.Argument(metavar="NAME|CHECKPOINT", help="Model names, or files of refold.save."),
     ] = None,
     form: Annotated[
         list[str] | None,

@@ -127,9 +127,7 @@ def predict(
             help="A run's folder, a file of refold.save, an exported file of any engine, or a model name.",
         ),
     ],
-    images: Annotated[
-        list[Path], typer.Argument(metavar="IMAGE...", help="Image files, and folders of them.")
-    ],
+    images: Annotated[list[Path], typer.Argument(metavar="IMAGE", help="Image files, and folders of them.")],
     top: Annotated[int, typer.Option("--top", min=1, help="How many classes.")] = 5,
     checkpoint: Checkpoint = None,
     num_classes: NumClasses = None,
