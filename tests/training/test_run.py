@@ -27,7 +27,7 @@ from refold.training.recipe import load_recipe
 from refold.training.run import Settings, resume, train
 
 FILES = [
-    "card.json", "curves.png", "fold.json", "fold.svg", "history.csv", "last.ckpt", "plain.onnx",
+    "README.md", "card.json", "curves.png", "fold.json", "fold.svg", "history.csv", "last.ckpt", "plain.onnx",
     "plain.safetensors", "run.json", "training.safetensors",
 ]  # fmt: skip
 QUICK = {"epochs": 2, "batch_size": 8, "image_size": 32, "learning_rate": 1e-3}

@@ -13,7 +13,7 @@ from refold.training.recipe import ResolvedRecipe
 
 STATE, TRAINING, PLAIN, ONNX = "last.ckpt", "training.safetensors", "plain.safetensors", "plain.onnx"
 RUN, CARD, REPORT, HISTORY, CURVES = "run.json", "card.json", "fold.json", "history.csv", "curves.png"
-PICTURE = "fold.svg"
+PICTURE, MODEL_CARD = "fold.svg", "README.md"
 TENSORBOARD = "tensorboard"
 
 Keep = Literal["best", "last"]
