@@ -190,6 +190,25 @@ def test_a_network_that_gives_probabilities_is_not_softmaxed_again(run: Path, tm
     assert predictor.notes == []
 
 
+class Regression(Tiny):
+    """Outputs that add up to one as those of least squares do, and are above zero for the photo."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        outputs = super().forward(x) / 15
+        return outputs - outputs.mean(dim=1, keepdim=True) + 1 / 6
+
+
+def test_outputs_that_happen_to_add_up_to_one_are_logits(run: Path, tmp_path: Path) -> None:
+    tiny(tmp_path)
+    net = refold.load(tmp_path / "tiny.safetensors", Regression)
+    predictor = network_classifier(net)
+    assert predictor.notes == []
+    (shares,) = shares_of(predictor, [run / "album" / "a.png"])
+    assert 0.1 < min(shares.values()) < max(shares.values()) < 0.3, (
+        "small logits are nearly equal as probabilities"
+    )
+
+
 def rewritten(path: Path, **entries: str | None) -> Path:
     """A copy of an ONNX file with other metadata; None takes an entry away."""
     model = onnx.load(path)

@@ -8,8 +8,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast
 
-from annotated_types import Gt, Le
-from pydantic import BaseModel, ConfigDict, FiniteFloat, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, TypeAdapter, ValidationError
 from torch import Tensor, nn
 
 from refold.errors import InputError
@@ -23,7 +22,7 @@ _SUM_TOLERANCE = 1e-2
 # Below it, only a softmax makes outputs add up to one: logits do not by chance.
 _SUM_BY_SOFTMAX = 1e-5
 
-_Side = Annotated[int, Gt(0), Le(8192)]
+_Side = Annotated[int, Field(gt=0, le=8192)]
 
 
 class Preprocessing(BaseModel):
@@ -31,11 +30,12 @@ class Preprocessing(BaseModel):
 
     model_config = ConfigDict(frozen=True)
 
-    input_size: tuple[Annotated[int, Gt(0), Le(64)], _Side, _Side] | None = None
+    input_size: tuple[Annotated[int, Field(gt=0, le=64)], _Side, _Side] | None = None
     mean: tuple[FiniteFloat, ...] | None = None
-    std: tuple[Annotated[FiniteFloat, Gt(0)], ...] | None = None
+    std: tuple[Annotated[FiniteFloat, Field(gt=0)], ...] | None = None
     interpolation: Literal["nearest", "bilinear", "bicubic", "box", "hamming", "lanczos"] | None = None
-    crop_pct: Annotated[FiniteFloat, Gt(0), Le(1)] | None = None
+    # Above one, the image is smaller than what the network takes, and gets a border.
+    crop_pct: Annotated[FiniteFloat, Field(gt=0, le=2)] | None = None
     crop_mode: Literal["center", "squash", "border"] | None = None
 
     def known(self) -> dict[str, Any]:
@@ -44,11 +44,15 @@ class Preprocessing(BaseModel):
 
 
 class Port(BaseModel):
-    """An input or an output: its name, its dtype and its shape, in which a free batch is called "batch"."""
+    """An input or an output: its name, its dtype and its shape, in which a free batch is called "batch".
+
+    ``layout`` tells the order of an image's axes; there is one only.
+    """
 
     name: str
     shape: list[int | Literal["batch"]]
     dtype: str
+    layout: Literal["NCHW"] | None = None
 
 
 class Description(BaseModel):
@@ -111,8 +115,8 @@ def describe(
         metadata["preprocessing"] = json.dumps(left)
     if class_names is not None:
         metadata["class_names"] = json.dumps(list(class_names), ensure_ascii=False)
-    metadata["inputs"] = json.dumps([port.model_dump() for port in inputs])
-    metadata["outputs"] = json.dumps([port.model_dump() for port in outputs])
+    metadata["inputs"] = json.dumps([port.model_dump(exclude_none=True) for port in inputs])
+    metadata["outputs"] = json.dumps([port.model_dump(exclude_none=True) for port in outputs])
     return metadata
 
 
@@ -135,20 +139,19 @@ def ports_of(
 ) -> tuple[list[Port], list[Port]]:
     """The inputs and the outputs of a network, by its example and what it gave for it."""
 
+    def port(name: str, tensor: Tensor) -> Port:
+        shape: list[int | Literal["batch"]] = list(tensor.shape)
+        return Port(
+            name=name,
+            shape=["batch", *shape[1:]] if dynamic_batch and shape else shape,
+            dtype=str(tensor.dtype).removeprefix("torch."),
+            layout="NCHW" if len(shape) == 4 else None,
+        )
+
     def ports(kind: PortKind, tensors: Sequence[Tensor]) -> list[Port]:
-        return [
-            Port(
-                name=name, shape=_shape(tensor, dynamic_batch), dtype=str(tensor.dtype).removeprefix("torch.")
-            )
-            for name, tensor in zip(port_names(kind, len(tensors)), tensors, strict=True)
-        ]
+        return [port(*pair) for pair in zip(port_names(kind, len(tensors)), tensors, strict=True)]
 
     return ports("image", inputs), ports("output", outputs)
-
-
-def _shape(tensor: Tensor, dynamic_batch: bool) -> list[int | Literal["batch"]]:
-    shape: list[int | Literal["batch"]] = list(tensor.shape)
-    return ["batch", *shape[1:]] if dynamic_batch and shape else shape
 
 
 def read_description(metadata: Mapping[str, Any], path: Path) -> Description:

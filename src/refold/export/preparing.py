@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -157,6 +158,8 @@ def _check_normalization(normalization: Normalization, image: Tensor) -> None:
         )
     if not all(value > 0 for value in std):
         raise InputError(f"The standard deviations are {list(std)}; all must be above zero.")
+    if not all(math.isfinite(value) for value in (*mean, *std)):
+        raise InputError(f"The normalization is {list(mean)} and {list(std)}; all must be finite numbers.")
 
 
 def known_preprocessing(model: nn.Module) -> dict[str, Any]:

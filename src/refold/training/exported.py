@@ -46,7 +46,7 @@ def exported_classifier(path: Path, threads: int | None = None) -> ImagePredicto
         description.output or "logits",
         description.batch,
         notes,
-    )
+    ).probed()
 
 
 def _filled(description: Description, path: Path, notes: list[str]) -> Description:

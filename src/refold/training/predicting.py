@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,7 +26,6 @@ from refold.export.metadata import (
     are_probabilities,
     check_class_names,
     check_probabilities,
-    read_preprocessing,
 )
 from refold.export.preparing import known_preprocessing
 from refold.training.images import read_image
@@ -54,7 +54,7 @@ class ImagePredictor:
 
     ``title`` is what messages call the network. ``output`` says whether the outputs are logits or probabilities,
     ``batch`` how many images a call must have, None for any number. ``notes`` are sentences on what was not
-    known for sure; predicting may add to them.
+    known for sure.
     """
 
     title: str
@@ -102,12 +102,7 @@ class ImagePredictor:
         rows = outputs[finite]
         if self.output == "probabilities":
             check_probabilities(rows, self.title)
-            logits = rows.log()
-        elif are_probabilities(rows):
-            self._note(f"{self.title} gives probabilities, though nothing says so; no softmax was applied.")
-            logits = rows.log()
-        else:
-            logits = rows
+        logits = rows.log() if self.output == "probabilities" else rows
         likeliest = iter(ClassificationTask(self.class_names).likeliest(logits, top))
         return [next(likeliest) if is_finite else None for is_finite in finite.tolist()]
 
@@ -135,9 +130,18 @@ class ImagePredictor:
             check_class_names(self.class_names, outputs.shape[1], self.title)
         return outputs[:count]
 
-    def _note(self, note: str) -> None:
-        if note not in self.notes:
-            self.notes.append(note)
+    def probed(self) -> ImagePredictor:
+        """The same, for probabilities where the outputs for noise are such, though nothing says so, which a note does.
+
+        Of photos, a few logits may happen to look like probabilities; of noise, all do behind a softmax alone.
+        """
+        assert self.preprocessing.input_size is not None
+        generator = torch.Generator().manual_seed(0)
+        noise = torch.randn(self.batch or 8, *self.preprocessing.input_size, generator=generator)
+        if self.output == "probabilities" or not are_probabilities(self._outputs(noise)):
+            return self
+        note = f"{self.title} gives probabilities, though nothing says so; no softmax was applied."
+        return dataclasses.replace(self, output="probabilities", notes=[*self.notes, note])
 
 
 def network_classifier(net: nn.Module, title: str | None = None) -> ImagePredictor:
@@ -148,7 +152,7 @@ def network_classifier(net: nn.Module, title: str | None = None) -> ImagePredict
     card = getattr(net, "card", None)
     notes: list[str] = []
     title = f"'{title}'" if title else type(net).__name__
-    known = read_preprocessing(known_preprocessing(net), title)
+    known = Preprocessing(**known_preprocessing(net))
     names = None if card is None else card.class_names
     return ImagePredictor(
         title,
@@ -156,7 +160,7 @@ def network_classifier(net: nn.Module, title: str | None = None) -> ImagePredict
         completed(known, title, notes),
         named_classes(names, getattr(net, "num_classes", None), title, notes),
         notes=notes,
-    )
+    ).probed()
 
 
 def completed(preprocessing: Preprocessing, title: str, notes: list[str]) -> Preprocessing:
