@@ -1,6 +1,7 @@
 """Predictions by name, the same from every form, and images that cannot be read."""
 
 import csv
+import dataclasses
 import io
 import json
 from collections.abc import Sequence
@@ -301,6 +302,9 @@ def test_outputs_that_are_no_numbers_are_no_class(run: Path, tmp_path: Path) -> 
     assert "a.png' has no prediction: Cracked gives NaN or infinity for it" in str(first.error)
     assert second.error is None
     assert len(second.classes) == 5
+    predictor = dataclasses.replace(network_classifier(net), output="probabilities")
+    (alone,) = predictor.predict([run / "album" / "a.png"])
+    assert alone.classes == []
     with pytest.raises(InputError, match=r"Cracked gives 1 of 6 values of output 0 as NaN or infinity"):
         refold.export(net, tmp_path / "net.onnx", EXAMPLE, fold=False)
     assert not (tmp_path / "net.onnx").exists()
@@ -325,11 +329,14 @@ def test_class_names_of_another_number_are_refused(names: Any, run: Path, tmp_pa
 )
 def test_a_damaged_file_is_one_sentence(suffix: str, tmp_path: Path) -> None:
     path = tmp_path / f"net{suffix}"
-    with pytest.raises(InputError, match="There is no file"):
+    with pytest.raises(InputError, match=r"There is no (file|folder)"):
         exported_classifier(path)
-    path.write_bytes(np.random.default_rng(0).bytes(3000))
+    if suffix == ".mlpackage":
+        path.mkdir()
+    else:
+        path.write_bytes(np.random.default_rng(0).bytes(3000))
     path.with_suffix(".bin").write_bytes(b"1")
-    with pytest.raises(InputError, match=r"cannot (read|load) '.*net"):
+    with pytest.raises(InputError, match=r"cannot (read|load|run) '.*net"):
         exported_classifier(path)
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from refold.errors import InputError, RefoldError, first_line
 from refold.export.engines import FORMATS, Session, engine_of, get_engine
 from refold.export.metadata import Description, read_description
+from refold.export.running import run_apart
 
 T = TypeVar("T")
 
@@ -39,6 +40,8 @@ def open_exported(path: Path, *, threads: int | None = None) -> ExportedFile:
     if not (path.is_dir() if kind.is_folder else path.is_file()):
         raise InputError(f"There is no {'folder' if kind.is_folder else 'file'} '{path}'; check the path.")
     engine = get_engine(name)
+    if kind.aborts:
+        run_apart(name, path, [])
     failure = f"{kind.title} cannot read '{path}'; export it again"
     metadata = _or_sentence(lambda: engine.read_metadata(path), failure)
     description = read_description(metadata, path)

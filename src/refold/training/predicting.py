@@ -100,7 +100,7 @@ class ImagePredictor:
         outputs = self._outputs(batch)
         finite = outputs.isfinite().all(dim=1)
         rows = outputs[finite]
-        if self.output == "probabilities":
+        if self.output == "probabilities" and len(rows):
             check_probabilities(rows, self.title)
         logits = rows.log() if self.output == "probabilities" else rows
         likeliest = iter(ClassificationTask(self.class_names).likeliest(logits, top))
