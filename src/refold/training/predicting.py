@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,6 +33,8 @@ from refold.training.images import read_image
 from refold.training.task import ClassificationTask
 
 _BATCH = 32
+# Values of prepared images that are kept at once: a gigabyte, and where a file may take any number a quarter of it.
+_MOST_VALUES = 2**28
 
 
 @dataclass(frozen=True)
@@ -72,7 +75,7 @@ class ImagePredictor:
         where the network cannot run on such images, or what is said of its outputs is not so.
         """
         prepare = create_transform(is_training=False, **self.preprocessing.known())
-        size = self.batch or _BATCH
+        size = self._images_a_call
         for start in range(0, len(images), size):
             paths, errors = images[start : start + size], {}
             prepared = []
@@ -88,6 +91,20 @@ class ImagePredictor:
                     continue
                 classes = next(answers)
                 yield Prediction(str(path), classes or [], None if classes else self._not_finite(path))
+
+    @property
+    def _images_a_call(self) -> int:
+        """As many as the file takes, or as there is memory for; raises `InputError` where it takes more."""
+        assert self.preprocessing.input_size is not None
+        values = math.prod(self.preprocessing.input_size)
+        if self.batch is None:
+            return max(1, min(_BATCH, _MOST_VALUES // 4 // values))
+        if not 0 < self.batch * values <= _MOST_VALUES:
+            raise InputError(
+                f"{self.title} says that a call takes {self.batch} images of {self.preprocessing.input_size}, which "
+                "predict does not prepare; export the network with a free batch."
+            )
+        return self.batch
 
     def _not_finite(self, path: Path) -> str:
         return (
@@ -137,7 +154,8 @@ class ImagePredictor:
         """
         assert self.preprocessing.input_size is not None
         generator = torch.Generator().manual_seed(0)
-        noise = torch.randn(self.batch or 8, *self.preprocessing.input_size, generator=generator)
+        count = self._images_a_call if self.batch is not None else min(8, self._images_a_call)
+        noise = torch.randn(count, *self.preprocessing.input_size, generator=generator)
         if self.output == "probabilities" or not are_probabilities(self._outputs(noise)):
             return self
         note = f"{self.title} gives probabilities, though nothing says so; no softmax was applied."
