@@ -310,7 +310,7 @@ def test_outputs_that_are_no_numbers_are_no_class(run: Path, tmp_path: Path) -> 
     predictor = dataclasses.replace(network_classifier(net), output="probabilities")
     (alone,) = predictor.predict([run / "album" / "a.png"])
     assert alone.classes == []
-    with pytest.raises(InputError, match=r"Cracked gives 1 of 6 values of output 0 as NaN or infinity"):
+    with pytest.raises(InputError, match=r"The network gives 1 of 6 values of output 0 as NaN or infinity"):
         refold.export(net, tmp_path / "net.onnx", EXAMPLE, fold=False)
     assert not (tmp_path / "net.onnx").exists()
 

@@ -58,16 +58,16 @@ def make_cases(model: nn.Module, arguments: tuple[Tensor, ...], *, dynamic_batch
     trials.append(("uniform from 0 to 1", spread_out))
     cases = [Case(name, inputs, outputs_of(model, inputs)) for name, inputs in trials]
     for case in cases:
-        _check_finite(case, type(model).__name__)
+        _check_finite(case)
     return cases
 
 
-def _check_finite(case: Case, network: str) -> None:
+def _check_finite(case: Case) -> None:
     for place, output in enumerate(case.expected):
         if output.is_floating_point() and not output.isfinite().all():
             bad = int((~output.isfinite()).sum())
             raise InputError(
-                f"{network} gives {bad} of {output.numel()} values of output {place} as NaN or infinity (inputs: "
+                f"The network gives {bad} of {output.numel()} values of output {place} as NaN or infinity (inputs: "
                 f"{case.inputs}), so that no export can be compared with it; look for weights that are not finite."
             )
 
