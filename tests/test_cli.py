@@ -12,12 +12,15 @@ from typing import Any
 import pytest
 import timm
 import torch
+import typer
 from safetensors.torch import load_file
 from torch import nn
+from typer.testing import CliRunner
 
 import refold
 from refold import cli
 from refold.checkpoints import read_card
+from refold.cli import _COMMANDS
 from refold.unfolding import PLANS
 
 Run = Callable[..., tuple[int, str, str]]
@@ -270,6 +273,31 @@ def test_help_and_version_need_no_torch() -> None:
         )
         assert done.returncode == 0, done.stderr
         assert expected in done.stdout
+
+
+@pytest.mark.parametrize("command", [(), *((name,) for name in sorted(_COMMANDS))])
+def test_help_names_every_option_whole_at_80_columns(
+    command: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for width in ("COLUMNS", "TERMINAL_WIDTH"):
+        monkeypatch.setenv(width, "80")
+    result = CliRunner().invoke(cli.app, [*command, "--help"], catch_exceptions=False)
+    assert result.exit_code == 0
+    assert max(map(len, result.stdout.splitlines())) <= 80
+    assert "…" not in result.stdout
+    described: Any = typer.main.get_command(cli.app)
+    if command:
+        described = described.commands[command[0]]
+    names = {name for parameter in described.params for name in (*parameter.opts, *parameter.secondary_opts)}
+    options = {name for name in names if name.startswith("-")}
+    assert "--help" in result.stdout
+    if command:
+        assert len(options) > 1
+    else:
+        # A command is described by its whole sentence.
+        assert "--checkpoint takes its published weights." in result.stdout
+    for name in options:
+        assert re.search(rf"(?<![\w-]){name}(?![\w-])", result.stdout), name
 
 
 def test_the_public_names_are_there() -> None:

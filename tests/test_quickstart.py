@@ -14,8 +14,8 @@ from refold.errors import InputError
 from refold.quickstart import IN_ENGINE, PLAIN_FORM, TRAINING_FORM, QuickstartOptions, render, run
 
 FILES = [
-    "card.json", "chart.png", "curves.png", "data.png", "fold.json", "fold.svg", "history.csv", "last.ckpt",
-    "plain.onnx", "plain.safetensors", "results.json", "run.json", "split.csv", "training.safetensors",
+    "README.md", "card.json", "chart.png", "curves.png", "data.png", "fold.json", "fold.svg", "history.csv",
+    "last.ckpt", "plain.onnx", "plain.safetensors", "results.json", "run.json", "split.csv", "training.safetensors",
 ]  # fmt: skip
 
 

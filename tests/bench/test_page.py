@@ -1,14 +1,18 @@
 """The page needs nothing else and holds every figure; the plots are files as well."""
 
+import dataclasses
 import re
+from collections import Counter
 from html.parser import HTMLParser
 from pathlib import Path
 
+import matplotlib
 import pytest
 from fakes import a_benchmark, a_machine, configuration, row
 from PIL import Image
 
-from refold.bench.drawings import pareto_front
+from refold.bench.breakdown import KINDS
+from refold.bench.drawings import MOST, STYLE, TEXT, pareto_front
 from refold.bench.page import to_html
 from refold.bench.plots import plots, save_plots
 from refold.bench.results import Benchmark
@@ -101,3 +105,97 @@ def test_titles_say_what_tells_plots_apart() -> None:
     assert {plot.title for plot in drawn if plot.section == "Throughput"} == {"pytorch"}
     assert any("1234" in plot.svg() for plot in drawn)
     assert all("e+03" not in plot.svg() for plot in drawn)
+
+
+def many() -> Benchmark:
+    """Fourteen networks, one of them with a long name, in two forms and at two batch sizes."""
+    names = [f"mobilenetv4_conv_small_{number}" for number in range(13)]
+    names.append("runs/photos-of-birds-in-november/trained-for-three-hundred-epochs/plain.safetensors")
+    kinds = {kind: 1.0 + place for place, kind in enumerate(KINDS)}
+    rows = [
+        dataclasses.replace(
+            row(configuration(name, form, batch_size=size), [(place + 1) * factor * size * 100] * 4),
+            breakdown=kinds,
+        )
+        for place, name in enumerate(names)
+        for form, factor in (("training", 2.0), ("plain", 1.0))
+        for size in (1, 8)
+    ]
+    return Benchmark(
+        {"a processor": a_machine()}, rows, "training", {name: 60.0 + i % 9 for i, name in enumerate(names)}
+    )
+
+
+def test_no_drawing_shows_more_than_eight_and_none_is_missing() -> None:
+    result = many()
+    models = {row.configuration.model for row in result.rows}
+    drawn = plots(result)
+    assert len({plot.name for plot in drawn}) == len(drawn)
+    for section in {plot.section for plot in drawn}:
+        mine = [plot for plot in drawn if plot.section == section]
+        shown = Counter(plot.on_demand for plot in mine)
+        assert shown[False] == (1 if section == "Throughput" else 2), "one a batch size"
+        assert shown[True] > 0
+        words = {
+            text.get_text().replace("\n", "")
+            for plot in mine
+            for text in plot.figure.findobj(matplotlib.text.Text)
+            if text.get_visible()
+        }
+        assert all(any(model in word for word in words) for model in models), section
+    for plot in drawn:
+        (axes,) = plot.figure.axes
+        if plot.section == "Latency":
+            assert len(axes.patches) <= MOST
+        if plot.section == "Time by kind of operator":
+            assert len({patch.get_y() for patch in axes.patches}) <= MOST
+            assert len({patch.get_facecolor() for patch in axes.patches}) <= MOST
+        if plot.section == "Throughput":
+            assert len(axes.lines) <= MOST
+
+
+def test_nothing_is_cut_or_too_small_for_a_phone() -> None:
+    for plot in plots(many()):
+        with matplotlib.rc_context(STYLE):
+            plot.figure.draw_without_rendering()
+            page = plot.figure.bbox
+            (axes,) = plot.figure.axes
+            outside = {  # matplotlib keeps labels of ticks that it does not draw
+                label
+                for axis, place in ((axes.xaxis, 0), (axes.yaxis, 1))
+                for label in axis.get_ticklabels()
+                if not min(axis.get_view_interval())
+                <= label.get_position()[place]
+                <= max(axis.get_view_interval())
+            }
+            for text in set(plot.figure.findobj(matplotlib.text.Text)) - outside:
+                if text.get_visible() and text.get_text():
+                    box = text.get_window_extent()
+                    assert box.x0 >= -1, (plot.name, text)
+                    assert box.x1 <= page.x1 + 1, (plot.name, text)
+                    assert box.y0 >= -1, (plot.name, text)
+                    assert box.y1 <= page.y1 + 1, (plot.name, text)
+                    assert text.get_fontsize() >= TEXT
+        width = plot.figure.get_figwidth() * 72
+        # 390 pixels less the margins of the page.
+        assert TEXT * 358 / width >= 14
+
+
+def test_the_page_fits_a_phone_and_the_dark() -> None:
+    page = to_html(many())
+    assert '<meta name="viewport" content="width=device-width, initial-scale=1">' in page
+    style = page[page.index("<style>") : page.index("</style>")]
+    screen = style[: style.index("@media print")]
+    sizes = [float(size) for size in re.findall(r"font-size: ([\d.]+)rem", screen)]
+    assert min(sizes) * 16 >= 14
+    assert page.count('<div class="scroll">\n<table>') == page.count("<table>") == 3
+    light, dark = (
+        dict(re.findall(r"(--[\w-]+): (#\w+)", part))
+        for part in screen.split("@media (prefers-color-scheme: dark)")
+    )
+    assert light.keys() == dark.keys()
+    assert light["--ground"] != dark["--ground"]
+    for drawing in re.findall(r"<svg.*?</svg>", page, re.DOTALL):
+        assert not re.search(r": ?#[0-9a-f]{6}", drawing), "a colour that does not change in the dark"
+        assert set(re.findall(r"var\((--[\w-]+)\)", drawing)) <= light.keys()
+    assert page.count("<details>") == len({plot.section for plot in plots(many())})

@@ -167,7 +167,7 @@ def test_litert_takes_the_pixels_and_keeps_the_metadata_of_half_precision(tmp_pa
     from refold.export.litert import read_metadata
 
     torch.manual_seed(0)
-    network = nn.Sequential(nn.Conv2d(3, 64, 1), nn.Upsample((7, 7)), nn.Conv2d(64, 64, 3)).eval()
+    network = nn.Sequential(nn.Conv2d(3, 64, 1), nn.Upsample((7, 7)), nn.Conv2d(64, 4, 3)).eval()
     for half in (False, True):
         path = tmp_path / "net.tflite"
         report = refold.export(
@@ -228,3 +228,61 @@ def test_what_a_converter_says_is_passed_on(tmp_path: Path) -> None:
         run_converter(script("import os; os.kill(os.getpid(), 11)"), "Abacus", written)
     with pytest.raises(InputError, match="it ended with code 0 and no message"):
         run_converter(script(""), "Abacus", written)
+
+
+class TwoOutputs(Small):
+    """A network of two outputs."""
+
+    def forward(self, x: Tensor) -> Any:
+        features = self.stem(x).relu()
+        return features.mean(dim=(2, 3)), features.flatten(1)
+
+
+def port_names_of(path: Path) -> tuple[list[str], list[str]]:
+    """What the inputs and the outputs are called, asked of the engine's own interface."""
+    if path.suffix == ".onnx":
+        import onnxruntime
+
+        session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+        return [v.name for v in session.get_inputs()], [v.name for v in session.get_outputs()]
+    if path.suffix == ".xml":
+        import openvino
+
+        model = openvino.Core().read_model(path)
+        return [v.any_name for v in model.inputs], [v.any_name for v in model.outputs]
+    if path.suffix == ".param":
+        import ncnn
+
+        net = ncnn.Net()
+        net.load_param(str(path))
+        return list(net.input_names()), list(net.output_names())
+    if path.suffix == ".mnn":
+        import MNN
+
+        info = MNN.nn.load_module_from_file(str(path), [], []).get_info()
+        return list(info["inputNames"]), list(info["outputNames"])
+    if path.suffix == ".mlpackage":
+        import coremltools
+
+        description = coremltools.utils.load_spec(str(path)).description
+        return [v.name for v in description.input], [v.name for v in description.output]
+    from ai_edge_litert.interpreter import Interpreter
+
+    (signature,) = Interpreter(str(path)).get_signature_list().values()
+    return sorted(signature["inputs"]), sorted(signature["outputs"])
+
+
+@pytest.mark.parametrize(
+    "engine",
+    [
+        *engines("onnxruntime"),
+        *QUICK,
+        *(pytest.param(p.values[0], marks=[*p.marks, pytest.mark.slow]) for p in engines("litert", "coreml")),
+    ],
+)
+def test_inputs_and_outputs_have_fixed_names(engine: str, tmp_path: Path) -> None:
+    path, _ = write_small(tmp_path, engine)
+    assert port_names_of(path) == (["image"], ["output"])
+    two = tmp_path / f"two{FORMATS[engine].suffix}"
+    refold.export(TwoOutputs(), two, SMALL, engine=engine)
+    assert port_names_of(two) == (["image"], ["output_0", "output_1"])

@@ -171,3 +171,15 @@ def test_bad_input_is_one_sentence(net: nn.Module, tmp_path: Path) -> None:
         refold.export(net, tmp_path / "missing" / "x.onnx", IMAGE)
     assert list(tmp_path.iterdir()) == []
     assert refold.export(FixedBatch(), path, torch.randn(2, 3, 4), dynamic_batch=False).batch_sizes == [2]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_network_whose_outputs_are_not_finite_is_refused(value: float, tmp_path: Path) -> None:
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.AdaptiveAvgPool2d(1), nn.Flatten()).eval()
+    with torch.no_grad():
+        net[0].weight[2] = value
+    with pytest.raises(
+        InputError, match=r"gives 1 of 4 values of output 0 as NaN or infinity \(inputs: the example"
+    ):
+        refold.export(net, tmp_path / "x.onnx", IMAGE)
+    assert list(tmp_path.iterdir()) == []

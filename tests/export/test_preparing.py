@@ -5,12 +5,14 @@ from pathlib import Path
 
 import onnx
 import pytest
+import timm
 import torch
 from torch import Tensor, nn
 
 import refold
 from refold.errors import InputError
 from refold.export import get_engine
+from refold.export.metadata import read_preprocessing
 
 IMAGE = torch.randn(1, 3, 16, 16, generator=torch.Generator().manual_seed(1))
 
@@ -40,7 +42,8 @@ def test_normalization_and_softmax_are_in_the_file(tmp_path: Path) -> None:
     metadata = metadata_of(path)
     assert json.loads(metadata["class_names"]) == ["ape", "bee", "cat", "Öl"]
     assert json.loads(metadata["normalization"]) == {"mean": mean, "std": std}
-    assert json.loads(metadata["preprocessing"]) == {"mean": [0.0] * 3, "std": [1.0] * 3}
+    left = {"mean": [0.0] * 3, "std": [1.0] * 3, "input_size": [3, 16, 16]}
+    assert json.loads(metadata["preprocessing"]) == left
     assert metadata["output"] == "probabilities"
     assert [trial.same_top1 for trial in report.trials] == [trial.batch_size for trial in report.trials]
 
@@ -93,8 +96,17 @@ def test_what_does_not_fit_is_one_sentence(tmp_path: Path) -> None:
         refold.export(net, path, IMAGE, normalize=([0.5, 0.5], [1, 1, 1]))
     with pytest.raises(InputError, match="all must be above zero"):
         refold.export(net, path, IMAGE, normalize=([0.5] * 3, [1, 0, 1]))
+    with pytest.raises(InputError, match="all must be finite numbers"):
+        refold.export(net, path, IMAGE, normalize=([0.5, float("nan"), 0.5], [1, 1, 1]))
     with pytest.raises(InputError, match="it takes 2 inputs"):
         refold.export(TwoInputs(), path, (torch.randn(1, 2, 3), torch.randn(1, 2, 3)), softmax=True)
     with pytest.raises(InputError, match=r"ends in \.onnx, such as .*x\.onnx"):
         refold.export(net, tmp_path / "x.tflite", IMAGE)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_every_preprocessing_of_timm_is_understood() -> None:
+    for name in timm.list_models(pretrained=True):
+        config = timm.models.get_pretrained_cfg(name)
+        assert config is not None
+        assert read_preprocessing(config.to_dict(), name).input_size == tuple(config.input_size)

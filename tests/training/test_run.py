@@ -27,8 +27,8 @@ from refold.training.recipe import load_recipe
 from refold.training.run import Settings, resume, train
 
 FILES = [
-    "card.json", "curves.png", "data.png", "fold.json", "fold.svg", "history.csv", "last.ckpt", "plain.onnx",
-    "plain.safetensors", "run.json", "split.csv", "training.safetensors",
+    "README.md", "card.json", "curves.png", "data.png", "fold.json", "fold.svg", "history.csv", "last.ckpt",
+    "plain.onnx", "plain.safetensors", "run.json", "split.csv", "training.safetensors",
 ]  # fmt: skip
 QUICK = {"epochs": 2, "batch_size": 8, "image_size": 32, "learning_rate": 1e-3}
 

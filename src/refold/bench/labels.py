@@ -7,8 +7,10 @@ from typing import Any
 
 from matplotlib.axes import Axes
 
+from refold.bench.colours import PAPER
+
 # Keeps a label readable across a line.
-_HALO = {"facecolor": "white", "edgecolor": "none", "alpha": 0.7, "pad": 0.6}
+_HALO = {"facecolor": PAPER, "edgecolor": "none", "alpha": 0.7, "pad": 0.6}
 # Offsets in points from what is labelled, and the alignments that go with them, the best first.
 _PLACES = (
     (6, 0, "left", "center"),
@@ -24,18 +26,25 @@ _PLACES = (
 
 
 def label_points(
-    axes: Axes, labels: Mapping[str, tuple[float, float]], points: Sequence[tuple[float, float]]
+    axes: Axes,
+    labels: Mapping[str, tuple[float, float]],
+    points: Sequence[tuple[float, float]],
+    size: float = 8,
 ) -> None:
-    """Write each label beside its point, where it covers neither a point nor another label if there is room."""
-    axes.figure.canvas.draw()
+    """Write each label beside its point, where it covers neither a point nor another label if there is room.
+
+    ``size`` is that of the text in points.
+    """
+    figure: Any = axes.get_figure(root=True)
+    figure.draw_without_rendering()
     taken = [axes.transData.transform(point) for point in points]
     boxes: list[Any] = []
     for name, point in labels.items():
-        boxes.append(_label(axes, name, point, taken, boxes))
+        boxes.append(_label(axes, name, point, taken, boxes, size))
 
 
 def _label(
-    axes: Axes, name: str, point: tuple[float, float], taken: Sequence[Any], boxes: Sequence[Any]
+    axes: Axes, name: str, point: tuple[float, float], taken: Sequence[Any], boxes: Sequence[Any], size: float
 ) -> Any:
     """Write one label at the best place, and return its box."""
     best: tuple[int, Any, Any] | None = None
@@ -47,7 +56,7 @@ def _label(
             textcoords="offset points",
             ha=horizontal,
             va=vertical,
-            fontsize=8,
+            fontsize=size,
             bbox=_HALO,
         )
         box = text.get_window_extent()

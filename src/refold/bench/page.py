@@ -9,13 +9,16 @@ from markupsafe import Markup
 
 from refold.bench import tables
 from refold.bench.breakdown import KINDS
+from refold.bench.colours import themed, variables
+from refold.bench.drawings import SECTIONS
 from refold.bench.plots import Plot, plots
 from refold.bench.results import Benchmark
 from refold.files import PathLike, write_text
 
 _EXPLAINED = {
     "Accuracy against latency": "Left and up is better. The dashed line is the Pareto front: no other point is both "
-    "faster and more accurate than one on it. Grey lines join the forms of a network.",
+    "faster and more accurate than one on it. Grey lines join the forms of a network, small grey points are the "
+    "networks of the other parts.",
     "Latency": "Bars are medians, the thin lines span the middle half of the samples.",
     "Throughput": "Images a second at the median latency.",
     "Time by kind of operator": "From a separate, profiled run of each network: the profiler itself costs time, so "
@@ -58,8 +61,7 @@ def to_html(benchmark: Benchmark, title: str = "Benchmark") -> str:
     )
     drawn = plots(benchmark)
     sections = {
-        name: [(plot, Markup(_labelled(plot))) for plot in drawn if plot.section == name]
-        for name in _EXPLAINED
+        name: [(plot, Markup(_labelled(plot))) for plot in drawn if plot.section == name] for name in SECTIONS
     }
     return environment.get_template("page.html.jinja").render(
         title=title,
@@ -67,6 +69,7 @@ def to_html(benchmark: Benchmark, title: str = "Benchmark") -> str:
         machines=[tables.describe(name, machine) for name, machine in benchmark.machines.items()],
         sections={name: found for name, found in sections.items() if found},
         explained=_EXPLAINED,
+        colours={"light": variables(dark=False), "dark": variables(dark=True)},
         tables=[
             table for table in (_results(benchmark), _breakdown(benchmark), _roofs(benchmark)) if table.rows
         ],
@@ -83,7 +86,7 @@ def _labelled(plot: Plot) -> str:
     """The SVG with its summary for screen readers, its size left to the page; the text of `plot` is escaped."""
     head, body = plot.svg().split(">", 1)
     attributes = " ".join(part for part in head.split() if not part.startswith(("width=", "height=")))
-    return f'{attributes} role="img" aria-label="{Markup.escape(plot.summary)}">{body}'
+    return f'{attributes} role="img" aria-label="{Markup.escape(plot.summary)}">{themed(body)}'
 
 
 def _results(benchmark: Benchmark) -> PageTable:

@@ -12,7 +12,7 @@ from pathlib import Path
 import matplotlib
 from matplotlib.figure import Figure
 
-from refold.bench.drawings import SECTIONS, STYLE, draw_throughput
+from refold.bench.drawings import SECTIONS, STYLE
 from refold.bench.results import Benchmark, Measurement
 from refold.files import PathLike, make_folder, written_aside
 
@@ -44,13 +44,17 @@ class Scene:
 
 @dataclass(frozen=True)
 class Plot:
-    """One drawing: `name` for a file, `section` and `title` for a reader, `summary` for one who cannot see it."""
+    """One drawing: `name` for a file, `section` and `title` for a reader, `summary` for one who cannot see it.
+
+    A page shows one that is ``on_demand`` where it is asked for.
+    """
 
     name: str
     section: str
     title: str
     summary: str
     figure: Figure
+    on_demand: bool = False
 
     def svg(self) -> str:
         """The drawing as an SVG element to put into a page; its text stays text."""
@@ -71,26 +75,33 @@ class Plot:
 
 
 def plots(benchmark: Benchmark) -> list[Plot]:
-    """Every plot that the measurements allow, section by section, one for each engine."""
-    rows = benchmark.measured
-    found: list[Plot] = []
-    scenes = list(dict.fromkeys(_scene(row) for row in rows))
+    """Every plot that the measurements allow, section by section, some for each engine where it is too many for one."""
     with matplotlib.rc_context(STYLE):
-        for section, draw in SECTIONS.items():
-            for scene in scenes:
-                here = [row for row in rows if _scene(row) == scene]
-                for engine in dict.fromkeys(row.configuration.engine for row in here):
-                    mine = [row for row in here if row.configuration.engine == engine]
-                    plot = draw(benchmark, mine)
-                    if plot is None:
-                        continue
-                    figure, summary = plot
-                    name = _file_name(section, engine, scene, scenes)
-                    title = _title(engine, scene, scenes)
-                    found.append(
-                        Plot(name, section, title, f"{section}, {engine}, {scene}: {summary}", figure)
-                    )
-        found += _throughput_plots(benchmark)
+        return [plot for name in SECTIONS for plot in _of_section(benchmark, name)]
+
+
+def _of_section(benchmark: Benchmark, section: str) -> list[Plot]:
+    groups: dict[tuple[Scene, str], list[Measurement]] = {}
+    for row in benchmark.measured:
+        scene = _scene(row)
+        if section == "Throughput":
+            scene = dataclasses.replace(scene, batch_size=None)
+        groups.setdefault((scene, row.configuration.engine), []).append(row)
+    scenes = list(dict.fromkeys(scene for scene, _ in groups))
+    found = []
+    for (scene, engine), rows in sorted(groups.items(), key=lambda group: scenes.index(group[0][0])):
+        parts = SECTIONS[section].split(benchmark, rows)
+        for part, mine in enumerate(parts, start=1):
+            drawn = SECTIONS[section].draw(benchmark, mine, rows)
+            if drawn is None:
+                continue
+            figure, summary = drawn
+            name, title = _file_name(section, engine, scene, scenes), _title(engine, scene, scenes)
+            if len(parts) > 1:
+                title = f"{title}, part {part} of {len(parts)}"
+                name = name if part == 1 else f"{name}-{part}"
+            described = f"{section}, {engine}, {scene}: {summary}"
+            found.append(Plot(name, section, title, described, figure, on_demand=part > 1))
     return found
 
 
@@ -103,23 +114,6 @@ def save_plots(benchmark: Benchmark, folder: PathLike) -> list[Path]:
             paths.append(target / f"{plot.name}{suffix}")
             plot.save(paths[-1])
     return paths
-
-
-def _throughput_plots(benchmark: Benchmark) -> list[Plot]:
-    """Images a second against the batch size, for machines, engines and threads with several batch sizes."""
-    groups: dict[tuple[str, Scene], list[Measurement]] = {}
-    for row in benchmark.measured:
-        scene = dataclasses.replace(_scene(row), batch_size=None)
-        groups.setdefault((row.configuration.engine, scene), []).append(row)
-    scenes = list(dict.fromkeys(scene for _, scene in groups))
-    found = []
-    for (engine, scene), rows in groups.items():
-        figure = draw_throughput(rows)
-        if figure is not None:
-            summary = f"Throughput by batch size, {engine}, {scene}"
-            name = _file_name("throughput", engine, scene, scenes)
-            found.append(Plot(name, "Throughput", _title(engine, scene, scenes), summary, figure))
-    return found
 
 
 def _scene(row: Measurement) -> Scene:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import signal
 import sys
 from collections.abc import Callable
@@ -25,6 +26,8 @@ _INTERRUPTED = 130
 app = typer.Typer(
     help="Convolutional networks that train with many branches and run with one.",
     no_args_is_help=True,
+    # Its tables cut long option names off at 80 columns.
+    rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
 
@@ -114,4 +117,5 @@ _COMMANDS: dict[str, Callable[..., None]] = {
     "predict": predict,
 }
 for _name, _command in _COMMANDS.items():
-    app.command(_name)(_command)
+    # Without it, only the first words of a command's sentence would be listed.
+    app.command(_name, short_help=(inspect.getdoc(_command) or "").split("\n\n")[0])(_command)

@@ -147,7 +147,7 @@ def _parse_normalization(mean: str | None, std: str | None) -> Normalization | N
 
 def _read_lines(path: Path) -> list[str]:
     try:
-        return [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        return [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"The class names '{path}' cannot be read: {error}.") from error
 
@@ -155,7 +155,7 @@ def _read_lines(path: Path) -> list[str]:
 def bench(
     targets: Annotated[
         list[str] | None,
-        typer.Argument(metavar=f"[{MODEL}]...", help=MODEL_HELP),
+        typer.Argument(metavar=MODEL, help=MODEL_HELP),
     ] = None,
     form: Annotated[
         list[str] | None,

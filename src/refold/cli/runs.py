@@ -4,12 +4,13 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -22,9 +23,13 @@ from refold.cli.shared import (
     NumClasses,
     console,
     network_from,
+    say,
 )
 from refold.errors import InputError, printable
-from refold.training.settings import QuickstartOptions, Settings
+from refold.training.settings import PLAIN, TRAINING, QuickstartOptions, Settings
+
+if TYPE_CHECKING:
+    from refold.training.predicting import ImagePredictor, Prediction
 
 Overrides = Annotated[
     list[str] | None,
@@ -200,36 +205,110 @@ def predict(
     target: Annotated[
         str,
         typer.Argument(
-            metavar="CHECKPOINT|ONNX|NAME",
-            help="A file of refold.save, an ONNX file of a training run, or a model name.",
+            metavar="RUN|FILE|NAME",
+            help="A run's folder, a file of refold.save, an exported file of any engine, or a model name.",
         ),
     ],
-    images: Annotated[
-        list[Path], typer.Argument(metavar="IMAGE...", help="Image files, and folders of them.")
-    ],
+    images: Annotated[list[Path], typer.Argument(metavar="IMAGE", help="Image files, and folders of them.")],
     top: Annotated[int, typer.Option("--top", min=1, help="How many classes.")] = 5,
     checkpoint: Checkpoint = None,
     num_classes: NumClasses = None,
     model_args: ModelArguments = None,
     as_json: AsJson = False,
+    as_csv: Annotated[
+        bool, typer.Option("--csv", help="Print CSV: image, rank, class, probability.")
+    ] = False,
 ) -> None:
-    """Name the likeliest classes of images; a model name without --checkpoint takes its published weights."""
-    from refold.training.predicting import find_images, network_classifier, onnx_classifier
+    """Name the likeliest classes of images; a model name without --checkpoint takes its published weights.
 
-    files = find_images(images)
+    The exit code is 2 if an image has no prediction.
+    """
+    from refold.training.pictures import LeftOut, find_images
+
+    if as_json and as_csv:
+        raise InputError("--json and --csv are two ways to print the same; choose one.")
+    left_out = LeftOut()
+    files = find_images(images, left_out)
+    for note in left_out.notes():
+        say(note)
+    predictor = _predictor(target, checkpoint, num_classes, model_args)
+    write = _print_json if as_json else _print_csv if as_csv else _print_lines
+    failed = write(predictor.predict(files, top))
+    for note in predictor.notes:
+        say(note)
+    if failed:
+        raise InputError(f"{failed} of {len(files)} images have no prediction.")
+
+
+def _predictor(
+    target: str, checkpoint: Path | None, num_classes: int | None, model_args: list[str] | None
+) -> ImagePredictor:
+    from refold.export.engines import engine_of
+    from refold.training.exported import exported_classifier
+    from refold.training.predicting import network_classifier
+
     path = Path(target)
-    if path.suffix == ".onnx":
-        classifier = onnx_classifier(path)
-    else:
-        net = network_from(target, checkpoint, num_classes, model_args, form="plain", pretrained=None)
-        classifier = network_classifier(net)
-    predictions = classifier.predict(files, top)
-    if as_json:
-        print(json.dumps([prediction.to_dict() for prediction in predictions], indent=2))
-        return
+    is_exported = engine_of(path) is not None
+    if (is_exported or path.is_dir()) and not (checkpoint is None and num_classes is None):
+        raise InputError(
+            f"'{target}' has its weights and classes; leave --checkpoint and --num-classes out, or name a model."
+        )
+    if is_exported:
+        return exported_classifier(path)
+    if path.is_dir():
+        target = str(_network_of_run(path))
+    net = network_from(target, checkpoint, num_classes, model_args, form="plain", pretrained=None)
+    return network_classifier(net, target)
+
+
+def _network_of_run(folder: Path) -> Path:
+    """The plain network of a finished run, or of one that is not the best so far, which is said."""
+    plain, training = folder / PLAIN, folder / TRAINING
+    if plain.is_file():
+        return plain
+    if not training.is_file():
+        raise InputError(
+            f"The folder '{folder}' holds neither {PLAIN} nor {TRAINING} of a run; give the folder of "
+            "refold train, or a file."
+        )
+    print(
+        f"refold: the run '{printable(folder)}' is not finished; its best network so far predicts.",
+        file=sys.stderr,
+    )
+    return training
+
+
+def _print_json(predictions: Iterator[Prediction]) -> int:
+    """Print all, and return how many images have none."""
+    found = list(predictions)
+    print(json.dumps([prediction.to_dict() for prediction in found], indent=2))
+    return sum(prediction.error is not None for prediction in found)
+
+
+def _print_csv(predictions: Iterator[Prediction]) -> int:
+    """Print one line a class, and return how many images have none."""
+    failed = 0
+    table = csv.writer(sys.stdout, lineterminator="\n")
+    table.writerow(("image", "rank", "class", "probability"))
     for prediction in predictions:
-        if prediction.error is not None:
-            print(f"refold: {prediction.error}", file=sys.stderr)
-            continue
-        shown = ", ".join(f"{name} {probability:.1%}" for name, probability in prediction.classes)
-        print(f"{prediction.image}: {shown}")
+        failed += _print_error(prediction)
+        for rank, (name, probability) in enumerate(prediction.classes, start=1):
+            table.writerow((printable(prediction.image), rank, printable(name), f"{probability:.6g}"))
+    return failed
+
+
+def _print_lines(predictions: Iterator[Prediction]) -> int:
+    """Print one line an image, and return how many have none."""
+    failed = 0
+    for prediction in predictions:
+        failed += _print_error(prediction)
+        if prediction.error is None:
+            shown = ", ".join(f"{name} {probability:.1%}" for name, probability in prediction.classes)
+            print(printable(f"{prediction.image}: {shown}"))
+    return failed
+
+
+def _print_error(prediction: Prediction) -> bool:
+    if prediction.error is not None:
+        print(f"refold: {printable(prediction.error)}", file=sys.stderr)
+    return prediction.error is not None

@@ -9,15 +9,17 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from refold.errors import NotEquivalent
-from refold.export.comparing import Case, compare, make_cases, spread_of
+from refold.errors import InputError, NotEquivalent
+from refold.export.comparing import Case, compare, make_cases, outputs_of, spread_of
 from refold.export.engines import FORMATS, CannotRun, get_engine
+from refold.export.metadata import OutputKind, are_probabilities, describe, ports_of
 from refold.export.placing import check_destination, files_of, placed_together
-from refold.export.preparing import choose_normalization, describe, known_preprocessing, prepare
+from refold.export.preparing import choose_normalization, known_preprocessing, prepare
 from refold.export.report import ExportReport
-from refold.export.request import FLOAT16, Normalization, Precision, Request
+from refold.export.request import FLOAT16, Inputs, Normalization, Precision, Request
 from refold.export.running import run_apart, start
 from refold.folding import fold
+from refold.models.classes import check_class_names
 
 # Parts of the outputs' spread.
 _TOLERANCE = {torch.float16: 5e-2, torch.bfloat16: 1e-1, torch.float32: 1e-3, torch.float64: 1e-9}
@@ -40,8 +42,6 @@ def export_checked(
     kind = FORMATS[engine]
     check_destination(request.path, kind)
     preprocessing = known_preprocessing(model)
-    if class_names is None:
-        class_names = getattr(getattr(model, "card", None), "class_names", None)
     normalization = choose_normalization(normalize, preprocessing)
     # In another layout than this one, converters write transpositions into the file, or files that are wrong.
     inputs = tuple(tensor.detach().cpu().contiguous() for tensor in request.inputs)
@@ -49,13 +49,22 @@ def export_checked(
     if folding and not hasattr(model, "fold_report"):
         device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
         model = fold(model, tuple(tensor.to(device) for tensor in inputs))
-    metadata = describe(model, preprocessing, class_names, normalization, softmax=softmax, form=form)
     # The user's module keeps its mode and device.
-    model = prepare(copy.deepcopy(model).cpu().eval(), inputs, normalization, softmax=softmax)
-    cases = make_cases(model, inputs, dynamic_batch=request.dynamic_batch)
+    network = copy.deepcopy(model).cpu().eval()
+    ready = prepare(network, inputs, normalization, softmax=softmax)
+    cases = make_cases(ready, inputs, dynamic_batch=request.dynamic_batch)
+    metadata = describe(
+        model,
+        preprocessing,
+        _checked_names(model, class_names, cases[0]),
+        normalization,
+        output=_kind_of_output(network, inputs, cases, softmax=softmax),
+        form=form,
+        ports=ports_of(inputs, cases[0].expected, dynamic_batch=request.dynamic_batch),
+    )
     allowed = _default_tolerance(cases, request.precision) if tolerance is None else tolerance
     with placed_together(request.path, kind) as aside:
-        notes = list(backend.write(model, replace(request, inputs=inputs, path=aside, metadata=metadata)))
+        notes = list(backend.write(ready, replace(request, inputs=inputs, path=aside, metadata=metadata)))
         contents = backend.contents(aside)
         try:
             trials = compare(run_apart(engine, aside, [case.arguments for case in cases]), cases)
@@ -80,6 +89,34 @@ def export_checked(
                 report,
             )
     return report
+
+
+def _checked_names(model: nn.Module, class_names: Sequence[str] | None, case: Case) -> Sequence[str] | None:
+    """The class names given, or those of the checkpoint; raises `InputError` where there is not one a class."""
+    if isinstance(class_names, str) or any(not isinstance(name, str) for name in class_names or ()):
+        raise InputError(
+            f"The class names are {class_names!r:.80}; give a list of texts, one for each class."
+        )
+    names = getattr(getattr(model, "card", None), "class_names", None) if class_names is None else class_names
+    if names is not None and len(case.expected) == 1 and case.expected[0].dim() > 1:
+        source = type(model).__name__ if class_names is None else "The export"
+        check_class_names(names, case.expected[0].shape[1], source)
+    return names
+
+
+def _kind_of_output(network: nn.Module, inputs: Inputs, cases: list[Case], *, softmax: bool) -> OutputKind:
+    """Whether the file gives probabilities; raises `InputError` where a softmax would follow upon another."""
+    outputs = (
+        outputs_of(network, inputs) if softmax else [case.expected[0] for case in cases if case.expected]
+    )
+    if not outputs or not all(are_probabilities(rows) for rows in outputs):
+        return "probabilities" if softmax else "logits"
+    if softmax:
+        raise InputError(
+            f"{type(network).__name__} gives probabilities by itself; leave softmax out, for a second one would "
+            "make all classes nearly equal."
+        )
+    return "probabilities"
 
 
 def _default_tolerance(cases: list[Case], precision: Precision) -> float:

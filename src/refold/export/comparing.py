@@ -45,7 +45,7 @@ class Case:
 def make_cases(model: nn.Module, arguments: tuple[Tensor, ...], *, dynamic_batch: bool) -> list[Case]:
     """The example itself, random inputs of its shape and, with a dynamic batch, other batch sizes.
 
-    Raises `InputError` where the model cannot run on one of them.
+    Raises `InputError` where the model cannot run on one of them, or gives values for it that are not finite.
     """
     batch = arguments[0].shape[0] if arguments[0].dim() else 0
     sizes = [batch, 1, batch + 2] if dynamic_batch else [batch]
@@ -56,7 +56,20 @@ def make_cases(model: nn.Module, arguments: tuple[Tensor, ...], *, dynamic_batch
         trials.append(("normal", inputs))
     spread_out = tuple(_like(argument, sizes[-1], generator, uniform=True) for argument in arguments)
     trials.append(("uniform from 0 to 1", spread_out))
-    return [Case(name, inputs, _outputs(model, inputs)) for name, inputs in trials]
+    cases = [Case(name, inputs, outputs_of(model, inputs)) for name, inputs in trials]
+    for case in cases:
+        _check_finite(case)
+    return cases
+
+
+def _check_finite(case: Case) -> None:
+    for place, output in enumerate(case.expected):
+        if output.is_floating_point() and not output.isfinite().all():
+            bad = int((~output.isfinite()).sum())
+            raise InputError(
+                f"The network gives {bad} of {output.numel()} values of output {place} as NaN or infinity (inputs: "
+                f"{case.inputs}), so that no export can be compared with it; look for weights that are not finite."
+            )
 
 
 def compare(results: list[list[Tensor]], cases: list[Case]) -> list[Trial]:
@@ -111,7 +124,8 @@ def _like(argument: Tensor, batch: int, generator: torch.Generator, *, uniform: 
     return draw(batch, *argument.shape[1:], generator=generator).to(argument.dtype)
 
 
-def _outputs(model: nn.Module, arguments: tuple[Tensor, ...]) -> list[Tensor]:
+def outputs_of(model: nn.Module, arguments: tuple[Tensor, ...]) -> list[Tensor]:
+    """All tensors that a model gives, in order; raises `InputError` where it cannot run on the arguments."""
     with torch.inference_mode():
         try:
             # In-place activations may overwrite an input that the engine is to see as well.

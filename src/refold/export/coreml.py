@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from refold.errors import InputError, first_line
 from refold.export.converting import muted
 from refold.export.engines import CannotRun, Contents, Session
+from refold.export.metadata import PortKind, port_names
 from refold.export.preparing import with_batch_axis
 from refold.export.request import FLOAT16, Request
 
@@ -39,6 +40,7 @@ def write(model: nn.Module, request: Request) -> Sequence[str]:
                 compute_precision=precision.FLOAT16 if request.precision == FLOAT16 else precision.FLOAT32,
                 skip_model_load=True,
             )
+            package = _with_port_names(package)
             package.user_defined_metadata.update(request.metadata)
             package.save(str(request.path))
     except OSError:
@@ -47,6 +49,19 @@ def write(model: nn.Module, request: Request) -> Sequence[str]:
         hint = "; a fixed batch size (dynamic_batch=False) may help" if request.dynamic_batch else ""
         raise InputError(f"coremltools cannot convert the model: {first_line(error)}{hint}.") from error
     return [f"Batches of up to {largest} images are allowed."] if request.dynamic_batch else []
+
+
+def _with_port_names(package: Any) -> Any:
+    """The package with its inputs and outputs called as in every other format, not after the graph's nodes."""
+    spec = package.get_spec()
+    ports: list[tuple[PortKind, Any]] = [
+        ("image", spec.description.input),
+        ("output", spec.description.output),
+    ]
+    for kind, values in ports:
+        for old, new in zip([value.name for value in values], port_names(kind, len(values)), strict=True):
+            coremltools.utils.rename_feature(spec, old, new)
+    return coremltools.models.MLModel(spec, weights_dir=package.weights_dir, skip_model_load=True)
 
 
 def contents(path: Path) -> Contents:

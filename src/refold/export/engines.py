@@ -24,7 +24,8 @@ class Format:
     """What is known of an engine without importing it.
 
     ``module`` has the functions of `Engine`; ``needs`` are the modules it imports, ``install`` what to give to
-    pip for them, ``otherwise`` what to do where that is not possible.
+    pip for them, ``otherwise`` what to do where that is not possible. ``aborts`` says that the engine ends the process
+    that opens a damaged file.
     """
 
     title: str
@@ -34,6 +35,7 @@ class Format:
     install: str
     is_folder: bool = False
     otherwise: str = ""
+    aborts: bool = False
 
 
 # The name on the left is what the user types.
@@ -51,7 +53,12 @@ FORMATS = {
         "'refold[litert]' && pip install --no-deps litert-torch",
     ),
     "executorch": Format(
-        "ExecuTorch", "refold.export.executorch", ".pte", ("executorch",), "'refold[executorch]'"
+        "ExecuTorch",
+        "refold.export.executorch",
+        ".pte",
+        ("executorch",),
+        "'refold[executorch]'",
+        aborts=True,
     ),
     "coreml": Format(
         "Core ML",
@@ -119,6 +126,11 @@ class Engine(Protocol):
 def installed_engines() -> list[str]:
     """The names of the engines whose packages are installed."""
     return [name for name, form in FORMATS.items() if not _missing(form)]
+
+
+def engine_of(path: Path) -> str | None:
+    """The name of the engine whose files end as the path does; None where there is none."""
+    return next((name for name, form in FORMATS.items() if path.name.endswith(form.suffix)), None)
 
 
 def get_engine(name: str) -> Engine:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from refold.errors import InputError, first_line
 from refold.export.converting import muted
 from refold.export.engines import Contents, Session
+from refold.export.metadata import PortKind, port_names
 from refold.export.request import FLOAT16, Request
 from refold.export.resizing import resizes_as_choices
 
@@ -51,7 +52,7 @@ def write(model: nn.Module, request: Request) -> Sequence[str]:
             model = resizes_as_choices(model, inputs)
             litert_torch.convert(model, inputs).export(str(path))
             # The quantizer puts the weights behind the flatbuffer, where packing it anew would lose them.
-            _add_metadata(path, request.metadata)
+            _add_names_and_metadata(path, request.metadata)
             if half:
                 _halve_weights(path)
     except OSError:
@@ -75,16 +76,26 @@ def _read(path: Path) -> Any:
     return schema.ModelT.InitFromObj(schema.Model.GetRootAs(path.read_bytes()))
 
 
-def _add_metadata(path: Path, metadata: Mapping[str, str]) -> None:
+def _add_names_and_metadata(path: Path, metadata: Mapping[str, str]) -> None:
     model = _read(path)
     buffer, entry = schema.BufferT(), schema.MetadataT()
     buffer.data = list(json.dumps(dict(metadata)).encode())
     entry.name, entry.buffer = _ENTRY, len(model.buffers)
     model.buffers.append(buffer)
     model.metadata = [*(model.metadata or []), entry]
+    for signature in model.signatureDefs:
+        _name_ports(signature.inputs, "image")
+        _name_ports(signature.outputs, "output")
     builder = flatbuffers.Builder(path.stat().st_size + 4096)
     builder.Finish(model.Pack(builder), b"TFL3")
     path.write_bytes(builder.Output())
+
+
+def _name_ports(ports: Sequence[Any], kind: PortKind) -> None:
+    """Call the inputs or the outputs of a signature as in every other format; the converter numbers them."""
+    in_order = sorted(ports, key=lambda port: _number(port.name.decode()))
+    for port, name in zip(in_order, port_names(kind, len(in_order)), strict=True):
+        port.name = name
 
 
 def read_metadata(path: Path) -> dict[str, str]:
@@ -121,7 +132,7 @@ def open(path: Path, *, threads: int | None = None) -> Session:
         interpreter.allocate_tensors()
     except Exception as error:
         raise InputError(f"LiteRT cannot load '{path}': {first_line(error)}.") from error
-    # The converter numbers the arguments and the outputs in the names of the signature.
+    # Several inputs or outputs are numbered in the names of the signature.
     runner = interpreter.get_signature_runner()
     inputs, outputs = runner.get_input_details(), list(runner.get_output_details())
     names = sorted(inputs, key=_number)

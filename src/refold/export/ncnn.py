@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from refold.errors import InputError
 from refold.export.converting import run_converter
 from refold.export.engines import Contents, Session
+from refold.export.metadata import port_names
 from refold.export.onnx_file import as_onnx
 from refold.export.placing import read_beside, write_beside
 from refold.export.preparing import rounded_to_half
@@ -67,6 +68,7 @@ def write(model: nn.Module, request: Request) -> Sequence[str]:
     unknown = [kind for kind in _layers(path) if "." in kind or "::" in kind]
     if unknown:
         raise InputError(f"ncnn has no layer for {', '.join(sorted(set(unknown)))}; choose another engine.")
+    _name_ports(path, len(request.inputs))
     write_beside(path, request.metadata)
     return ["An ncnn file takes one image a call; a batch is run image by image."]
 
@@ -86,6 +88,21 @@ def _weights(path: Path) -> Path:
 def _layers(path: Path) -> list[str]:
     # Two lines of numbers come first.
     return [line.split()[0] for line in path.read_text(encoding="utf-8").splitlines()[2:] if line.strip()]
+
+
+def _name_ports(path: Path, inputs: int) -> None:
+    """Call the inputs and outputs as in every other format, not in0 and out0."""
+    rows = [line.split() for line in path.read_text(encoding="utf-8").splitlines()]
+    # A row is the layer's kind and name, the numbers of its inputs and outputs, their names, and its settings.
+    blobs = [range(4, 4 + int(row[2]) + int(row[3])) if len(row) > 3 else range(0) for row in rows]
+    outputs = {row[place] for row, places in zip(rows, blobs, strict=True) for place in places}
+    names = {f"in{index}": name for index, name in enumerate(port_names("image", inputs))}
+    found = _in_order([name for name in outputs if re.fullmatch(r"out\d+", name)])
+    names |= dict(zip(found, port_names("output", len(found)), strict=True))
+    for row, places in zip(rows, blobs, strict=True):
+        for place in places:
+            row[place] = names.get(row[place], row[place])
+    path.write_text("".join(f"{' '.join(row)}\n" for row in rows), encoding="utf-8")
 
 
 def contents(path: Path) -> Contents:
@@ -136,5 +153,5 @@ def _is_half(weights: Path) -> bool:
 
 
 def _in_order(names: Sequence[str]) -> list[str]:
-    """By number: in0, in1, …, in10."""
+    """By number: input_0, input_1, …, input_10."""
     return sorted(names, key=lambda name: int(re.sub(r"\D", "", name) or 0))

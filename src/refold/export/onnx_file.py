@@ -7,18 +7,22 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
 from refold.errors import InputError, first_line
 from refold.export.converting import quiet
+from refold.export.metadata import port_names
 from refold.export.preparing import in_precision, with_batch_axis
-from refold.export.request import FLOAT32, Inputs, Precision, Request
+from refold.export.request import FLOAT32, Precision, Request
 
 
 def write_onnx(model: nn.Module, request: Request, *, opset_version: int | None = None) -> None:
     """Write one self-contained ONNX file; with a dynamic batch the first axis of every input is ``batch``.
+
+    Inputs and outputs have the names of `port_names`.
 
     ``opset_version`` is that of ONNX's operators, PyTorch's choice if not given.
     Raises `InputError` where the model cannot be converted.
@@ -30,17 +34,19 @@ def write_onnx(model: nn.Module, request: Request, *, opset_version: int | None 
     path = request.path
     try:
         with quiet():
-            torch.onnx.export(
+            program: Any = torch.onnx.export(
                 model,
                 inputs,
-                path,
                 dynamo=True,
                 verbose=False,
-                input_names=input_names(inputs),
+                input_names=port_names("image", len(inputs)),
                 dynamic_shapes=shapes,
-                external_data=False,
                 opset_version=opset_version,
             )
+            outputs = program.model.graph.outputs
+            for output, name in zip(outputs, port_names("output", len(outputs)), strict=True):
+                output.name = name
+            program.save(path, external_data=False)
         written = onnx.load(str(path))
         onnx.helper.set_model_props(written, dict(request.metadata))
         onnx.checker.check_model(written, full_check=True)
@@ -52,11 +58,6 @@ def write_onnx(model: nn.Module, request: Request, *, opset_version: int | None 
         raise InputError(
             f"{type(model).__name__} cannot be converted to ONNX: {first_line(error)}{hint}."
         ) from error
-
-
-def input_names(inputs: Inputs) -> list[str]:
-    """What the inputs are called in the file."""
-    return ["image"] if len(inputs) == 1 else [f"input_{index}" for index in range(len(inputs))]
 
 
 @contextmanager

@@ -1,11 +1,10 @@
-"""What goes into a file besides the network: normalization, softmax, half precision, and what to know of it."""
+"""What goes into a file besides the network: normalization, softmax, half precision."""
 
 from __future__ import annotations
 
 import copy
-import json
-from collections.abc import Mapping, Sequence
-from importlib.metadata import version
+import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -13,10 +12,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from refold.errors import InputError
+from refold.export.metadata import read_preprocessing
 from refold.export.request import FLOAT16, Inputs, Normalization, Precision, Request
 from refold.recording.arguments import Arguments, as_arguments
-
-_PREPROCESSING = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
 
 
 class Prepared(nn.Module):
@@ -160,13 +158,19 @@ def _check_normalization(normalization: Normalization, image: Tensor) -> None:
         )
     if not all(value > 0 for value in std):
         raise InputError(f"The standard deviations are {list(std)}; all must be above zero.")
+    if not all(math.isfinite(value) for value in (*mean, *std)):
+        raise InputError(f"The normalization is {list(mean)} and {list(std)}; all must be finite numbers.")
 
 
 def known_preprocessing(model: nn.Module) -> dict[str, Any]:
-    """What the model's checkpoint, or else its ``pretrained_cfg``, says in timm's terms."""
+    """What the model's ``pretrained_cfg`` says in timm's terms, and over it what its checkpoint does."""
     card = getattr(model, "card", None)
-    known = getattr(card, "preprocessing", None) or getattr(model, "pretrained_cfg", None) or {}
-    return {key: known[key] for key in _PREPROCESSING if known.get(key) is not None}
+    described = getattr(card, "preprocessing", None) or {}
+    configured = dict(getattr(model, "pretrained_cfg", None) or {})
+    if "crop_pct" in described:
+        configured.pop("crop_mode", None)  # the two belong together
+    known = read_preprocessing({**configured, **described}, getattr(card, "title", type(model).__name__))
+    return known.known()
 
 
 def choose_normalization(
@@ -183,39 +187,6 @@ def choose_normalization(
             )
         return preprocessing["mean"], preprocessing["std"]
     return normalize
-
-
-def describe(
-    model: nn.Module,
-    preprocessing: Mapping[str, Any],
-    class_names: Sequence[str] | None,
-    normalization: Normalization | None,
-    *,
-    softmax: bool,
-    form: str,
-) -> dict[str, str]:
-    """The metadata of a file; class names and preprocessing as JSON.
-
-    With the normalization baked in, ``preprocessing`` says mean 0 and deviation 1, for that is what is left to
-    do, and ``normalization`` what the file does.
-    """
-    architecture = getattr(model, "architecture", None) or {}
-    left = dict(preprocessing)
-    metadata = {
-        "producer": f"refold {version('refold')}",
-        "architecture": str(architecture.get("name") or type(model).__name__),
-        "form": form,
-        "output": "probabilities" if softmax else "logits",
-    }
-    if normalization is not None:
-        mean, std = normalization
-        left |= {"mean": [0.0] * len(mean), "std": [1.0] * len(std)}
-        metadata["normalization"] = json.dumps({"mean": list(mean), "std": list(std)})
-    if left:
-        metadata["preprocessing"] = json.dumps(left)
-    if class_names is not None:
-        metadata["class_names"] = json.dumps(list(class_names), ensure_ascii=False)
-    return metadata
 
 
 def with_batch_axis(

@@ -40,9 +40,7 @@ def run_apart(engine: str, path: Path, calls: Sequence[Inputs]) -> list[list[Ten
             refusal = process.ask("run", engine=engine, path=there, inputs=str(given), outputs=str(found))
         except ProcessFailed as error:
             _end()
-            raise InputError(
-                f"{FORMATS[engine].title} cannot run the file that was written: {error}."
-            ) from error
+            raise InputError(f"{FORMATS[engine].title} cannot run '{path.name}': {error}.") from error
         except BaseException:
             _end()  # its answer would be taken for the next one's
             raise

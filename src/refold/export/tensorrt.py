@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from refold.errors import InputError, first_line
 from refold.export.engines import CannotRun, Contents, Session
-from refold.export.onnx_file import as_onnx, input_names
+from refold.export.metadata import port_names
+from refold.export.onnx_file import as_onnx
 from refold.export.placing import read_beside, write_beside
 from refold.export.request import Inputs, Request
 
@@ -57,7 +58,7 @@ def _build_command(inputs: Inputs, batches: Sequence[int] | None) -> str:
     for kind, batch in zip(("min", "opt", "max"), batches or (), strict=False):
         sizes = [
             f"{name}:{'x'.join(map(str, (batch, *argument.shape[1:])))}"
-            for name, argument in zip(input_names(inputs), inputs, strict=True)
+            for name, argument in zip(port_names("image", len(inputs)), inputs, strict=True)
             if argument.dim()
         ]
         shapes += f" --{kind}Shapes={','.join(sizes)}"

@@ -22,11 +22,13 @@ from refold.training.batches import held_out_loader
 from refold.training.callbacks import EpochRow, Keeper, Unreadable
 from refold.training.curves import draw_curves
 from refold.training.images import LabelledImages
+from refold.training.model_card import model_card
 from refold.training.module import TrainingModule
 from refold.training.settings import (
     CARD,
     CURVES,
     HISTORY,
+    MODEL_CARD,
     ONNX,
     PICTURE,
     PLAIN,
@@ -60,7 +62,7 @@ def finish(
     draw_curves(folder / CURVES, f"{settings.network}, {images.title}", keeper.rows, module.task.score)
     assert keeper.best is not None
     score_of = module.task.score_of
-    names = [TRAINING, PLAIN, ONNX, REPORT, PICTURE, CARD, HISTORY, CURVES]
+    names = [MODEL_CARD, TRAINING, PLAIN, ONNX, REPORT, PICTURE, CARD, HISTORY, CURVES]
     result = Result(
         best=keeper.best,
         epochs=len(keeper.rows),
@@ -82,6 +84,7 @@ def finish(
         "result": dataclasses.asdict(result),
     }
     write_text(folder / CARD, json.dumps(card, indent=2))
+    write_text(folder / MODEL_CARD, model_card(card))
     return result
 
 

@@ -16,11 +16,12 @@ from refold.training.options import Option, check_bounds
 from refold.training.recipe import ResolvedRecipe
 
 ONNX, CARD, REPORT, HISTORY, CURVES = "plain.onnx", "card.json", "fold.json", "history.csv", "curves.png"
-PICTURE, SPLIT, SAMPLE = "fold.svg", "split.csv", "data.png"
+PICTURE, SPLIT, SAMPLE, MODEL_CARD = "fold.svg", "split.csv", "data.png", "README.md"
 TENSORBOARD = "tensorboard"
 # All that a run may write; what makes it a run comes first.
 RUN_FILES = (
-    RUN, STATE, TRAINING, PLAIN, ONNX, CARD, REPORT, HISTORY, CURVES, PICTURE, SPLIT, SAMPLE, TENSORBOARD,
+    RUN, STATE, TRAINING, PLAIN, ONNX, CARD, REPORT, HISTORY, CURVES, PICTURE, SPLIT, SAMPLE, MODEL_CARD,
+    TENSORBOARD,
 )  # fmt: skip
 
 Keep = Literal["best", "last"]

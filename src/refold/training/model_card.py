@@ -1,0 +1,95 @@
+"""The model card of a run, as Hugging Face shows it: what the card's data say, as one page of Markdown."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import yaml
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from refold.errors import printable
+from refold.export.metadata import port_names
+from refold.training.settings import (
+    CARD,
+    CURVES,
+    HISTORY,
+    MODEL_CARD,
+    ONNX,
+    PICTURE,
+    PLAIN,
+    REPORT,
+    TRAINING,
+)
+
+_FILES = {
+    MODEL_CARD: "this page",
+    TRAINING: "the network in training form, for `refold.load` and for training on",
+    PLAIN: "the plain form, for `refold.load`, `refold predict` and `refold export`",
+    ONNX: "the plain form for ONNX Runtime, and for whatever else reads ONNX",
+    REPORT: "what was folded, and the proof",
+    PICTURE: "what was folded, drawn",
+    CARD: "the facts of this page as data",
+    HISTORY: "losses, accuracies and learning rate of each epoch",
+    CURVES: "the same, drawn",
+}
+_ORIGINS = {"checkpoint": "started from", "teacher": "teacher"}
+
+
+def model_card(card: Mapping[str, Any]) -> str:
+    """The page for the ``card.json`` of a run that trained a network to name classes, from nothing but that."""
+    environment = Environment(
+        loader=PackageLoader("refold.training"),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters |= {"markdown": _markdown, "number": "{:.6g}".format, "tojson_ascii": json.dumps}
+    preprocessing, settings = card["preprocessing"], card["settings"]
+    _, height, width = preprocessing["input_size"]
+    (image,), (output,) = port_names("image", 1), port_names("output", 1)
+    return environment.get_template("model_card.md.jinja").render(
+        card,
+        front=_front_matter(card),
+        height=height,
+        width=width,
+        resized=math.floor(min(height, width) / preprocessing["crop_pct"]),
+        image=image,
+        output=output,
+        origins=[(title, settings[key]) for key, title in _ORIGINS.items() if settings.get(key)],
+        files=_FILES,
+        plain=PLAIN,
+        onnx=ONNX,
+    )
+
+
+def _front_matter(card: Mapping[str, Any]) -> str:
+    network, data, result = card["settings"]["network"], card["data"]["title"], card["result"]
+    accuracy = {
+        "type": "accuracy",
+        "name": "held-out accuracy, plain form",
+        "value": result["plain_accuracy"],
+    }
+    measured = {
+        "task": {"type": "image-classification"},
+        "dataset": {"type": "imagefolder", "name": data},
+        "metrics": [accuracy],
+    }
+    front = {
+        "library_name": "refold",
+        "pipeline_tag": "image-classification",
+        "tags": ["image-classification", "refold", "onnx"],
+        "metrics": ["accuracy"],
+        "model-index": [{"name": network, "results": [measured]}],
+    }
+    text: str = yaml.safe_dump(front, sort_keys=False, allow_unicode=True)
+    return text
+
+
+def _markdown(text: object) -> str:
+    """A text that shows as it is, in a table as well."""
+    return re.sub(r"([\\`*_{}\[\]<>#|~!&$])", r"\\\1", printable(text))
