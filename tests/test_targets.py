@@ -181,6 +181,27 @@ def test_own_checkpoints_open_with_the_class_and_never_by_themselves(
     ]
 
 
+def test_a_named_network_that_own_code_changed_has_its_own_name_alone(tmp_path: Path) -> None:
+    (tmp_path / "make.py").write_text(
+        "import refold\n"
+        "from torch import nn\n"
+        "def same():\n"
+        "    return refold.create_model('resnet10t', num_classes=3)\n"
+        "def changed():\n"
+        "    model = same()\n"
+        "    model.layer1[0].act1 = nn.SiLU()\n"
+        "    return model\n"
+    )
+    path, x = tmp_path / "net.safetensors", torch.randn(1, 3, 64, 64)
+    for name, architecture in (("same", "resnet10t"), ("changed", None)):
+        target = f"{tmp_path}/make.py:{name}"
+        for model in (open_network(target), refold.fold(open_network(target), x, prove=False)):
+            refold.save(model, path)
+            card: Any = read_card(path)
+            assert (card.architecture, card.built_from) == (architecture, None if architecture else target)
+            assert torch.equal(open_network(target, path)(x), model(x))
+
+
 def test_a_network_that_is_one_sequence_keeps_what_is_known_of_it(tmp_path: Path) -> None:
     (tmp_path / "simple.py").write_text(
         "from torch import nn\n"

@@ -46,7 +46,9 @@ def architecture_of(model: nn.Module) -> dict[str, Any] | None:
     None where no name is known, or what a name builds is another network.
     """
     known = getattr(model, "architecture", None)
-    if known is not None and is_recordable(known):
+    # Code of the user's own may have changed what it was given by name.
+    is_as_built = not hasattr(model, "built_from")
+    if known is not None and is_recordable(known) and (is_as_built or _builds(known, model)):
         return dict(known)
     found = _timm_architecture(model)
     return found if found is not None and is_recordable(found) and _builds(found, model) else None
