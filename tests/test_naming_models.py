@@ -50,6 +50,9 @@ def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tm
     return run
 
 
+PREPROCESSING = {
+    "input_size": [3, 32, 32], "mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bicubic", "crop_pct": 1.0,
+}  # fmt: skip
 SIZE = ("--input-size", "32")
 
 
@@ -83,7 +86,7 @@ def test_a_class_of_ones_own_in_every_command(call: Run, tmp_path: Path) -> None
     assert (code, len(rows)) == (0, 2)
     assert not any(row.get("error") for row in rows)
     refold.save(refold.load("plain.safetensors", _class()), "plain.safetensors", class_names=list("abcd"),
-                preprocessing={"input_size": [3, 32, 32]})  # fmt: skip
+                preprocessing=PREPROCESSING)  # fmt: skip
     code, out, err = call("predict", plain[0], "image.png", *plain[1:])
     assert (code, err) == (0, "")
     assert re.match(r"image.png: [a-d] \d", out)
