@@ -99,9 +99,17 @@ def _timm_architecture(model: nn.Module) -> dict[str, Any] | None:
     arguments = dict(getattr(model, "_model_args", None) or {})
     for key in ("num_classes", "in_chans"):
         value = getattr(model, key, None)
+        if value is None and key == "in_chans":  # older versions of timm do not keep it
+            value = _channels_read(model, configured)
         if isinstance(value, int) and not arguments.get("features_only"):
             arguments[key] = value
     return {"name": name, "arguments": {key: value for key, value in arguments.items() if is_harmless(key)}}
+
+
+def _channels_read(model: nn.Module, configured: Mapping[str, Any]) -> int | None:
+    """The channels of the images that a network takes, by its first convolution; None where it names none."""
+    first = dict(model.named_modules()).get(str(configured.get("first_conv")))
+    return first.in_channels if isinstance(first, nn.Conv2d) else None
 
 
 def _builds(architecture: Mapping[str, Any], model: nn.Module) -> bool:

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
+from inspect import signature
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -306,7 +307,11 @@ def _fit(settings: Settings, module: TrainingModule, unreadable: Unreadable, con
     trainer = _trainer(settings, module, [unreadable, keeper, live])
     begun = _readable(state)
     with interruptible(settings):
-        trainer.fit(module, ckpt_path=begun, weights_only=True)
+        # Lightning has the option since 2.6; before, a state that holds code was refused when it was read here.
+        safely: dict[str, Any] = (
+            {"weights_only": True} if "weights_only" in signature(trainer.fit).parameters else {}
+        )
+        trainer.fit(module, ckpt_path=begun, **safely)
         if trainer.is_global_zero:
             keeper.write_history()
     return keeper
