@@ -57,6 +57,7 @@ _READY = (
 def elsewhere(platform: str) -> Iterator[None]:
     """Let refold find itself on another system; what comes with Python and other packages stays as it is."""
     real_import, real_open, real_library = builtins.__import__, io.open, ctypes.CDLL
+    real_path = Path.open
 
     def imported(name: str, globals: Any = None, *others: Any, **named: Any) -> Any:
         if name in _ONLY_UNIX and str((globals or {}).get("__name__")).startswith("refold"):
@@ -68,6 +69,11 @@ def elsewhere(platform: str) -> Iterator[None]:
             raise FileNotFoundError(file)
         return real_open(file, *others, **named)
 
+    def opened_path(path: Path, *others: Any, **named: Any) -> Any:
+        if str(path).startswith("/proc/"):
+            raise FileNotFoundError(path)
+        return real_path(path, *others, **named)
+
     def library(name: Any, *others: Any, **named: Any) -> Any:
         if name is None:
             raise TypeError("argument of type 'NoneType' is not iterable")
@@ -78,10 +84,12 @@ def elsewhere(platform: str) -> Iterator[None]:
     for owner, name, _ in taken:
         delattr(owner, name)
     builtins.__import__, io.open, ctypes.CDLL = imported, opened, library  # type: ignore[assignment,misc]
+    Path.open = opened_path  # type: ignore[method-assign]  # what pathlib reads with differs from version to version
     sys.platform = platform  # type: ignore[misc]
     try:
         yield
     finally:
+        Path.open = real_path  # type: ignore[method-assign]
         sys.platform = kept  # type: ignore[misc]
         builtins.__import__, io.open, ctypes.CDLL = real_import, real_open, real_library  # type: ignore[misc]
         for owner, name, value in taken:

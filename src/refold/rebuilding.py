@@ -108,8 +108,10 @@ def _timm_architecture(model: nn.Module) -> dict[str, Any] | None:
 
 def _channels_read(model: nn.Module, configured: Mapping[str, Any]) -> int | None:
     """The channels of the images that a network takes, by its first convolution; None where it names none."""
-    first = dict(model.named_modules()).get(str(configured.get("first_conv")))
-    return first.in_channels if isinstance(first, nn.Conv2d) else None
+    name = str(configured.get("first_conv"))
+    # With branches in its place it is the first of them.
+    first = [part for path, part in model.named_modules() if path == name or path.startswith(f"{name}.")]
+    return next((part.in_channels for part in first if isinstance(part, nn.Conv2d)), None)
 
 
 def _builds(architecture: Mapping[str, Any], model: nn.Module) -> bool:

@@ -53,6 +53,15 @@ def main() -> None:
     assert plain.fold_report.after.batch_norms == 0
     assert refold.verify(model, plain, x).distance_float64 < 1e-6
     assert "regions" in plain.fold_report.to_json()
+    for name in ("create_model", "save", "unfold", "benchmark", "export"):
+        try:
+            if name == "export":
+                refold.export(model, "net.onnx", x)
+            getattr(refold, name)
+        except ModuleNotFoundError as error:
+            assert re.match(rf"refold.{name} needs the package \w+, .*: pip install refold", str(error)), error
+        else:
+            raise AssertionError(f"{name} was found")
     others = {name.partition(".")[0] for name in sys.modules} & {
         "timm",
         "torchvision",
