@@ -18,7 +18,9 @@ def lower_bounds() -> dict[str, str]:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     extras = project["optional-dependencies"]
     needed = [*project["dependencies"], *(n for extra in extras.keys() - _UNTESTED for n in extras[extra])]
-    found = [re.match(r"([\w-]+)>=([\d.]+)(?:;.*)?$", text) for text in needed if not text.startswith("refold[")]
+    found = [
+        re.match(r"([\w-]+)>=([\d.]+)(?:;.*)?$", text) for text in needed if not text.startswith("refold[")
+    ]
     assert all(found), needed
     return {match[1].lower(): match[2] for match in found if match}
 
@@ -31,7 +33,9 @@ def test_the_lower_bounds_are_the_versions_of_the_floor() -> None:
 
 
 def test_everything_that_can_be_installed_together_is_in_all() -> None:
-    extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"][
+        "optional-dependencies"
+    ]
     (every,) = extras["all"]
     named = set(re.findall(r"\w+", every.partition("[")[2]))
     assert extras.keys() - named == {"all", "dev", "executorch", "litert", "tensorrt"}

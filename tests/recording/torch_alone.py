@@ -59,7 +59,9 @@ def main() -> None:
                 refold.export(model, "net.onnx", x)
             getattr(refold, name)
         except ModuleNotFoundError as error:
-            assert re.match(rf"refold.{name} needs the package \w+, .*: pip install refold", str(error)), error
+            assert re.match(rf"refold.{name} needs the package \w+, .*: pip install refold", str(error)), (
+                error
+            )
         else:
             raise AssertionError(f"{name} was found")
     others = {name.partition(".")[0] for name in sys.modules} & {

@@ -341,7 +341,9 @@ def _trainer(settings: Settings, module: TrainingModule, callbacks: list[Callbac
             enable_model_summary=False,
         )
     except ModuleNotFoundError as error:
-        raise InputError("Logs for TensorBoard need its package; pip install tensorboard.") from error
+        raise InputError(
+            "Logs for TensorBoard need its package: pip install 'refold[tensorboard]'."
+        ) from error
     except (ValueError, RuntimeError, MisconfigurationException) as error:
         raise InputError(
             f"Lightning cannot train on {settings.devices} devices with accelerator '{settings.accelerator}' and "
