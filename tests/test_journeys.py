@@ -131,7 +131,8 @@ def test_lightning_checkpoint(photos: Path, randomised: Callable[[nn.Module], nn
 def test_onnx_runtime_alone(photos: Path, randomised: Callable[[nn.Module], nn.Module]) -> None:
     net = fine_tuned(randomised)
     preprocessing = {
-        "input_size": [3, 64, 64], "mean": [0.4, 0.5, 0.6], "std": [0.2] * 3, "interpolation": "bicubic", "crop_pct": 1.0,
+        "input_size": [3, 64, 64], "mean": [0.4, 0.5, 0.6], "std": [0.2] * 3, "interpolation": "bicubic",
+        "crop_pct": 1.0,
     }  # fmt: skip
     refold.save(net, photos / "net.safetensors", class_names=NAMES, preprocessing=preprocessing)
     net = refold.load(photos / "net.safetensors")

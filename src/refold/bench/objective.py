@@ -42,7 +42,7 @@ class Stopwatch(Protocol):
 
 
 class EngineStopwatch:
-    """Times networks in one engine, each in a process of its own, which the next to be timed takes over."""
+    """Times networks in one engine, each in a worker process, which the next to be timed takes over."""
 
     def __init__(
         self, engine: str, *, threads: int = 1, rounds: int = _ROUNDS, time_limit: float = 120.0

@@ -198,7 +198,9 @@ class _Run:
         for threads in self.plan.threads if self.roofline else ():
             if threads in roofs:
                 continue
-            self.report(f"measuring the roofs with {threads} thread{'s' if threads > 1 else ''}", 0.0)
+            self.report(
+                f"measuring the roofline peaks with {threads} thread{'s' if threads > 1 else ''}", 0.0
+            )
             worker = WorkerProcess(threads, self.time_limit)
             try:
                 measured = worker.ask("roof", threads=threads)
