@@ -48,7 +48,7 @@ def walk(title: str, folder: Path) -> str:
     """Run all blocks of a journey in a folder; what they print."""
     (folder / "bin").mkdir()
     command = folder / "bin" / "refold"
-    command.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m refold.cli "$@"\n')
+    command.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m refold "$@"\n')
     command.chmod(0o755)
     environment = {**os.environ, "PATH": f"{folder / 'bin'}{os.pathsep}{os.environ['PATH']}"}
     printed = ""

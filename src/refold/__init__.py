@@ -1,6 +1,8 @@
 """Convolutional networks that train with many branches and run with one."""
 
+import sys
 from importlib import import_module
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 from refold.errors import (
@@ -64,6 +66,8 @@ _HOME = {
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return version("refold")
     if name not in _HOME:
         raise AttributeError(f"module 'refold' has no attribute '{name}'")
     value = getattr(import_module(_HOME[name]), name)
@@ -73,3 +77,8 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted(set(globals()) | set(__all__))
+
+
+# Whoever has timm at hand finds refold's networks in it by name; who has not waits for neither.
+if "timm" in sys.modules:
+    import_module("refold.models")

@@ -353,7 +353,7 @@ def test_a_size_that_the_network_does_not_take_is_named(settings: Callable[..., 
 
 def run_command(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "refold.cli", *arguments],
+        [sys.executable, "-m", "refold", *arguments],
         capture_output=True,
         text=True,
         env={**os.environ, **environment},

@@ -53,6 +53,7 @@ from refold.models.ghostnetv3 import GhostNetV3
 from refold.models.loading import rename_weights
 from refold.models.mobilenetv4 import MobileNetV4
 from refold.models.mobileone import MobileOne
+from refold.models.output_stride import set_output_stride
 from refold.models.pretrained import RELEASES, loading_failure, published_weights
 from refold.models.repghostnet import RepGhostNet, RepGhostNetDFC
 from refold.models.repnext import RepNeXt
@@ -119,7 +120,7 @@ def create_model(name: str, pretrained: bool = False, **kwargs: Any) -> nn.Modul
     """Build a network by name, in training form: refold's where it has one, else timm's.
 
     A name with a tag, such as ``repvgg_a0.rvgg_in1k``, is always timm's. The keywords are timm's:
-    ``num_classes``, ``in_chans``, ``drop_rate``, ``global_pool``, ``features_only``, ``out_indices``,
+    ``num_classes``, ``in_chans``, ``drop_rate``, ``global_pool``, ``features_only``, ``out_indices``, ``output_stride``,
     ``pretrained_cfg_overlay`` ...; one that is None counts as not given. ``pretrained`` loads the
     published weights. The network remembers how it was built in ``architecture``, a dictionary of
     ``name`` and ``arguments`` that JSON can hold; with an argument that JSON cannot hold, such as a
@@ -179,8 +180,16 @@ def _build_own(name: str, pretrained: bool, **kwargs: Any) -> nn.Module:
 
             filter_fn = fetched
 
+    output_stride = kwargs.pop("output_stride", None)
+
+    def constructed(**arguments: Any) -> nn.Module:
+        made = cast(Callable[..., nn.Module], network)(row, **arguments)
+        if output_stride is not None:
+            set_output_stride(made, output_stride)
+        return made
+
     built: nn.Module = build_model_with_cfg(
-        partial(cast(Callable[..., nn.Module], network), row),
+        constructed,
         name,
         pretrained,
         pretrained_cfg=cfg,
