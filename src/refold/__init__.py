@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from refold.bench.papers import list_papers, paper
     from refold.checkpoints import load, save
     from refold.folding import FoldReport, Proof, fold, verify
+    from refold.hub import push
     from refold.models import create_model, list_models, load_checkpoint
     from refold.unfolding import UnfoldReport, original_state_dict, unfold
 
@@ -48,6 +49,7 @@ __all__ = [
     "load_checkpoint",
     "original_state_dict",
     "paper",
+    "push",
     "save",
     "unfold",
     "verify",
@@ -59,6 +61,7 @@ _HOME = {
     **dict.fromkeys(("list_papers", "paper"), "refold.bench.papers"),
     **dict.fromkeys(("load", "save"), "refold.checkpoints"),
     "Latency": "refold.bench.objective",
+    "push": "refold.hub",
     **dict.fromkeys(("FoldReport", "Proof", "fold", "verify"), "refold.folding"),
     **dict.fromkeys(("create_model", "list_models", "load_checkpoint"), "refold.models"),
     **dict.fromkeys(("UnfoldReport", "original_state_dict", "unfold"), "refold.unfolding"),

@@ -120,8 +120,8 @@ def create_model(name: str, pretrained: bool = False, **kwargs: Any) -> nn.Modul
     """Build a network by name, in training form: refold's where it has one, else timm's.
 
     A name with a tag, such as ``repvgg_a0.rvgg_in1k``, is always timm's. The keywords are timm's:
-    ``num_classes``, ``in_chans``, ``drop_rate``, ``global_pool``, ``features_only``, ``out_indices``, ``output_stride``,
-    ``pretrained_cfg_overlay`` ...; one that is None counts as not given. ``pretrained`` loads the
+    ``num_classes``, ``in_chans``, ``drop_rate``, ``global_pool``, ``features_only``, ``out_indices``,
+    ``output_stride``, ``pretrained_cfg_overlay`` ...; one that is None counts as not given. ``pretrained`` loads the
     published weights. The network remembers how it was built in ``architecture``, a dictionary of
     ``name`` and ``arguments`` that JSON can hold; with an argument that JSON cannot hold, such as a
     class, it has none.
