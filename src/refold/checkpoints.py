@@ -62,6 +62,11 @@ def save(
     the checkpoint that the model was loaded from.
     Raises `InputError` where ``path`` cannot be written or the class names are not as many as the network's classes,
     and `CheckpointError` where an architecture argument or the provenance has no JSON form.
+
+    Example:
+        >>> import refold
+        >>> net = refold.create_model("repghostnet_050", num_classes=2)
+        >>> refold.save(net, "net.safetensors", class_names=["cat", "dog"])
     """
     card = _describe(model, class_names, preprocessing, provenance)
     _check_names(card, model)
@@ -101,6 +106,12 @@ def load(
 
     Raises `CheckpointError` where the file cannot be read, has another form, does not fit the architecture or describes
     what no network is built of.
+
+    Example:
+        >>> import refold
+        >>> refold.save(refold.create_model("repghostnet_050", num_classes=2), "net.safetensors")
+        >>> refold.load("net.safetensors", form="training").num_classes
+        2
     """
     return load_with_notes(path, architecture, form=form, allow_pickle=allow_pickle, **arguments)[0]
 

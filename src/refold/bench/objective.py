@@ -150,6 +150,12 @@ class Latency:
     networks in another way than in the engine.
 
     Raises `InputError` where the engine is unknown or not installed.
+
+    Example:
+        >>> import torch, refold
+        >>> net = refold.create_model("ghostnet_050", num_classes=2)
+        >>> objective = refold.Latency("pytorch", threads=1)
+        >>> plain = refold.fold(net, torch.randn(1, 3, 32, 32), objective=objective)
     """
 
     engine: str = "onnxruntime"

@@ -108,6 +108,11 @@ def list_models(pattern: str | Iterable[str] = "", include_timm: bool = False) -
     """The sorted names of refold's networks, and with ``include_timm`` of timm's too.
 
     ``pattern`` is a shell-style wildcard such as ``repghost*``, or several; empty for all.
+
+    Example:
+        >>> import refold
+        >>> refold.list_models("repvgg_a*")
+        ['repvgg_a0', 'repvgg_a1', 'repvgg_a2']
     """
     names = set(_NETWORKS)
     if include_timm:
@@ -129,6 +134,12 @@ def create_model(name: str, pretrained: bool = False, **kwargs: Any) -> nn.Modul
     Raises ``UnknownModel`` with the nearest names where nobody has the name, ``CheckpointError`` where
     pretrained weights are not published, cannot be had or do not fit, and ``InputError`` where an argument cannot be
     used.
+
+    Example:
+        >>> import torch, refold
+        >>> net = refold.create_model("ghostnetv3_050", num_classes=10)
+        >>> net.eval()(torch.randn(2, 3, 64, 64)).shape
+        torch.Size([2, 10])
     """
     kwargs = {key: value for key, value in kwargs.items() if value is not None}
     architecture = _architecture(name, kwargs)
