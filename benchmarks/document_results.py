@@ -122,7 +122,7 @@ def cifar_section(results: dict[str, Any]) -> list[str]:
 def accuracy_table(runs: Runs) -> list[str]:
     """Accuracies by arm: mean, spread and each seed; and how many answers the fold leaves as they are."""
     lines = [
-        "| trained | seeds | test accuracy, % | each seed | last training loss | same answers from the fold |",
+        "| trained | seeds | test accuracy, % | each seed | last training loss | top-1 agreement of the fold |",
         "|---|---|---|---|---|---|",
     ]
     for arm, title in ARMS.items():

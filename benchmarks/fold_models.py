@@ -3,7 +3,7 @@
     python benchmarks/fold_models.py --output docs/folding-models.md --json fold_models.jsonl
 
 Each model is built without pretrained weights, its batch norms get random scales and statistics, and it is folded at
-its default input size with the proof on. Each runs in a process of its own with a time limit, so that one that fails
+its default input size with the proof on. Each runs in a worker process with a time limit, so that one that fails
 or takes too long costs one row. The JSON file has one line a model; models that it already has are not run again.
 """
 
@@ -189,7 +189,7 @@ def input_size(name: str, model: Any) -> list[int]:
 
 
 def run(name: str, limit: float, script: str = __file__) -> dict[str, Any]:
-    """Run the script for one model in a process of its own; the record says why there is no row where it failed."""
+    """Run the script for one model in a worker process; the record says why there is no row where it failed."""
     command = [sys.executable, script, "--one", name]
     with tempfile.TemporaryFile("w+") as errors:
         try:

@@ -4,7 +4,7 @@
 
 Each model is built in float64 without pretrained weights, its batch norms get random scales and statistics, and it is
 unfolded and trained for two steps. Its state dict of the original class is loaded strictly into a new model, and the
-folded network is compared too. Each runs in a process of its own with a time limit. The JSON file has one line a
+folded network is compared too. Each runs in a worker process with a time limit. The JSON file has one line a
 model; models that it already has are not run again.
 """
 

@@ -73,7 +73,7 @@ def test_a_users_folder_leaves_files_that_load(colours: Path, tmp_path: Path) ->
     with torch.no_grad():
         assert torch.allclose(training(images), plain(images), rtol=1e-3, atol=1e-5)
     console.print(render(result))
-    assert "same answers" in console.file.getvalue()  # type: ignore[attr-defined]
+    assert "top-1 agreement" in console.file.getvalue()  # type: ignore[attr-defined]
 
 
 def test_what_cannot_be_used_is_said_before_anything_is_written(colours: Path, tmp_path: Path) -> None:

@@ -17,11 +17,15 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
 
 
-def test_python_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("number", "files"), [(0, ["net.onnx"]), (1, ["net.onnx", "plain.safetensors"])])
+def test_python_examples_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, files: list[str]
+) -> None:
     monkeypatch.chdir(tmp_path)
-    (example,) = blocks("python")
+    example = blocks("python")[number]
     exec(compile(example, "README.md", "exec"), {})
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["net.onnx", "plain.safetensors"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == files
+    assert len(blocks("python")) == 2
 
 
 def test_the_first_two_commands_set_up_and_run() -> None:
@@ -35,8 +39,15 @@ def test_the_first_two_commands_set_up_and_run() -> None:
 
 def test_command_line_examples_parse() -> None:
     commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
-    lines = [line.partition(" #")[0] for line in blocks("sh")[2].splitlines()]
+    lines = [line.partition(" #")[0] for block in blocks("sh")[2:] for line in block.splitlines()]
     assert {shlex.split(line)[1] for line in lines} == set(commands)
     for line in lines:
         name, *arguments = shlex.split(line)[1:]
         commands[name].make_context(name, arguments)
+
+
+def test_links_and_pictures_are_there() -> None:
+    targets = re.findall(r"\]\(([^)#]+)\)|src=\"([^\"]+)\"", README)
+    paths = [link or picture for link, picture in targets]
+    assert "docs/block.svg" in paths
+    assert [path for path in paths if "://" not in path and not (ROOT / path).exists()] == []

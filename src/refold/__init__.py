@@ -1,6 +1,8 @@
 """Convolutional networks that train with many branches and run with one."""
 
+import sys
 from importlib import import_module
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 from refold.errors import (
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
     from refold.bench.papers import list_papers, paper
     from refold.checkpoints import load, save
     from refold.folding import FoldReport, Proof, fold, verify
+    from refold.hub import push
     from refold.models import create_model, list_models, load_checkpoint
     from refold.unfolding import UnfoldReport, original_state_dict, unfold
 
@@ -47,6 +50,7 @@ __all__ = [
     "load_checkpoint",
     "original_state_dict",
     "paper",
+    "push",
     "save",
     "unfold",
     "verify",
@@ -58,6 +62,7 @@ _HOME = {
     **dict.fromkeys(("list_papers", "paper"), "refold.bench.papers"),
     **dict.fromkeys(("load", "save"), "refold.checkpoints"),
     "Latency": "refold.bench.objective",
+    "push": "refold.hub",
     **dict.fromkeys(("FoldReport", "Proof", "fold", "verify"), "refold.folding"),
     **dict.fromkeys(("create_model", "list_models", "load_checkpoint"), "refold.models"),
     **dict.fromkeys(("UnfoldReport", "original_state_dict", "unfold"), "refold.unfolding"),
@@ -65,6 +70,8 @@ _HOME = {
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return version("refold")
     if name not in _HOME:
         raise AttributeError(f"module 'refold' has no attribute '{name}'")
     with naming_packages(f"refold.{name}"):
@@ -75,3 +82,8 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted(set(globals()) | set(__all__))
+
+
+# Whoever has timm at hand finds refold's networks in it by name; who has not waits for neither.
+if "timm" in sys.modules:
+    import_module("refold.models")

@@ -25,6 +25,7 @@ from refold.models.bounded import bounded
 from refold.models.classes import check_class_names, class_count
 from refold.models.images import example_input
 from refold.models.loading import OpenedCheckpoint, checkpoint_classes, open_checkpoint
+from refold.models.pretrained import hub_file, loading_failure
 from refold.own_code import takes
 from refold.rebuilding import architecture_of, network_of_run, own_preprocessing, reshaped
 from refold.runs import RUN, STATE, TRAINING
@@ -43,6 +44,7 @@ __all__ = [
     "save",
 ]
 
+_HUB = ("hf-hub:", "hf_hub:")
 _METADATA_KEY = "refold"
 
 
@@ -60,6 +62,11 @@ def save(
     the checkpoint that the model was loaded from.
     Raises `InputError` where ``path`` cannot be written or the class names are not as many as the network's classes,
     and `CheckpointError` where an architecture argument or the provenance has no JSON form.
+
+    Example:
+        >>> import refold
+        >>> net = refold.create_model("repghostnet_050", num_classes=2)
+        >>> refold.save(net, "net.safetensors", class_names=["cat", "dog"])
     """
     card = _describe(model, class_names, preprocessing, provenance)
     _check_names(card, model)
@@ -91,13 +98,20 @@ def load(
     A file of `refold.save` needs nothing more, unless the network is not one of `refold.create_model`: then
     ``architecture`` is the class, or any callable that builds it as it was before it was unfolded or folded.
     A foreign checkpoint (a ``.pth`` of the official repositories or of timm) needs ``architecture``, a model
-    name. ``arguments`` go to `refold.create_model` or to the callable, over those that the file records.
+    name. ``hf-hub:owner/name``, or with ``@revision``, names the network that `refold.push` published there.
+    ``arguments`` go to `refold.create_model` or to the callable, over those that the file records.
     ``form`` states what the caller expects. Nothing is unpickled beyond tensors and plain containers unless
     ``allow_pickle`` says so.
     The network carries the file's `Card` as its attribute ``card``.
 
     Raises `CheckpointError` where the file cannot be read, has another form, does not fit the architecture or describes
     what no network is built of.
+
+    Example:
+        >>> import refold
+        >>> refold.save(refold.create_model("repghostnet_050", num_classes=2), "net.safetensors")
+        >>> refold.load("net.safetensors", form="training").num_classes
+        2
     """
     return load_with_notes(path, architecture, form=form, allow_pickle=allow_pickle, **arguments)[0]
 
@@ -113,6 +127,8 @@ def load_with_notes(
     """`load`, and what of a foreign file was chosen, stripped from its names and left out, a fact each."""
     if form is not None and form not in FORMS:
         raise InputError(f"form is '{form}'; expected 'training', 'plain' or None.")
+    if str(path).startswith(_HUB):
+        path = _fetched(str(path))
     if not Path(path).is_file():
         raise CheckpointError(f"There is no checkpoint file '{path}'; check the path.")
     card = read_card(path)
@@ -123,6 +139,15 @@ def load_with_notes(
     model = _shaped(card, architecture, arguments, path, read_from=path)
     _fill(model, path, card)
     return model.eval(), ()
+
+
+def _fetched(name: str) -> Path:
+    try:
+        return hub_file(name.partition(":")[2])
+    except CheckpointError:
+        raise
+    except Exception as error:  # whatever the network and the hub raise
+        raise loading_failure(name, error) from error
 
 
 def original(model: nn.Module, architecture: Callable[[], nn.Module] | None = None) -> nn.Module:

@@ -193,7 +193,7 @@ def render(result: QuickstartResult) -> Table:
         table.add_row(title, *(str(show(column)) for column in columns.values()))
 
     row("held-out accuracy", lambda c: f"{c.accuracy:.2%}")
-    row("same answers", lambda c: f"{c.same_answers:,} of {result.held_out_images:,}")
+    row("top-1 agreement", lambda c: f"{c.same_answers:,} of {result.held_out_images:,}")
     row("parameters", lambda c: f"{c.parameters:,}")
     row("MACs", lambda c: f"{c.macs:,}")
     row("operators", lambda c: f"{c.operator_count:,}")

@@ -139,7 +139,9 @@ def test_every_layer_that_reads_it_takes_it_up() -> None:
         "values": nn.Conv2d(4, 2, 1, bias=False),
     }
     plain = check(net(forward, head=nn.Identity(), **layers))
-    assert [region.layer for region in plain.fold_report.regions] == ["taken up by the 3 layers that read it"]
+    assert [region.layer for region in plain.fold_report.regions] == [
+        "absorbed into the 3 layers that read it"
+    ]
 
 
 def test_one_reader_that_cannot_holds_back_the_others() -> None:

@@ -400,7 +400,7 @@ print(base, built, peak(), weights)
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="the peak of memory is read from /proc")
 def test_the_peak_of_memory_is_at_most_three_times_the_model() -> None:
-    """A network whose weights outweigh its activations, in a process of its own: libraries are counted before."""
+    """A network whose weights outweigh its activations, in a worker process: libraries are counted before."""
     command = [sys.executable, "-c", _MEASURE_MEMORY, "repvgg_b2"]
     # What the allocator of the C library keeps after it was freed is not counted.
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(2**20)}

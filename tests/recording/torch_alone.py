@@ -1,4 +1,4 @@
-"""Run in a process of its own: fold and verify where nothing is installed but PyTorch and what it depends on."""
+"""Run in a worker process: fold and verify where nothing is installed but PyTorch and what it depends on."""
 
 import re
 import sys

@@ -160,7 +160,7 @@ def test_features_are_learnt_along(run: Callable[..., Any], tmp_path: Path) -> N
 
 @pytest.mark.slow
 def test_processes_share_the_questions(given: Path) -> None:
-    """Two processes keep the same answers as one, and train to the same weights."""
+    """Two processes keep the top-1 agreement as one, and train to the same weights."""
     kept, weights = [], []
     for devices in (1, 2):
         settings = told(

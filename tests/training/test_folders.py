@@ -127,3 +127,44 @@ def test_a_class_of_doubles_is_refused_with_the_reason(make: Make) -> None:
     shutil.copy(root / "b" / "0.png", root / "b" / "1.png")
     with pytest.raises(InputError, match=r"class 'b' of .* has one image; .* 1 doubles .* \(b/1\.png\)"):
         class_folders(root)
+
+
+def test_a_split_without_held_out_images_is_a_split_whatever_lies_beside_it(make: Make) -> None:
+    root = make({"train/a": 10, "train/b": 10, "unlabeled/x": 4})
+    images = class_folders(root)
+    assert (images.class_names, len(images.training), len(images.held_out)) == (["a", "b"], 16, 4)
+    assert f"Trained on 'train' of '{root}', measured on a fifth of each class of it." in images.notes
+    assert any("(unlabeled)" in note for note in images.notes)
+
+
+@pytest.mark.parametrize("held_out", ["val", "Test"])
+def test_held_out_images_alone_are_no_class(make: Make, held_out: str) -> None:
+    root = make({f"{held_out}/a": 5, f"{held_out}/b": 5, "extra/a": 5})
+    with pytest.raises(
+        InputError, match=rf"holds '{held_out}' to measure on by name, but nothing to train on"
+    ):
+        class_folders(root)
+
+
+def test_a_split_in_a_class_is_refused(make: Make) -> None:
+    root = make({"a/train": 5, "a/test": 2, "b/train": 5})
+    with pytest.raises(
+        InputError,
+        match=r"class folder '.*a' holds a split of its own \(test, train\); give a folder with 'train'",
+    ):
+        class_folders(root)
+
+
+def test_vehicles_may_be_trains(make: Make) -> None:
+    assert class_folders(make({"rail/train": 5, "rail/tram": 5, "road": 5})).class_names == ["rail", "road"]
+
+
+def test_classes_that_differ_in_case_alone_are_named(make: Make) -> None:
+    images = class_folders(make({"Cat": 5, "cat": 5, "dog": 5}))
+    assert "Classes whose names differ in case or spelling alone: Cat = cat." in images.notes
+
+
+def test_a_class_whose_name_is_no_text_is_refused_before_training(make: Make) -> None:
+    root = make({"a": 5, "b\udcff": 5})
+    with pytest.raises(InputError, match=r"has a name that is not UTF-8; rename it"):
+        class_folders(root)

@@ -1,5 +1,10 @@
 """Pictures are read as they are meant, or refused by name; what lies beside them is counted."""
 
+import importlib
+import os
+import struct
+import warnings
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -45,12 +50,125 @@ def test_fractions_are_read_by_their_range(tmp_path: Path, end: float) -> None:
 @pytest.mark.parametrize("values", [RAMP - 0.5, RAMP * 1e6, RAMP * np.nan])
 def test_fractions_of_no_known_range_are_refused(tmp_path: Path, values: np.ndarray) -> None:
     Image.fromarray(values.astype(np.float32)).save(tmp_path / "f.tif")
-    with pytest.raises(InputError, match=r"f\.tif' cannot be read \(numbers from .*; save them from 0 to 1"):
+    with pytest.raises(
+        InputError,
+        match=r"f\.tif' cannot be read \(numbers from .*, whose range is not known; save them from 0 to 1",
+    ):
         read_image(tmp_path / "f.tif")
 
 
+@pytest.mark.parametrize("most", [1.2, 15.0, 256.0, 4000.0])
+def test_fractions_that_would_be_nearly_black_in_the_range_that_holds_them_are_refused(
+    tmp_path: Path, most: float
+) -> None:
+    Image.fromarray((RAMP * most).astype(np.float32)).save(tmp_path / "f.tif")
+    with pytest.raises(
+        InputError, match=r"numbers from 0 to .*, whose range is not known; save them from 0 to 1"
+    ):
+        read_image(tmp_path / "f.tif")
+
+
+def write_tiff(
+    path: Path, values: np.ndarray, *, photometric: int = 1, sample_format: int = 1, planes: int = 1
+) -> None:
+    """An uncompressed TIFF, as Pillow does not write it."""
+    height, width, colours = values.shape
+    strips = values.transpose(2, 0, 1) if planes == 2 else values[None]
+    data = values.dtype.itemsize * 8
+    size = strips[0].nbytes
+    starts = [8 + size * index for index in range(len(strips))]
+    tags = {
+        256: [width], 257: [height], 258: [data] * colours, 259: [1], 262: [photometric], 273: starts, 277: [colours],
+        278: [height], 279: [size] * len(strips), 284: [planes], 339: [sample_format] * colours,
+    }  # fmt: skip
+    entries, longer, behind = b"", b"", 8 + strips.nbytes + 2 + 12 * len(tags) + 4
+    for number, numbers in tags.items():
+        packed = struct.pack(f"<{len(numbers)}I", *numbers)
+        if len(packed) > 4:
+            packed, longer = struct.pack("<I", behind + len(longer)), longer + packed
+        entries += struct.pack("<HHI", number, 4, len(numbers)) + packed
+    head = struct.pack("<2sHI", b"II", 42, 8 + strips.nbytes)
+    path.write_bytes(head + strips.tobytes() + struct.pack("<H", len(tags)) + entries + bytes(4) + longer)
+
+
+def test_white_is_0_where_the_file_says_so(tmp_path: Path) -> None:
+    values = (RAMP * 65535).round().astype(np.uint16)[..., None]
+    write_tiff(tmp_path / "white.tif", values, photometric=0)
+    assert np.array_equal(pixels(tmp_path / "white.tif")[..., 0], 255 - EIGHT_BITS)
+    write_tiff(tmp_path / "black.tif", values, photometric=1)
+    assert np.array_equal(pixels(tmp_path / "black.tif")[..., 0], EIGHT_BITS)
+
+
+@pytest.mark.parametrize("dtype", [np.int8, np.int16, np.int32])
+def test_whole_numbers_with_a_sign_are_refused(tmp_path: Path, dtype: type) -> None:
+    write_tiff(tmp_path / "i.tif", (RAMP * 100 - 50).astype(dtype)[..., None], sample_format=2)
+    with pytest.raises(InputError, match=r"i\.tif' cannot be read \(whole numbers with a sign"):
+        read_image(tmp_path / "i.tif")
+
+
+def test_planes_are_read_with_8_bits_and_refused_with_16(tmp_path: Path) -> None:
+    colours = np.stack([EIGHT_BITS, 255 - EIGHT_BITS, EIGHT_BITS // 2], axis=-1)
+    write_tiff(tmp_path / "8.tif", colours, photometric=2, planes=2)
+    assert np.array_equal(pixels(tmp_path / "8.tif"), colours)
+    write_tiff(tmp_path / "16.tif", colours.astype(np.uint16) * 257, photometric=2, planes=2)
+    with pytest.raises(InputError, match=r"16\.tif' cannot be read \(a plane of 16 bits for each colour"):
+        read_image(tmp_path / "16.tif")
+
+
+@pytest.mark.parametrize("colours", [(3,), (3, 65535 - 3, 30000)])
+def test_the_colour_that_a_png_of_16_bits_calls_transparent_is_white(
+    tmp_path: Path, colours: tuple[int, ...]
+) -> None:
+    values = np.full((3, 4, len(colours)), 20000, ">u2")
+    values[0, 0] = colours
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return (
+            struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+        )
+
+    rows = b"".join(b"\0" + row.tobytes() for row in values)
+    head = struct.pack(">IIBBBBB", 4, 3, 16, 2 if len(colours) == 3 else 0, 0, 0, 0)
+    clear = struct.pack(f">{len(colours)}H", *colours)
+    chunks = ((b"IHDR", head), (b"tRNS", clear), (b"IDAT", zlib.compress(rows)), (b"IEND", b""))
+    (tmp_path / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*each) for each in chunks))
+    found = pixels(tmp_path / "a.png")
+    assert found[0, 0].tolist() == [255, 255, 255]
+    assert found[1, 1].tolist() == [78, 78, 78]
+
+
+@pytest.mark.parametrize("kind", ["EPS", "PDF"])
+def test_no_program_is_started_for_a_picture(tmp_path: Path, kind: str) -> None:
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.jpg", kind)
+    with pytest.raises(InputError, match=r"a\.jpg' cannot be read \(no kind of image that is known"):
+        read_image(tmp_path / "a.jpg")
+
+
+def test_broken_metadata_are_not_talked_about(tmp_path: Path) -> None:
+    Image.new("RGB", (8, 8), (9, 9, 9)).save(
+        tmp_path / "a.jpg", exif=b"Exif\0\0MM\0*\0\0\0\x08\xff\xff" + b"\x99" * 50
+    )
+    with warnings.catch_warnings(record=True) as said:
+        importlib.reload(pictures)  # pytest has warnings of its own
+        pictures.read_image(tmp_path / "a.jpg")
+    assert said == []
+
+
+def test_what_is_no_file_is_left_out(tmp_path: Path) -> None:
+    Image.new("L", (2, 2)).save(tmp_path / "a.png")
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "gone.png").symlink_to("nowhere.png")
+    (tmp_path / "loop.png").symlink_to("loop.png")
+    (tmp_path / "again.png").symlink_to("a.png")
+    left_out = LeftOut()
+    assert [path.name for path in find_pictures(tmp_path, left_out)] == ["a.png", "again.png"]
+    assert left_out.notes(tmp_path) == [
+        "Left out: 3 links to nothing, pipes and their like (gone.png, loop.png, pipe.png)."
+    ]
+
+
 def test_whole_numbers_of_32_bits_are_refused(tmp_path: Path) -> None:
-    Image.fromarray((RAMP * 1000).astype(np.int32)).save(tmp_path / "i.tif")
+    write_tiff(tmp_path / "i.tif", (RAMP * 1000).astype(np.uint32)[..., None])
     with pytest.raises(InputError, match=r"i\.tif' cannot be read \(whole numbers of 32 bits"):
         read_image(tmp_path / "i.tif")
 

@@ -24,7 +24,7 @@ from refold.training.images import LabelledImages
 from refold.training.lock import locked
 from refold.training.module import TrainingModule
 from refold.training.recipe import load_recipe
-from refold.training.resuming import read_settings
+from refold.training.resuming import read_settings, remove_run
 from refold.training.run import Settings, resume, train
 from refold.training.split import same_split, write_split
 
@@ -353,7 +353,7 @@ def test_a_size_that_the_network_does_not_take_is_named(settings: Callable[..., 
 
 def run_command(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "refold.cli", *arguments],
+        [sys.executable, "-m", "refold", *arguments],
         capture_output=True,
         text=True,
         env={**os.environ, **environment},
@@ -385,3 +385,48 @@ def test_sigterm_ends_as_an_interrupt_does(settings: Callable[..., Settings], tm
     assert ended.stderr.strip().endswith(f"refold: stopped; go on with: refold train --resume {told.output}")
     assert torch.load(told.output / "last.ckpt", weights_only=True)["epoch"] == 0
     assert not list(told.output.glob(".*"))
+
+
+def test_files_that_are_no_runs_are_not_replaced(settings: Callable[..., Settings]) -> None:
+    folder = settings().output
+    folder.mkdir(parents=True)
+    (folder / "README.md").write_text("mine")
+    with pytest.raises(
+        InputError, match=r"holds no run, but README\.md, which this one would replace; give another"
+    ):
+        train(settings(), quiet())
+    assert (folder / "README.md").read_text() == "mine"
+
+
+def test_a_state_of_something_else_is_named(settings: Callable[..., Settings]) -> None:
+    train(settings(), quiet())
+    state = settings().output / "last.ckpt"
+    kept = torch.load(state, weights_only=True)
+    name = next(iter(kept["state_dict"]))
+    kept["state_dict"]["net.stranger"] = kept["state_dict"].pop(name)
+    for foreign in (kept, {"a": torch.zeros(3)}):
+        torch.save(foreign, state)
+        with pytest.raises(
+            InputError, match=r"last\.ckpt' is not the state of this run, or 'run\.json' was edited"
+        ):
+            resume(settings().output, quiet(), recipe_changes={"epochs": 9})
+
+
+def test_a_linked_folder_of_logs_is_unlinked_and_kept(tmp_path: Path) -> None:
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "tensorboard").symlink_to(tmp_path / "logs")
+    remove_run(tmp_path / "run")
+    assert not list((tmp_path / "run").iterdir())
+    assert (tmp_path / "logs").is_dir()
+
+
+@pytest.mark.parametrize(
+    "text", ["", "part,class,image,digest\n", "part,class,image,digest\njunk,a,1.png,00\n"]
+)
+def test_a_broken_list_of_images_is_named(
+    images: Callable[[], LabelledImages], tmp_path: Path, text: str
+) -> None:
+    (tmp_path / "split.csv").write_text(text)
+    with pytest.raises(InputError, match=r"split\.csv', which says what the run trains on, cannot be read"):
+        same_split(images(), tmp_path / "split.csv", changes_allowed=True)

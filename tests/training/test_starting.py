@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+from PIL import Image
 from rich.console import Console
 from torch import nn
 
@@ -16,9 +17,11 @@ import refold
 from refold.checkpoints import read_card
 from refold.errors import CheckpointError, InputError, RecipeError
 from refold.targets import open_network
+from refold.training.callbacks import Unreadable
+from refold.training.images import Images, LabelledImages
 from refold.training.recipe import Recipe, load_recipe
 from refold.training.run import Settings, resume, train
-from refold.training.starting import build_network, preprocessing_for
+from refold.training.starting import build_network, preprocessing_for, ready
 from refold.training.teacher import teacher_network
 
 NET = """
@@ -170,3 +173,27 @@ def test_a_teacher_is_named_as_any_model(net: str, tmp_path: Path) -> None:
     theirs = timm.create_model("resnet10t", num_classes=6)
     torch.save({f"model.{key}": value for key, value in theirs.state_dict().items()}, tmp_path / "t.pth")
     assert same(teacher_network("resnet10t", tmp_path / "t.pth").state_dict(), theirs.state_dict())
+
+
+def test_a_class_of_which_no_image_can_be_read_is_refused_or_named(tmp_path: Path) -> None:
+    good, bad = tmp_path / "good.png", tmp_path / "bad.png"
+    Image.new("RGB", (8, 8)).save(good)
+    bad.write_bytes(b"")
+    said = io.StringIO()
+    console = Console(file=said, width=200)
+    recipe = load_recipe("photos").recipe
+    whole = Images([good, good], [0, 1])
+    part = Images([good, bad], [0, 1])
+    with pytest.raises(
+        InputError, match=r"No training image of the class 'b' of 'data' can be read; .*remove the class"
+    ):
+        ready(
+            LabelledImages("data", ["a", "b"], part, whole, True), recipe, Unreadable(console, 9), console, 1
+        )
+    read = ready(
+        LabelledImages("data", ["a", "b"], whole, part, True), recipe, Unreadable(console, 9), console, 1
+    )
+    assert (len(read.training), len(read.held_out)) == (2, 1)
+    assert (
+        "No held-out image of the class 'b' can be read: the accuracy says nothing of it." in said.getvalue()
+    )

@@ -42,7 +42,7 @@ class Stopwatch(Protocol):
 
 
 class EngineStopwatch:
-    """Times networks in one engine, each in a process of its own, which the next to be timed takes over."""
+    """Times networks in one engine, each in a worker process, which the next to be timed takes over."""
 
     def __init__(
         self, engine: str, *, threads: int = 1, rounds: int = _ROUNDS, time_limit: float = 120.0
@@ -150,6 +150,12 @@ class Latency:
     networks in another way than in the engine.
 
     Raises `InputError` where the engine is unknown or not installed.
+
+    Example:
+        >>> import torch, refold
+        >>> net = refold.create_model("ghostnet_050", num_classes=2)
+        >>> objective = refold.Latency("pytorch", threads=1)
+        >>> plain = refold.fold(net, torch.randn(1, 3, 32, 32), objective=objective)
     """
 
     engine: str = "onnxruntime"

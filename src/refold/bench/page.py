@@ -19,7 +19,7 @@ _EXPLAINED = {
     "Accuracy against latency": "Left and up is better. The dashed line is the Pareto front: no other point is both "
     "faster and more accurate than one on it. Grey lines join the forms of a network, small grey points are the "
     "networks of the other parts.",
-    "Latency": "Bars are medians, the thin lines span the middle half of the samples.",
+    "Latency": "Bars are medians, the thin lines span the interquartile range.",
     "Throughput": "Images a second at the median latency.",
     "Time by kind of operator": "From a separate, profiled run of each network: the profiler itself costs time, so "
     "compare the shares; the milliseconds behind each bar are their sum. What an engine fuses counts as the "

@@ -80,6 +80,12 @@ def benchmark(
 
     Raises `InputError` for arguments that make no sense, `BenchmarkInterrupted` (a `KeyboardInterrupt`) with what
     was measured on Ctrl-C.
+
+    Example:
+        >>> import refold
+        >>> found = refold.benchmark("repghostnet_050", engine="pytorch", input_size=(3, 32, 32), rounds=3)
+        >>> [row.configuration.form for row in found.rows]
+        ['training', 'plain']
     """
     for name, value, least in (("rounds", rounds, 1), ("warm_up", warm_up, 0), ("time_limit", time_limit, 1)):
         if value < least:
@@ -198,7 +204,9 @@ class _Run:
         for threads in self.plan.threads if self.roofline else ():
             if threads in roofs:
                 continue
-            self.report(f"measuring the roofs with {threads} thread{'s' if threads > 1 else ''}", 0.0)
+            self.report(
+                f"measuring the roofline peaks with {threads} thread{'s' if threads > 1 else ''}", 0.0
+            )
             worker = WorkerProcess(threads, self.time_limit)
             try:
                 measured = worker.ask("roof", threads=threads)

@@ -52,7 +52,7 @@ IDENTITY = (
 )
 _FIGURES = (
     PrintedColumn("ms", _sampled(lambda row: row.latency.median), lambda ms: f"{ms:.2f}"),
-    PrintedColumn("middle half", lambda _, row: _quartiles(row)),
+    PrintedColumn("interquartile range", lambda _, row: _quartiles(row)),
     PrintedColumn("ratio", _ratio),
     PrintedColumn("images/s", _sampled(lambda row: row.throughput), lambda rate: f"{rate:.1f}"),
     PrintedColumn("top-1", lambda benchmark, row: benchmark.accuracy(row), lambda value: f"{value:g}"),
@@ -61,7 +61,7 @@ _FIGURES = (
     PrintedColumn("operators", lambda _, row: row.operators),
     PrintedColumn("peak MB", lambda _, row: row.peak_memory, lambda n: f"{n / 1e6:.0f}"),
     PrintedColumn("floor ms", lambda _, row: row.floor, lambda ms: f"{ms:.2f}"),
-    PrintedColumn("of roof", lambda _, row: row.of_roof, lambda share: f"{share:.0%}"),
+    PrintedColumn("of roofline peak", lambda _, row: row.of_roof, lambda share: f"{share:.0%}"),
 )
 
 

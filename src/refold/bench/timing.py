@@ -30,7 +30,7 @@ class Timing:
 
     @property
     def quartiles(self) -> tuple[float, float]:
-        """The first and the third quartile, in milliseconds: the middle half of the calls lies between them."""
+        """The first and the third quartile, in milliseconds: the interquartile range lies between them."""
         if len(self.samples) < 2:
             return self.samples[0], self.samples[0]
         first, _, third = quantiles(self.samples, n=4, method="inclusive")
@@ -56,7 +56,7 @@ class Timing:
         if len(ratios) < 2:
             return ratios[0] <= 1 - margin
         first, _, third = quantiles(ratios, n=4)
-        # Of the median of as many normal numbers, whose middle half is this wide.
+        # Of the median of as many normal numbers, whose interquartile range is this wide.
         standard_error = 1.25 * (third - first) / 1.35 / math.sqrt(len(ratios))
         return median(ratios) + 2 * standard_error <= 1 - margin
 

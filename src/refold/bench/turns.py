@@ -1,4 +1,4 @@
-"""What takes turns in a benchmark: a model in one form, opened in one engine in a process of its own."""
+"""What takes turns in a benchmark: a model in one form, opened in one engine in a worker process."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class WorkerProcess(Apart):
 def open_worker(
     engine: str, path: Path, *, threads: int, shape: tuple[int, ...], dtype: str, time_limit: float
 ) -> WorkerProcess:
-    """Open a model's file in a process of its own; raises `TimingFailed` where that fails."""
+    """Open a model's file in a worker process; raises `TimingFailed` where that fails."""
     worker = WorkerProcess(threads, time_limit)
     try:
         worker.ask("open", engine=engine, path=str(path), threads=threads, shape=list(shape), dtype=dtype)

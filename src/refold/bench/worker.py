@@ -1,4 +1,4 @@
-"""The process of its own in which one model runs in one engine: `python -m refold.bench.worker`.
+"""The worker process in which one model runs in one engine: `python -m refold.bench.worker`.
 
 It reads one JSON request a line and answers with one JSON line, until its input ends. A crash, a hang or a lack of
 memory then costs one row of a benchmark, and the memory that a model needs is that of this process.

@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from refold.cli.engines import bench, export_command
-from refold.cli.networks import fold_command, list_command, profile, verify
+from refold.cli.networks import fold_command, list_command, profile, push_command, verify
 from refold.cli.papers import paper_command
 from refold.cli.runs import check_data, distill_command, predict, quickstart, train_command
 from refold.cli.shared import console
@@ -114,6 +114,7 @@ _COMMANDS: dict[str, Callable[..., None]] = {
     "train": train_command,
     "distill": distill_command,
     "check-data": check_data,
+    "push": push_command,
     "predict": predict,
 }
 for _name, _command in _COMMANDS.items():

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
@@ -33,6 +32,7 @@ from refold.cli.shared import (
     TimeLimit,
     WarmUp,
     console,
+    error_console,
     example_for,
     network_from,
     paired,
@@ -244,7 +244,7 @@ def bench(
         output or [], merge or [], accuracy, baseline, resume, html=html, plots=plots, measuring=measuring
     )
     try:
-        result = run(models, options, Console(stderr=True) if as_json else console)
+        result = run(models, options, error_console if as_json else console)
     except BenchmarkInterrupted as stopped:
         console.print(to_rich(stopped.result))
         kept = [str(path) for path in output or () if path.suffix.lower() == ".json"]

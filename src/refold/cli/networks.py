@@ -230,3 +230,19 @@ def _cost_table(title: str, costs: dict[str, Cost]) -> Table:
     for kind in kinds:
         table.add_row(kind, *(str(cost.operators.get(kind, 0)) for cost in costs.values()))
     return table
+
+
+def push_command(
+    checkpoint: Annotated[
+        Path,
+        typer.Argument(metavar="FILE|RUN", help="A file of refold.save, or a run's folder: its plain form."),
+    ],
+    repository: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="Where on the Hugging Face hub.")],
+    private: Annotated[bool, typer.Option("--private", help="Let nobody else see it.")] = False,
+) -> None:
+    """Publish a network with its model card; refold.load("hf-hub:OWNER/NAME") and predict take it from there."""
+    from refold.hub import push
+    from refold.targets import weights_file
+
+    file = weights_file(str(checkpoint), "plain") or checkpoint
+    console.print(push(file, repository, private=private), markup=False, soft_wrap=True)

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
@@ -25,6 +24,7 @@ from refold.cli.shared import (
     TimeLimit,
     WarmUp,
     console,
+    error_console,
 )
 from refold.errors import InputError
 
@@ -90,7 +90,7 @@ def paper_command(
     accuracies = {} if accuracy is None else read_accuracies(accuracy)
     is_plain = as_json or as_csv or as_markdown
     try:
-        with progress(Console(stderr=True) if is_plain else console) as on_progress:
+        with progress(error_console if is_plain else console) as on_progress:
             table = papers.paper(
                 name,
                 latency=not no_latency,

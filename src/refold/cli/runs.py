@@ -22,6 +22,7 @@ from refold.cli.shared import (
     ModelArguments,
     NumClasses,
     console,
+    error_console,
     network_from,
     say,
 )
@@ -176,7 +177,7 @@ def check_data(
     if output is not None:
         check_writable(output)
     images = open_data(data, seed)
-    found = survey(images, Console(stderr=True))
+    found = survey(images, error_console)
     if output is not None:
         draw_sample(images, output)
     if as_json:

@@ -15,7 +15,14 @@ from refold.errors import InputError, first_line, printable
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-console = Console()
+
+def _console(stderr: bool) -> Console:
+    # FORCE_COLOR, which notebooks and build servers set, would let bars move where nothing can.
+    can_move = (sys.stderr if stderr else sys.stdout).isatty()
+    return Console(stderr=stderr, force_terminal=None if can_move else False)
+
+
+console, error_console = _console(stderr=False), _console(stderr=True)
 
 MODEL, MODEL_HELP = (
     "MODEL",

@@ -63,6 +63,13 @@ def export(
     Raises `NotEquivalent`, with the report as ``proof``, where the engine's outputs differ by more, and
     `InputError` where the engine is not installed, the model cannot be converted or ``path`` not written; no
     file is left then.
+
+    Example:
+        >>> import torch, refold
+        >>> net = refold.create_model("repghostnet_050", num_classes=2)
+        >>> report = refold.export(net, "net.onnx", torch.randn(1, 3, 64, 64), softmax=True)
+        >>> report.form, report.relative_difference < 1e-3
+        ('plain', True)
     """
     with naming_packages("refold.export"):
         from refold.export.checked import export_checked

@@ -18,7 +18,7 @@ _TIME_LIMIT = 1800
 
 
 def run_converter(command: Sequence[str], title: str, written: Path) -> None:
-    """Run a converter in a process of its own, so that its crash or its chatter is not ours.
+    """Run a converter in a worker process, so that its crash or its chatter is not ours.
 
     Raises `InputError` where it fails, hangs or leaves no file ``written``.
     """

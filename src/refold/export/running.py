@@ -1,4 +1,4 @@
-"""Running an exported file in its engine, in a process of its own: `python -m refold.export.running`."""
+"""Running an exported file in its engine, in a worker process: `python -m refold.export.running`."""
 
 from __future__ import annotations
 

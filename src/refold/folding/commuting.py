@@ -112,7 +112,7 @@ def _rewrite(planner: Planner, passage: _Passage) -> Rewrite:
         nodes=passage.nodes,
         outputs=passage.readers,
         operators=[passage.norm],
-        folded=[FoldedRegion(path, {"batch norm": 1}, f"taken up by the {layers}")],
+        folded=[FoldedRegion(path, {"batch norm": 1}, f"absorbed into the {layers}")],
         check=partial(_require_channels_apart, planner, passage),
         key=(passage.norm, "passage"),
     )

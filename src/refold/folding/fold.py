@@ -91,6 +91,13 @@ def fold(
 
     Raises `InputError` where the model does not run on the example or an option is unknown, `NotEquivalent` where the
     proof fails.
+
+    Example:
+        >>> import torch, refold
+        >>> net = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8), torch.nn.ReLU())
+        >>> plain = refold.fold(net, torch.randn(1, 3, 32, 32))
+        >>> plain.fold_report.after.operators
+        {'convolution': 1, 'activation': 1}
     """
     _require_option("shortcuts", shortcuts, get_args(Shortcuts))
     if not isinstance(objective, str):
@@ -162,6 +169,13 @@ def verify(
     sorting, thresholds or suppression decide, and that differ, are compared through the tensors that these look at.
 
     Raises `NotEquivalent`, which carries the proof, where they do not; `InputError` where one of them does not run.
+
+    Example:
+        >>> import torch, refold
+        >>> net = refold.create_model("repghostnet_050", num_classes=10)
+        >>> image = torch.randn(1, 3, 64, 64)
+        >>> refold.verify(net, refold.fold(net, image), image).distance_float64 < 1e-9
+        True
     """
     with plain_mode():
         reference, candidate = unwrapped(reference)[0], unwrapped(candidate)[0]

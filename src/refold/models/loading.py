@@ -60,6 +60,14 @@ def load_checkpoint(
     Raises ``CheckpointError``, with the network untouched, where the file cannot be read, belongs to another
     network, has another number of classes, or is in plain form and the network in training form (or
     reversed).
+
+    Example:
+        >>> import torch, refold
+        >>> trained = refold.create_model("resnet10t", num_classes=3)
+        >>> torch.save({"state_dict": {f"module.{k}": v for k, v in trained.state_dict().items()}}, "net.pth")
+        >>> net = refold.create_model("resnet10t", num_classes=3)
+        >>> refold.load_checkpoint(net, "net.pth").notes
+        ("took the weights in 'state_dict'", "stripped 'module.' from their names")
     """
     opened = source if isinstance(source, OpenedCheckpoint) else open_checkpoint(source)
     found, described = _best(opened, network), opened.described

@@ -53,6 +53,7 @@ from refold.models.ghostnetv3 import GhostNetV3
 from refold.models.loading import rename_weights
 from refold.models.mobilenetv4 import MobileNetV4
 from refold.models.mobileone import MobileOne
+from refold.models.output_stride import set_output_stride
 from refold.models.pretrained import RELEASES, loading_failure, published_weights
 from refold.models.repghostnet import RepGhostNet, RepGhostNetDFC
 from refold.models.repnext import RepNeXt
@@ -107,6 +108,11 @@ def list_models(pattern: str | Iterable[str] = "", include_timm: bool = False) -
     """The sorted names of refold's networks, and with ``include_timm`` of timm's too.
 
     ``pattern`` is a shell-style wildcard such as ``repghost*``, or several; empty for all.
+
+    Example:
+        >>> import refold
+        >>> refold.list_models("repvgg_a*")
+        ['repvgg_a0', 'repvgg_a1', 'repvgg_a2']
     """
     names = set(_NETWORKS)
     if include_timm:
@@ -120,7 +126,7 @@ def create_model(name: str, pretrained: bool = False, **kwargs: Any) -> nn.Modul
 
     A name with a tag, such as ``repvgg_a0.rvgg_in1k``, is always timm's. The keywords are timm's:
     ``num_classes``, ``in_chans``, ``drop_rate``, ``global_pool``, ``features_only``, ``out_indices``,
-    ``pretrained_cfg_overlay`` ...; one that is None counts as not given. ``pretrained`` loads the
+    ``output_stride``, ``pretrained_cfg_overlay`` ...; one that is None counts as not given. ``pretrained`` loads the
     published weights. The network remembers how it was built in ``architecture``, a dictionary of
     ``name`` and ``arguments`` that JSON can hold; with an argument that JSON cannot hold, such as a
     class, it has none.
@@ -128,6 +134,12 @@ def create_model(name: str, pretrained: bool = False, **kwargs: Any) -> nn.Modul
     Raises ``UnknownModel`` with the nearest names where nobody has the name, ``CheckpointError`` where
     pretrained weights are not published, cannot be had or do not fit, and ``InputError`` where an argument cannot be
     used.
+
+    Example:
+        >>> import torch, refold
+        >>> net = refold.create_model("ghostnetv3_050", num_classes=10)
+        >>> net.eval()(torch.randn(2, 3, 64, 64)).shape
+        torch.Size([2, 10])
     """
     kwargs = {key: value for key, value in kwargs.items() if value is not None}
     architecture = _architecture(name, kwargs)
@@ -179,8 +191,16 @@ def _build_own(name: str, pretrained: bool, **kwargs: Any) -> nn.Module:
 
             filter_fn = fetched
 
+    output_stride = kwargs.pop("output_stride", None)
+
+    def constructed(**arguments: Any) -> nn.Module:
+        made = cast(Callable[..., nn.Module], network)(row, **arguments)
+        if output_stride is not None:
+            set_output_stride(made, output_stride)
+        return made
+
     built: nn.Module = build_model_with_cfg(
-        partial(cast(Callable[..., nn.Module], network), row),
+        constructed,
         name,
         pretrained,
         pretrained_cfg=cfg,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections import defaultdict
 from dataclasses import replace
 from pathlib import Path
@@ -78,7 +79,13 @@ def _split_of(root: Path) -> tuple[Path, Path | None, list[str]]:
         [folder for folder in folders if _bare(folder.name) in names]
         for names in (_TRAINING, _VALIDATION, _TEST)
     )
-    if not training or not (validation or test or folders == training):
+    if not training and (validation or test) and all(map(_holds_classes, validation + test)):
+        names = [f"'{folder.name}'" for folder in validation + test]
+        raise InputError(
+            f"'{root}' holds {' and '.join(names)} to measure on by name, but nothing to train on; add a 'train' "
+            "folder, or give a folder with one folder of images a class."
+        )
+    if not training or not (validation or test or folders == training or any(map(_holds_classes, training))):
         return root, None, []
     if len(training) > 1:
         names = [f"'{folder.name}'" for folder in training]
@@ -106,6 +113,14 @@ def _folders(root: Path) -> list[Path]:
     return sorted(entry for entry in root.iterdir() if entry.is_dir() and not is_no_data(entry.name))
 
 
+def _holds_classes(folder: Path) -> bool:
+    """Whether a folder holds folders as of classes, and no images of its own."""
+    inside = _folders(folder)
+    if {entry.name.lower() for entry in inside} <= _PLAIN:
+        return False
+    return not any(entry.suffix.lower() in SUFFIXES and entry.is_file() for entry in folder.iterdir())
+
+
 def _scan(root: Path) -> tuple[list[str], Images, list[str]]:
     """The classes in a folder, their images, and what is to be said of them."""
     folders = _folders(root)
@@ -116,6 +131,7 @@ def _scan(root: Path) -> tuple[list[str], Images, list[str]]:
             f"'{root}' holds {found}; give a folder with two or more folders of images, one a class{inside}."
         )
     _check_classes(root, folders)
+    alike = _differ_little([folder.name for folder in folders])
     left_out = LeftOut()
     for entry in sorted(root.iterdir()):
         if entry.is_file() and not is_no_data(entry.name) and entry.suffix.lower() in SUFFIXES:
@@ -135,20 +151,46 @@ def _scan(root: Path) -> tuple[list[str], Images, list[str]]:
     kept, doubles = _without_doubles(root, by_class, left_out)
     sources: list[Source] = [file for files in kept for file in files]
     targets = [index for index, files in enumerate(kept) for _ in files]
-    return [folder.name for folder in folders], Images(sources, targets), [*left_out.notes(root), *doubles]
+    return (
+        [folder.name for folder in folders],
+        Images(sources, targets),
+        [*alike, *left_out.notes(root), *doubles],
+    )
+
+
+def _differ_little(names: list[str]) -> list[str]:
+    """What is to be said of classes that look like one.
+
+    Raises `InputError` where a name is no text, which no file that is written could hold.
+    """
+    alike: defaultdict[str, list[str]] = defaultdict(list)
+    for name in names:
+        try:
+            name.encode()
+        except UnicodeEncodeError as error:
+            raise InputError(f"The class folder '{name}' has a name that is not UTF-8; rename it.") from error
+        alike[unicodedata.normalize("NFKC", name).casefold().strip()].append(name)
+    groups = [" = ".join(group) for group in alike.values() if len(group) > 1]
+    return [f"Classes whose names differ in case or spelling alone: {_some(groups)}."] if groups else []
 
 
 def _check_classes(root: Path, folders: list[Path]) -> None:
-    """Raise `InputError` where each of the folders holds the same ones: then not they are the classes, or not alone."""
+    """Raise `InputError` where all hold the same folders, or one a split: then they are not the classes."""
     inside = [{entry.name for entry in _folders(folder)} for folder in folders]
     shared = inside[0]
-    if {name.lower() for name in shared} <= _PLAIN or any(names != shared for names in inside):
-        return
-    raise InputError(
-        f"Each folder of '{root}' ({_some([folder.name for folder in folders])}) holds the same folders "
-        f"({_some(sorted(shared))}), so that it is not clear which are the classes; give a folder with one folder of "
-        "images a class, or with 'train' and 'val' that hold them."
-    )
+    if not {name.lower() for name in shared} <= _PLAIN and all(names == shared for names in inside):
+        raise InputError(
+            f"Each folder of '{root}' ({_some([folder.name for folder in folders])}) holds the same folders "
+            f"({_some(sorted(shared))}), so that it is not clear which are the classes; give a folder with one folder "
+            "of images a class, or with 'train' and 'val' that hold them."
+        )
+    for folder, names in zip(folders, inside, strict=True):
+        bare = {_bare(name) for name in names}
+        if bare & {*_TRAINING} and bare & {*_VALIDATION, *_TEST}:
+            raise InputError(
+                f"The class folder '{folder}' holds a split of its own ({_some(sorted(names))}); give a folder with "
+                "'train' and 'val' that hold one folder of images a class."
+            )
 
 
 def _without_doubles(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import stat
 import warnings
 from collections import Counter
 from collections.abc import Sequence
@@ -33,10 +34,16 @@ LARGEST_PICTURE = 100_000_000
 
 # The limit above says the same in words, as an error.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+# Pillow's remarks on broken metadata name no file, and a picture that suffers from them is refused by name.
+warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
 
 Pixels = np.ndarray[Any, Any]
 
 _NARROWEST = 100
+
+# What may be behind the suffixes above, whatever the file's own says: a decoder each. Others of Pillow's start a
+# program (Ghostscript for EPS), follow a file to other files, or read what is no picture of a camera or a drawing.
+_FORMATS = ("JPEG", "PNG", "TIFF", "WEBP", "BMP", "PPM", "GIF", "AVIF", "JPEG2000", "TGA", "ICO")
 
 _OF_16_BITS = ("I;16", "I;16L", "I;16B", "I;16N")
 # Where Pillow's "I", a whole number of 32 bits, stands for the 16 bits of these formats.
@@ -45,6 +52,8 @@ _OTHER_PICTURES = (
     ".gif", ".heic", ".heif", ".avif", ".jxl", ".jp2", ".jfif", ".psd", ".svg", ".ico", ".tga", ".eps", ".exr",
     ".hdr", ".npy", ".dcm", ".raw", ".dng", ".cr2", ".cr3", ".nef", ".arw",
 )  # fmt: skip
+# Tags of TIFF files.
+_BITS, _PHOTOMETRIC, _PLANES, _SAMPLE_FORMAT = 258, 262, 284, 339
 _NOT_OF_THE_DATA = ("__MACOSX", "@eaDir", "$RECYCLE.BIN")
 _NAMED = 3
 
@@ -53,19 +62,23 @@ def read_image(source: Source) -> Image.Image:
     """Decode a picture as RGB of 8 bits, upright as its EXIF says.
 
     16 bits are scaled to 8; numbers with a fraction are read as 0 to 1, 0 to 255 or 0 to 65,535, the first that holds
-    them all; what is transparent becomes white; of several frames the first is taken.
+    them all, unless they would be nearly black in it; what is transparent becomes white; of several frames the first
+    is taken.
     Raises `InputError`, naming the file, where it cannot be decoded, its numbers have no range that is known, it has
     more than `LARGEST_PICTURE` pixels, or one side is more than a hundred times the other.
     """
     if isinstance(source, Image.Image):
         return source
     try:
-        with _opened(source) as file, Image.open(file) as image:
+        with _opened(source) as file, Image.open(file, formats=_FORMATS) as image:
             _check_size(source, image.width, image.height)
-            return _as_rgb(ImageOps.exif_transpose(image), image.format)
+            _check_samples(image)
+            is_inverted = image.format == "TIFF" and _tag(image, _PHOTOMETRIC) == 0
+            return _as_rgb(ImageOps.exif_transpose(image), image.format, is_inverted)
     except UnidentifiedImageError as error:
         raise InputError(
-            f"The image '{source}' cannot be read (no kind of image that is known); repair or remove it."
+            f"The image '{source}' cannot be read (no kind of image that is known); save it with 8 or 16 bits as PNG, "
+            "or remove it."
         ) from error
     except InputError:
         raise
@@ -96,13 +109,41 @@ def _too_large(source: Source, size: str) -> str:
     return f"The image '{source}' is too large: it has {size}, at most {most} are read; shrink it."
 
 
-def _as_rgb(image: Image.Image, format: str | None) -> Image.Image:
-    if image.mode in _OF_16_BITS:
-        return _grey(np.asarray(image) / 257)
-    if image.mode == "I":
-        return _grey(_whole_numbers(np.asarray(image), format) / 257)
+def _tag(image: Image.Image, number: int) -> Any:
+    """A tag of a TIFF file; of one value for each colour, the largest."""
+    value = getattr(image, "tag_v2", {}).get(number)
+    return max(value, default=None) if isinstance(value, tuple) else value
+
+
+def _check_samples(image: Image.Image) -> None:
+    """Raise ValueError for the TIFF files that Pillow takes for others without a word."""
+    if image.format != "TIFF":
+        return
+    bits, planes = _tag(image, _BITS) or 1, _tag(image, _PLANES)
+    if _tag(image, _SAMPLE_FORMAT) == 2:
+        raise ValueError("whole numbers with a sign, whose range is not known; save 8 or 16 bits without")
+    if planes == 2 and bits > 8 and len(image.getbands()) > 1:
+        raise ValueError(
+            f"a plane of {bits} bits for each colour; save the colours of a pixel together, or 8 bits"
+        )
+
+
+def _as_rgb(image: Image.Image, format: str | None, is_inverted: bool) -> Image.Image:
+    """The picture as RGB; in one that ``is_inverted``, 0 is white, which Pillow minds up to 8 bits alone."""
+    if image.mode in (*_OF_16_BITS, "I"):
+        values = np.asarray(image)
+        if image.mode == "I":
+            values = _whole_numbers(values, format)
+        elif isinstance(image.info.get("transparency"), int):
+            values = np.where(values == image.info["transparency"], 65535, values)
+        return _grey((65535 - values if is_inverted else values) / 257)
     if image.mode == "F":
-        return _grey(_with_fraction(np.asarray(image)))
+        values = _with_fraction(np.asarray(image))
+        return _grey(255 - values if is_inverted else values)
+    clear = image.info.get("transparency")
+    if image.mode == "RGB" and isinstance(clear, tuple) and max(clear) > 255:
+        # A colour of 16 bits, which is compared with those of 8 that Pillow keeps.
+        image.info["transparency"] = tuple(value >> 8 for value in clear)
     if image.has_transparency_data:
         colours = image.convert("RGBA")
         white = Image.new("RGBA", colours.size, (255, 255, 255, 255))
@@ -121,12 +162,17 @@ def _whole_numbers(values: Pixels, format: str | None) -> Pixels:
 
 
 def _with_fraction(values: Pixels) -> Pixels:
-    """The values from 0 to 255, by the narrowest usual range that holds them all."""
+    """The values from 0 to 255, by the narrowest usual range that holds them all, unless that made them nearly black.
+
+    Light that goes a little beyond 1 or 255 would be, and so would 12 bits in a range of 16.
+    """
     least, most = float(values.min()), float(values.max())
-    for end in (1.0, 255.0, 65535.0):
+    for end, darkest in ((1.0, 0.0), (255.0, 255 / 16), (65535.0, 65536 / 16)):
         if least >= 0 and most <= end:
+            if most < darkest:
+                break
             return values.astype(np.float64) * (255 / end)
-    raise ValueError(f"numbers from {least:g} to {most:g}; save them from 0 to 1")
+    raise ValueError(f"numbers from {least:g} to {most:g}, whose range is not known; save them from 0 to 1")
 
 
 @dataclass
@@ -164,6 +210,8 @@ def find_pictures(folder: Path, left_out: LeftOut) -> list[Path]:
             if is_no_data(name):
                 if suffix in SUFFIXES:
                     left_out.add("hidden files", path)
+            elif suffix in SUFFIXES and not is_file(path):
+                left_out.add("links to nothing, pipes and their like", path)
             elif suffix in SUFFIXES:
                 found.append(path)
             elif suffix in _OTHER_PICTURES:
@@ -171,6 +219,14 @@ def find_pictures(folder: Path, left_out: LeftOut) -> list[Path]:
             else:
                 left_out.add("files that are no pictures", path)
     return sorted(found)
+
+
+def is_file(path: Path) -> bool:
+    """Whether there is a file to read: no pipe, at which reading would wait for ever, and no link to nothing."""
+    try:
+        return stat.S_ISREG(path.stat().st_mode)
+    except OSError:
+        return False
 
 
 def find_images(paths: Sequence[Path], left_out: LeftOut) -> list[Path]:
@@ -211,7 +267,7 @@ def size_of(source: Source) -> tuple[int, int] | None:
     if isinstance(source, Image.Image):
         return source.size
     try:
-        with _opened(source) as file, Image.open(file) as image:
+        with _opened(source) as file, Image.open(file, formats=_FORMATS) as image:
             size: tuple[int, int] = image.size
             return size
     except Exception:  # said when it is read

@@ -68,7 +68,7 @@ def render_result(result: Result, folder: Path) -> Table:
         f"ONNX {result.onnx_accuracy:.2%}",
     )
     table.add_row(
-        "same answers",
+        "top-1 agreement",
         f"plain {result.same_answers:,}, ONNX {result.onnx_same_answers:,} of {result.held_out_images:,}",
     )
     table.add_row("proof", f"distance in float64 {result.proof['distance_float64']:.1e}")

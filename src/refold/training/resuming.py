@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,7 +15,7 @@ from pydantic import TypeAdapter, ValidationError
 from refold.errors import InputError, RefoldError
 from refold.training.options import declared_options
 from refold.training.recipe import Recipe, ResolvedRecipe
-from refold.training.settings import RUN, RUN_FILES, Settings
+from refold.training.settings import RUN, RUN_FILES, SAMPLE, SPLIT, Settings
 
 _FIXED = {
     "optimizer": "its state belongs to the optimiser that it has",
@@ -85,11 +86,26 @@ def _check_recipe(before: Recipe, now: Recipe) -> None:
             )
 
 
+def check_foreign(folder: Path) -> None:
+    """Raise `InputError` where a folder without a run holds files that one would replace, such as a README of its own.
+
+    What a run writes before its settings does not count: it may have been stopped there.
+    """
+    if (folder / RUN).exists():
+        return
+    theirs = [name for name in RUN_FILES if name not in (SPLIT, SAMPLE) and os.path.lexists(folder / name)]
+    if theirs:
+        raise InputError(
+            f"'{folder}' holds no run, but {', '.join(theirs)}, which this one would replace; give another folder, or "
+            "--overwrite."
+        )
+
+
 def remove_run(folder: Path) -> None:
     """Remove what a run wrote into its folder, and nothing else; its settings first, so that half of it is no run."""
     for name in RUN_FILES:
         path = folder / name
-        if path.is_dir():
+        if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         else:
             path.unlink(missing_ok=True)

@@ -38,7 +38,7 @@ from refold.training.interruptions import interruptible, lightning_quiet
 from refold.training.lock import locked
 from refold.training.module import TrainingModule
 from refold.training.processes import Launcher, Place, ProcessLauncher
-from refold.training.resuming import changed, read_settings, remove_run
+from refold.training.resuming import changed, check_foreign, read_settings, remove_run
 from refold.training.settings import (
     HISTORY,
     RUN,
@@ -77,13 +77,16 @@ def train(
     all writes and returns the result, the others None. With ``overwrite`` the files of a run that is there already go
     once the new one is about to train.
     Raises `InputError` where the images, the recipe or a setting cannot be used, where the folder holds a run
-    already or another run has it, and where the loss stops being a number; `NotEquivalent` where a form differs.
+    already, or files that it would replace, or another run has it, and where the loss stops being a number;
+    `NotEquivalent` where a form differs.
     """
     if (launcher.place() or Place()).is_first and not overwrite and (settings.output / RUN).exists():
         raise InputError(
             f"'{settings.output}' holds a run already; give another folder, replace it (--overwrite), or go on with "
             f"it: refold train --resume {settings.output}"
         )
+    if (launcher.place() or Place()).is_first and not overwrite:
+        check_foreign(settings.output)
     return _run(settings, console, launcher, Beginning(overwrite=overwrite))
 
 
@@ -311,7 +314,12 @@ def _fit(settings: Settings, module: TrainingModule, unreadable: Unreadable, con
         safely: dict[str, Any] = (
             {"weights_only": True} if "weights_only" in signature(trainer.fit).parameters else {}
         )
-        trainer.fit(module, ckpt_path=begun, **safely)
+        try:
+            trainer.fit(module, ckpt_path=begun, **safely)
+        except RuntimeError as error:
+            if "loading state_dict" not in str(error):
+                raise
+            raise _foreign(state) from error
         if trainer.is_global_zero:
             keeper.write_history()
     return keeper
@@ -365,9 +373,21 @@ def _readable(state: Path) -> str | None:
     if not state.is_file():
         return None
     try:
-        torch.load(state, map_location="cpu", mmap=True, weights_only=True)
+        written = torch.load(state, map_location="cpu", mmap=True, weights_only=True)
     except (RuntimeError, OSError, EOFError, ValueError, KeyError, UnpicklingError) as error:
         raise InputError(
             f"'{state}' cannot be read ({first_line(error)}); remove it to begin with the first epoch again."
         ) from error
+    if (
+        not isinstance(written, dict)
+        or not {"state_dict", "loops", "pytorch-lightning_version"} <= written.keys()
+    ):
+        raise _foreign(state)
     return str(state)
+
+
+def _foreign(state: Path) -> InputError:
+    return InputError(
+        f"'{state}' is not the state of this run, or '{RUN}' was edited; put them back, or remove '{state.name}' to "
+        "begin with the first epoch again."
+    )

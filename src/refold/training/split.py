@@ -98,8 +98,14 @@ def _read(path: Path) -> dict[str, _Entry]:
     try:
         with path.open(encoding="utf-8", newline="") as lines:
             rows = list(csv.DictReader(lines))
-        return {row["image"]: _Entry(row["part"], row["class"], row["digest"]) for row in rows}
-    except (OSError, UnicodeDecodeError, csv.Error, KeyError) as error:
+        entries = {row["image"]: _Entry(row["part"], row["class"], row["digest"]) for row in rows}
+        if not entries:
+            raise ValueError("it is empty")
+        strangers = {entry.part for entry in entries.values()} - {_TRAINING, _HELD_OUT}
+        if strangers:
+            raise ValueError(f"there is no part '{strangers.pop()}'")
+        return entries
+    except (OSError, ValueError, csv.Error, KeyError) as error:
         raise InputError(
             f"'{path}', which says what the run trains on, cannot be read ({error}); start a new run."
         ) from error

@@ -13,7 +13,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import nn
 
 from refold.checkpoints import class_count, read_card
-from refold.errors import CheckpointError, InputError, RecipeError
+from refold.errors import CheckpointError, InputError, RecipeError, printable
 from refold.files import PathLike
 from refold.models import create_model
 from refold.own_code import OwnNetwork, is_own_code, takes
@@ -140,7 +140,7 @@ def ready(
 ) -> LabelledImages:
     """Read the images into memory, for each process, where they fit: large enough for the recipe's smallest crop.
 
-    Raises `InputError` where none can be read.
+    Raises `InputError` where none to train on can be read of a class.
     """
     if not fit_in_memory(images, recipe, devices):
         return images
@@ -153,6 +153,24 @@ def ready(
         ]
     if not all(parts):
         raise InputError(f"No image of '{images.title}' can be read; repair or replace them.")
+    training, held_out = (
+        [images.class_names[target] for target in sorted({*before.targets} - {*read.targets})]
+        for before, read in zip((images.training, images.held_out), parts, strict=True)
+    )
+    if training:
+        raise InputError(
+            f"No training image of the class '{training[0]}' of '{images.title}' can be read; repair or replace them, "
+            "or remove the class."
+        )
+    for name in held_out:
+        console.print(
+            printable(
+                f"No held-out image of the class '{name}' can be read: the accuracy says nothing of it."
+            ),
+            markup=False,
+            highlight=False,
+            soft_wrap=True,
+        )
     return dataclasses.replace(images, training=parts[0], held_out=parts[1])
 
 

@@ -22,6 +22,13 @@ def original_state_dict(model: nn.Module) -> dict[str, Tensor]:
     these are folded, and every other batch norm keeps its statistics.
 
     Raises `InputError` where the model was not unfolded, or where folding merged layers of the original.
+
+    Example:
+        >>> import refold
+        >>> net = refold.create_model("resnet10t")
+        >>> wide = refold.unfold(net, "repvgg")
+        >>> net.load_state_dict(refold.original_state_dict(wide))
+        <All keys matched successfully>
     """
     report = getattr(model, "unfold_report", None)
     if not isinstance(report, UnfoldReport):

@@ -61,6 +61,12 @@ def unfold(
     Raises `InputError` for a plan, kind, pattern, stage or number that does not exist, where nothing can be unfolded,
     and where the model is compiled, unfolded already or cannot be copied; `NotEquivalent` where the result does not
     compute what the model did.
+
+    Example:
+        >>> import refold
+        >>> wide = refold.unfold(refold.create_model("resnet10t"), "repvgg")
+        >>> print(wide.unfold_report)
+        repvgg: 11 layers unfolded (11 dense)
     """
     chosen = find_plan(plan)
     if start not in get_args(Start):

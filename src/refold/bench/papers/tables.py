@@ -235,7 +235,8 @@ def _spread(table: PaperTable) -> str:
     if not widths:
         return ""
     return (
-        f"times here: medians of {'/'.join(map(str, sorted(rounds)))} rounds taken in turn; their middle half spans "
+        f"times here: medians of {'/'.join(map(str, sorted(rounds)))} rounds taken in turn; their interquartile range "
+        "spans "
         f"{median(widths):.0%} of the median as a rule, {max(widths):.0%} at most"
     )
 

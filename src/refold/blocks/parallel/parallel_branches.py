@@ -71,6 +71,12 @@ class ParallelBranches(nn.Module):
         if linear:
             self._sort(linear)
 
+    def refresh_geometry(self) -> None:
+        """Look at the branches again, after a stride or a dilation of theirs was changed."""
+        linear = [i for i in range(len(self.branches)) if i not in self._others]
+        if linear:
+            self._sort(linear)
+
     def _sort(self, linear: list[int]) -> None:
         convolutions = {i: self._branch(i).conv for i in linear}
         self.geometry = common_geometry(list(convolutions.values()))

@@ -1,4 +1,4 @@
-"""Run the command as `python -m refold.cli`."""
+"""Run the command as `python -m refold`."""
 
 from refold.cli import main
 
