@@ -70,12 +70,11 @@ def _check_shapes(written: Sequence[Any], inputs: Inputs, *, dynamic_batch: bool
     for value, tensor in zip(written, inputs, strict=True):
         axes = value.type.tensor_type.shape.dim
         found: list[int | str] = [axis.dim_param or axis.dim_value for axis in axes]
-        wanted: list[int | str] = list(tensor.shape)
         free = dynamic_batch and tensor.dim() > 0
-        if free and isinstance(found[0], str):
-            wanted[0] = found[0]
-        if found != wanted:
-            asked = ["any", *wanted[1:]] if free else wanted
+        asked: list[int | str] = list(tensor.shape)
+        if free:
+            asked[0] = found[0] if found and isinstance(found[0], str) else "any"
+        if found != asked:
             raise InputError(
                 f"The input '{value.name}' should be {_shape(asked)} and was written as {_shape(found)}"
                 + ("; a fixed batch size (dynamic_batch=False) may help." if free else ".")

@@ -111,9 +111,10 @@ class ProcessLauncher:
             said = []
             while not raised.empty():
                 said.append(raised.get())
-            for reason in sorted(said, key=lambda each: isinstance(each, PeerEnded)):
-                raise reason from None
             rank, failure = error.get_first_failure()
+            if failure.exitcode >= 0 or not all(isinstance(reason, PeerEnded) for reason in said):
+                for reason in sorted(said, key=lambda each: isinstance(each, PeerEnded)):
+                    raise reason from None
             how = signal_name(failure.exitcode) or f"exit code {failure.exitcode}"
             raise InputError(f"Process {rank} of {devices * nodes} was ended from outside ({how}).") from None
         return answers.get(0)
