@@ -43,7 +43,9 @@ _NARROWEST = 100
 
 # What may be behind the suffixes above, whatever the file's own says: a decoder each. Others of Pillow's start a
 # program (Ghostscript for EPS), follow a file to other files, or read what is no picture of a camera or a drawing.
-_FORMATS = ("JPEG", "PNG", "TIFF", "WEBP", "BMP", "PPM", "GIF", "AVIF", "JPEG2000", "TGA", "ICO")
+_FORMATS = ["JPEG", "PNG", "TIFF", "WEBP", "BMP", "PPM", "GIF", "AVIF", "JPEG2000", "TGA", "ICO"]
+Image.init()
+_FORMATS = [name for name in _FORMATS if name in Image.OPEN]  # older versions of Pillow have no AVIF
 
 _OF_16_BITS = ("I;16", "I;16L", "I;16B", "I;16N")
 # Where Pillow's "I", a whole number of 32 bits, stands for the 16 bits of these formats.

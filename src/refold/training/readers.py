@@ -206,6 +206,10 @@ def _hub_reader(kind: str, name: str, split: str, keys: tuple[str, str]) -> Any:
 
 def _rows(reader: Any, title: str) -> Images:
     sources = [HubImage(reader, index, title) for index in range(len(reader))]
+    if not hasattr(reader, "iter_targets"):
+        raise InputError(
+            "Sets of the hub's library need a newer timm; update it: pip install --upgrade timm."
+        )
     return Images(sources, [int(target) for target in reader.iter_targets()])
 
 
