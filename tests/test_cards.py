@@ -311,6 +311,8 @@ def test_a_network_that_timm_built_keeps_its_name(
 ) -> None:
     torch.manual_seed(0)
     model = timm.create_model(name, **arguments).eval()
+    if "features_only" in arguments and not hasattr(model, "_model_args"):
+        pytest.skip("this version of timm does not keep what it was called with")
     x = torch.randn(1, arguments.get("in_chans", 3), 64, 64)
     forms = {"training": model}
     if "features_only" not in arguments:

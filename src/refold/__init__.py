@@ -12,6 +12,7 @@ from refold.errors import (
     NotFoldable,
     RefoldError,
     UnknownModel,
+    naming_packages,
 )
 
 # Imported at once, so that the name means the function: importing the package `refold.export` later would put
@@ -73,7 +74,8 @@ def __getattr__(name: str) -> Any:
         return version("refold")
     if name not in _HOME:
         raise AttributeError(f"module 'refold' has no attribute '{name}'")
-    value = getattr(import_module(_HOME[name]), name)
+    with naming_packages(f"refold.{name}"):
+        value = getattr(import_module(_HOME[name]), name)
     globals()[name] = value
     return value
 

@@ -1,6 +1,8 @@
 """The exceptions that refold raises: each message says what was wrong, what was expected and what to do next."""
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 
 class RefoldError(Exception):
@@ -53,3 +55,19 @@ def first_line(error: BaseException) -> str:
 def printable(text: object) -> str:
     """A text in one line for a terminal: control characters, of which file names may hold any, are written out."""
     return "".join(character if character.isprintable() else repr(character)[1:-1] for character in str(text))
+
+
+@contextmanager
+def naming_packages(wanted: str) -> Iterator[None]:
+    """Around imports: where a package is missing, the error says what needs it and how it is installed."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package in ("", "refold"):
+            raise
+        raise ModuleNotFoundError(
+            f"{wanted} needs the package {package}, which is not installed; fold and verify run without. "
+            "Install all that refold uses: pip install refold",
+            name=error.name,
+        ) from error

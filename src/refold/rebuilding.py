@@ -99,9 +99,16 @@ def _timm_architecture(model: nn.Module) -> dict[str, Any] | None:
     arguments = dict(getattr(model, "_model_args", None) or {})
     for key in ("num_classes", "in_chans"):
         value = getattr(model, key, None)
+        if value is None and key == "in_chans":  # older versions of timm do not keep it
+            value = _channels_read(model)
         if isinstance(value, int) and not arguments.get("features_only"):
             arguments[key] = value
     return {"name": name, "arguments": {key: value for key, value in arguments.items() if is_harmless(key)}}
+
+
+def _channels_read(model: nn.Module) -> int | None:
+    """The channels of the images, by the first convolution; whether that was right, `_builds` finds out."""
+    return next((part.in_channels for part in model.modules() if isinstance(part, nn.Conv2d)), None)
 
 
 def _builds(architecture: Mapping[str, Any], model: nn.Module) -> bool:

@@ -183,3 +183,32 @@ def test_a_network_whose_outputs_are_not_finite_is_refused(value: float, tmp_pat
     ):
         refold.export(net, tmp_path / "x.onnx", IMAGE)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_of_another_shape_than_was_asked_for_is_refused(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """PyTorch may fall back to a way of converting that fixes the batch, and says nothing of it."""
+    export = torch.onnx.export
+
+    def fixed(*arguments: Any, **options: Any) -> Any:
+        return export(*arguments, **{**options, "dynamic_shapes": None})
+
+    monkeypatch.setattr(torch.onnx, "export", fixed)
+    layers = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU())
+    with pytest.raises(
+        InputError, match=r"'image' should be any x 3 x 8 x 8 and was written as 2 x 3 x 8 x 8"
+    ):
+        refold.export(layers, tmp_path / "x.onnx", torch.randn(1, 3, 8, 8))
+    assert not list(tmp_path.iterdir())
+    refold.export(layers, tmp_path / "x.onnx", torch.randn(1, 3, 8, 8), dynamic_batch=False)
+
+
+def test_the_free_axis_has_one_name(tmp_path: Path) -> None:
+    layers = nn.Sequential(
+        nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.AdaptiveAvgPool2d(1), nn.Flatten()
+    ).eval()
+    refold.export(layers, tmp_path / "x.onnx", torch.randn(1, 3, 8, 8), fold=False)
+    graph = onnx.load(tmp_path / "x.onnx").graph
+    for value in (*graph.input, *graph.output):
+        assert value.type.tensor_type.shape.dim[0].dim_param == "batch"

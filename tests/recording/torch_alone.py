@@ -2,6 +2,7 @@
 
 import re
 import sys
+from collections.abc import Callable
 from importlib.machinery import PathFinder
 from importlib.metadata import PackageNotFoundError, files, requires
 from typing import Any
@@ -37,6 +38,15 @@ def find_installed(name: str, path: Any = None, target: Any = None) -> Any:
     return find_spec(name, path, target) if path is not None or name in ALLOWED or name[0] == "_" else None
 
 
+def what_is_missing(use: Callable[[], object]) -> str:
+    """What the error says of the package that is not there."""
+    try:
+        use()
+    except ModuleNotFoundError as error:
+        return str(error)
+    return "nothing is missing"
+
+
 def main() -> None:
     PathFinder.find_spec = staticmethod(find_installed)  # type: ignore[method-assign]
     import torch
@@ -53,6 +63,10 @@ def main() -> None:
     assert plain.fold_report.after.batch_norms == 0
     assert refold.verify(model, plain, x).distance_float64 < 1e-6
     assert "regions" in plain.fold_report.to_json()
+    for name in ("create_model", "save", "unfold", "benchmark"):
+        wanted = what_is_missing(lambda name=name: getattr(refold, name))  # type: ignore[misc]
+        assert re.match(rf"refold.{name} needs the package \w+, .*: pip install refold", wanted), wanted
+    assert "refold.export needs" in what_is_missing(lambda: refold.export(model, "net.onnx", x))
     others = {name.partition(".")[0] for name in sys.modules} & {
         "timm",
         "torchvision",

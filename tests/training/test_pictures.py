@@ -28,7 +28,11 @@ def pixels(path: Path) -> np.ndarray:
 
 @pytest.mark.parametrize("name", ["16.png", "16.tif", "16.pgm"])
 def test_16_bits_are_scaled(tmp_path: Path, name: str) -> None:
-    Image.fromarray((RAMP * 65535).round().astype(np.uint16)).save(tmp_path / name)
+    values = (RAMP * 65535).round().astype(np.uint16)
+    if name.endswith(".pgm"):  # not every version of Pillow writes these
+        (tmp_path / name).write_bytes(b"P5 4 3 65535\n" + values.astype(">u2").tobytes())
+    else:
+        Image.fromarray(values).save(tmp_path / name)
     assert np.array_equal(pixels(tmp_path / name), np.repeat(EIGHT_BITS[..., None], 3, 2))
 
 

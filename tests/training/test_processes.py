@@ -44,13 +44,14 @@ def settings(tmp_path: Path) -> Callable[..., Settings]:
     return make
 
 
-def fit(settings: Settings, stop: str = "") -> list[int]:
+def fit(settings: Settings, stop: str = "", resumes: bool = False) -> list[int]:
     """Train and leave out what comes after; with ``stop`` the second process ends so in the second epoch."""
     torch.set_num_threads(1)
     running.finish = lambda *_: [os.getpid()]  # type: ignore[assignment]
     if stop and place() == Place(1, 2, 1):
         end_second(stop)
-    return running._run(settings, Console(quiet=True), ProcessLauncher(), running.Beginning())  # type: ignore[return-value]
+    beginning = running.Beginning(resumes=resumes)
+    return running._run(settings, Console(quiet=True), ProcessLauncher(), beginning)  # type: ignore[return-value]
 
 
 def end_second(how: str) -> None:
@@ -111,8 +112,8 @@ def test_one_process_ends_all_and_they_go_on_together(
         ("killed", r"^Process 1 of 2 was ended from outside \(SIGKILL\)"),
     ):
         with pytest.raises(InputError, match=message):
-            start(fit, (parts, stop), devices=2, nodes=1)
-    start(fit, (parts,), devices=2, nodes=1)
+            start(fit, (parts, stop, stop == "killed"), devices=2, nodes=1)
+    start(fit, (parts, "", True), devices=2, nodes=1)
     assert_same(whole.output, parts.output)
 
 

@@ -228,8 +228,8 @@ def _on_grid(convolutions: Sequence[Convolution], grid: Sequence[_Axis]) -> Conv
     # Added in place: the weight of the sum and one branch are all that has to fit into memory.
     weight = first.weight.new_zeros(*first.weight.shape[:2], *(axis.taps for axis in grid))
     for c in convolutions:
-        places = [axis.places(c, i) for i, axis in enumerate(grid)]
-        weight[(slice(None), slice(None), *places)] += c.weight
+        places = (slice(None), slice(None), *(axis.places(c, i) for i, axis in enumerate(grid)))
+        weight[places] += c.weight
     return replace(
         first,
         weight=weight,
@@ -262,7 +262,8 @@ def _spread(weight: Tensor, spacing: Sequence[int]) -> Tensor:
     spread = weight.new_zeros(
         *weight.shape[:2], *((k - 1) * s + 1 for k, s in zip(kernel, spacing, strict=True))
     )
-    spread[(slice(None), slice(None), *(slice(None, None, s) for s in spacing))] = weight
+    places = (slice(None), slice(None), *(slice(None, None, s) for s in spacing))
+    spread[places] = weight
     return spread
 
 

@@ -349,7 +349,7 @@ def _legend_above(axes: Axes) -> None:
     longest = max((len(line) for label in labels for line in label.splitlines()), default=1)
     columns = max(1, _CHARACTERS // (longest + 5))
     lines = sum(1 + label.count("\n") for label in labels)
-    figure: Any = axes.get_figure(root=True)
+    figure: Any = axes.get_figure()
     figure.set_figheight(figure.get_figheight() + _LINE * -(-lines // columns))
     figure.legend(
         handles,

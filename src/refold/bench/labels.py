@@ -35,7 +35,7 @@ def label_points(
 
     ``size`` is that of the text in points.
     """
-    figure: Any = axes.get_figure(root=True)
+    figure: Any = axes.get_figure()
     figure.draw_without_rendering()
     taken = [axes.transData.transform(point) for point in points]
     boxes: list[Any] = []

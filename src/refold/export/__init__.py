@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from refold.errors import naming_packages
 from refold.export.engines import FORMATS, CannotRun, Contents, Engine, Format, get_engine, installed_engines
 from refold.export.report import ExportReport
 from refold.export.request import FLOAT16, FLOAT32, Normalization, Precision, Request
@@ -70,8 +71,9 @@ def export(
         >>> report.form, report.relative_difference < 1e-3
         ('plain', True)
     """
-    from refold.export.checked import export_checked
-    from refold.export.preparing import called_with_tensors
+    with naming_packages("refold.export"):
+        from refold.export.checked import export_checked
+        from refold.export.preparing import called_with_tensors
 
     model, inputs = called_with_tensors(model, example_input)
     precision: Precision = FLOAT16 if half else FLOAT32

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import queue
-import signal
 import subprocess
 import sys
 import tempfile
@@ -14,6 +13,7 @@ from collections.abc import Mapping
 from typing import IO, Any
 
 from refold.errors import RefoldError
+from refold.system import signal_name
 
 
 class ProcessFailed(RefoldError):
@@ -41,6 +41,7 @@ class Apart:
             text=True,
             encoding="utf-8",
             start_new_session=True,
+            creationflags=getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0),  # the same on Windows
         )
         self._answers: queue.Queue[str | None] = queue.Queue()
         assert self._process.stdout is not None
@@ -91,12 +92,13 @@ class Apart:
 
     def _how_it_ended(self) -> str:
         code = self._process.wait()
-        if code >= 0:
+        name = signal_name(code)
+        if name is None:
             self._errors.seek(0)
             lines = self._errors.read().decode(errors="replace").strip().splitlines()
             return f"its process ended with exit code {code}" + (f": {lines[-1][:300]}" if lines else "")
-        hint = "; the memory may not suffice" if -code == signal.SIGKILL else ""
-        return f"its process ended with {signal.Signals(-code).name}{hint}"
+        hint = "; the memory may not suffice" if name == "SIGKILL" else ""
+        return f"its process ended with {name}{hint}"
 
 
 def serve(receiver: object) -> None:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import ctypes
 import logging
 import os
-import signal
 import subprocess
 import warnings
 from collections.abc import Iterator, Sequence
@@ -13,6 +11,7 @@ from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 
 from refold.errors import InputError
+from refold.system import c_library, signal_name
 
 # Long enough for the largest network on a slow machine; a converter that takes longer hangs.
 _TIME_LIMIT = 1800
@@ -31,8 +30,8 @@ def run_converter(command: Sequence[str], title: str, written: Path) -> None:
         raise InputError(f"{title} did not convert the model within {_TIME_LIMIT // 60} minutes.") from error
     if done.returncode == 0 and written.is_file() and written.stat().st_size:
         return
-    if done.returncode < 0:
-        reason = f"it crashed with {signal.Signals(-done.returncode).name}"
+    if (name := signal_name(done.returncode)) is not None:
+        reason = f"it crashed with {name}"
     else:
         lines = [line.strip() for line in (done.stdout + done.stderr).splitlines() if line.strip()]
         reason = lines[-1] if lines else f"it ended with code {done.returncode} and no message"
@@ -42,18 +41,23 @@ def run_converter(command: Sequence[str], title: str, written: Path) -> None:
 @contextmanager
 def silent_stdout() -> Iterator[None]:
     """Keep what C code prints off the standard output, where it would spoil what the command prints."""
-    buffers = ctypes.CDLL(None)
-    buffers.fflush(None)
+    _flush()
     kept = os.dup(1)
     nowhere = os.open(os.devnull, os.O_WRONLY)
     try:
         os.dup2(nowhere, 1)
         yield
     finally:
-        buffers.fflush(None)
+        _flush()
         os.dup2(kept, 1)
         os.close(kept)
         os.close(nowhere)
+
+
+def _flush() -> None:
+    library = c_library()
+    if library is not None:
+        library.fflush(None)
 
 
 @contextmanager

@@ -50,7 +50,7 @@ FORMATS = {
         "refold.export.litert",
         ".tflite",
         ("litert_torch", "ai_edge_litert", "ai_edge_quantizer"),
-        "'refold[litert]' && pip install --no-deps litert-torch",
+        "'refold[litert]'",
     ),
     "executorch": Format(
         "ExecuTorch",

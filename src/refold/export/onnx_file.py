@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -15,8 +15,9 @@ from torch import nn
 from refold.errors import InputError, first_line
 from refold.export.converting import quiet
 from refold.export.metadata import port_names
+from refold.export.older_torch import translations, without_statistics
 from refold.export.preparing import in_precision, with_batch_axis
-from refold.export.request import FLOAT32, Precision, Request
+from refold.export.request import FLOAT32, Inputs, Precision, Request
 
 
 def write_onnx(model: nn.Module, request: Request, *, opset_version: int | None = None) -> None:
@@ -42,22 +43,61 @@ def write_onnx(model: nn.Module, request: Request, *, opset_version: int | None 
                 input_names=port_names("image", len(inputs)),
                 dynamic_shapes=shapes,
                 opset_version=opset_version,
+                custom_translation_table=translations(),
             )
             outputs = program.model.graph.outputs
             for output, name in zip(outputs, port_names("output", len(outputs)), strict=True):
                 output.name = name
             program.save(path, external_data=False)
         written = onnx.load(str(path))
+        _check_shapes(written.graph.input, inputs, dynamic_batch=request.dynamic_batch)
+        _name_batch(written.graph)
+        without_statistics(written.graph)
         onnx.helper.set_model_props(written, dict(request.metadata))
         onnx.checker.check_model(written, full_check=True)
         onnx.save(written, str(path))
-    except OSError:
+    except (OSError, InputError):
         raise
     except Exception as error:
         hint = "; a fixed batch size (dynamic_batch=False) may help" if request.dynamic_batch else ""
         raise InputError(
             f"{type(model).__name__} cannot be converted to ONNX: {first_line(error)}{hint}."
         ) from error
+
+
+def _check_shapes(written: Sequence[Any], inputs: Inputs, *, dynamic_batch: bool) -> None:
+    """Raise `InputError` where a file takes other shapes than were asked for; PyTorch may fall back to fixed ones."""
+    for value, tensor in zip(written, inputs, strict=True):
+        axes = value.type.tensor_type.shape.dim
+        found: list[int | str] = [axis.dim_param or axis.dim_value for axis in axes]
+        wanted: list[int | str] = list(tensor.shape)
+        free = dynamic_batch and tensor.dim() > 0
+        if free and isinstance(found[0], str):
+            wanted[0] = found[0]
+        if found != wanted:
+            asked = ["any", *wanted[1:]] if free else wanted
+            raise InputError(
+                f"The input '{value.name}' should be {_shape(asked)} and was written as {_shape(found)}"
+                + ("; a fixed batch size (dynamic_batch=False) may help." if free else ".")
+            )
+
+
+def _shape(axes: Sequence[int | str]) -> str:
+    return " x ".join(str(axis) for axis in axes)
+
+
+def _name_batch(graph: Any) -> None:
+    """Name the free first axis ``batch``, which PyTorch before 2.9 calls as it likes."""
+    values = [*graph.input, *graph.output, *graph.value_info]
+    free = {value.type.tensor_type.shape.dim[0].dim_param for value in graph.input if _has_axes(value)}
+    for value in values:
+        for axis in value.type.tensor_type.shape.dim:
+            if axis.dim_param and axis.dim_param in free:
+                axis.dim_param = "batch"
+
+
+def _has_axes(value: Any) -> bool:
+    return len(value.type.tensor_type.shape.dim) > 0
 
 
 @contextmanager

@@ -42,12 +42,27 @@ def contents(path: Path) -> Contents:
     parameters = {tensor.name: tensor for tensor in graph.initializer if tensor.data_type in _FLOATING}
     shapes = {value.name: _shape(value) for value in (*graph.value_info, *graph.output, *graph.input)}
     shapes |= {tensor.name: tuple(tensor.dims) for tensor in graph.initializer}
-    operators = Counter(node.op_type for node in graph.node if node.op_type not in _RELABELLING)
+    of_shapes = _computing_shapes(graph)
+    operators = Counter(
+        node.op_type
+        for node in graph.node
+        if node.op_type not in _RELABELLING and not of_shapes.issuperset(node.output)
+    )
     return Contents(
         parameters=sum(prod(tensor.dims) for tensor in parameters.values()),
         macs=sum(_macs(node, shapes) for node in graph.node),
         operators=dict(operators.most_common()),
     )
+
+
+def _computing_shapes(graph: Any) -> set[str]:
+    """The values that are made of shapes and whole numbers alone, not of what the network is given."""
+    found = {tensor.name for tensor in graph.initializer if tensor.data_type == onnx.TensorProto.INT64}
+    found.add("")  # an input that is left out
+    for node in graph.node:
+        if node.op_type == "Shape" or found.issuperset(node.input):
+            found.update(node.output)
+    return found
 
 
 def _shape(value: Any) -> tuple[int, ...]:

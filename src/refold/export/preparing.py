@@ -189,8 +189,13 @@ def choose_normalization(
     return normalize
 
 
+# More images than any memory holds. Said, for without a maximum PyTorch before 2.9 loses the free axis on its way
+# to ONNX and writes a fixed one.
+_MOST = 2**31 - 1
+
+
 def with_batch_axis(
-    model: nn.Module, request: Request, most: int | None = None
+    model: nn.Module, request: Request, most: int = _MOST
 ) -> tuple[Inputs, tuple[Any, ...] | None]:
     """Inputs and ``dynamic_shapes`` for `torch.export`.
 
@@ -198,7 +203,7 @@ def with_batch_axis(
     """
     if not request.dynamic_batch:
         return request.inputs, None
-    batch = torch.export.Dim("batch") if most is None else torch.export.Dim("batch", min=1, max=most)
+    batch = torch.export.Dim("batch", min=1, max=most)
     # An axis that has one element in the example would be taken for a constant.
     inputs = tuple(torch.cat([tensor, tensor]) if tensor.dim() else tensor for tensor in request.inputs)
     shapes: tuple[Any, ...] = tuple({0: batch} if tensor.dim() else None for tensor in inputs)

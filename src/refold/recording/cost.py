@@ -12,11 +12,23 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
+from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 
 from refold.errors import InputError, first_line
 from refold.recording.arguments import as_arguments, copy_tensors, shapes_listed
 from refold.recording.operators import COUNTED, WORDS
+
+
+def _attention_flops(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any, **__: Any) -> int:
+    flops: int = sdpa_flop_count(query.shape, key.shape, value.shape)
+    return flops
+
+
+# Attention on the CPU has an operator of its own, which older versions do not count.
+_FLOPS: dict[Any, Any] = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
+    **flop_registry,
+}
 
 
 @dataclass(frozen=True)
@@ -123,7 +135,9 @@ class Counting(TorchDispatchMode):
         packet = func._overloadpacket
         name = packet.__name__.removesuffix("_")
         entry = COUNTED.get(name)
-        if entry is None and packet not in flop_registry:
+        if name == "dropout" and len(args) == 3 and not args[2]:
+            return args[0]  # nothing runs; taken apart, it would be a copy in older versions
+        if entry is None and packet not in _FLOPS:
             with self:  # inference mode hands over composite operators whole
                 result = func.decompose(*args, **kwargs)
             if result is not NotImplemented:
@@ -135,8 +149,8 @@ class Counting(TorchDispatchMode):
         if kind == "batch norm" and args[3] is None:
             kind = "other norm"  # no running statistics: an instance norm, or one that never folds
         self.operators[kind] += 1
-        if packet in flop_registry:
-            macs = flop_registry[packet](*args, **kwargs, out_val=result) // 2
+        if packet in _FLOPS:
+            macs = _FLOPS[packet](*args, **kwargs, out_val=result) // 2
             self.macs += macs
             self.winograd_multiplications += (
                 macs * 16 // 36 if _runs_as_winograd(func, args, kwargs) else macs

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
-import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -11,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
+
+from refold.system import c_library
 
 Exact = Mapping[int, Callable[[], Tensor]]
 """What to compute in the place of rounded tensors, by their ids."""
@@ -43,7 +43,7 @@ def has_float64(device: torch.device) -> bool:
 
 def release_memory() -> None:
     """Give the memory of freed tensors back to the system, which glibc's allocator keeps otherwise."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
+    trim = getattr(c_library(), "malloc_trim", None)
     if trim is not None:
         trim(0)
 

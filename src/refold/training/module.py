@@ -236,11 +236,13 @@ class TrainingModule(LightningModule):
         learnt_along = [] if self.feature_losses is None else list(self.feature_losses.parameters())
         if learnt_along:
             optimizer.add_param_group({"params": learnt_along})
+        # Without a milestone the steps never come: timm's own name for that is younger.
+        constant = recipe.schedule == "none"
         scheduler, _ = create_scheduler_v2(
             optimizer,
-            "constant" if recipe.schedule == "none" else recipe.schedule,
+            "multistep" if constant else recipe.schedule,
             num_epochs=recipe.epochs,
-            decay_milestones=list(recipe.milestones),
+            decay_milestones=[] if constant else list(recipe.milestones),
             decay_epochs=recipe.decay_epochs,
             decay_rate=recipe.decay_rate,
             min_lr=recipe.minimum_learning_rate,

@@ -268,6 +268,7 @@ def size_of(source: Source) -> tuple[int, int] | None:
         return source.size
     try:
         with _opened(source) as file, Image.open(file, formats=_FORMATS) as image:
-            return image.size
+            size: tuple[int, int] = image.size
+            return size
     except Exception:  # said when it is read
         return None

@@ -5,21 +5,26 @@ from __future__ import annotations
 import logging
 import os
 import signal
-import socket
+import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from torch.distributed import is_torchelastic_launched
+from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from torch.multiprocessing import get_context
-from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException, start_processes
 
-from refold.errors import InputError, RefoldError
+from refold.errors import InputError, RefoldError, first_line
+from refold.system import signal_name
 
-_GRACE = 5.0
+# Seconds between two looks at the processes.
+_INTERVAL = 0.1
 _MEETING = ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK")
 
 
@@ -83,114 +88,100 @@ class ProcessLauncher:
         Raises what a process raised of `RefoldError`, and `InputError` where a process was ended from outside. The
         other processes are ended then.
         """
-        environment, first_rank = _environment(devices, nodes)
-        # Started anew: a fork of a process in which a backward pass ran cannot run one.
-        context = get_context("spawn")
-        logging.getLogger("torch.multiprocessing.spawn").setLevel(
-            logging.ERROR
-        )  # what ends them is said once
-        answers = context.SimpleQueue()
-        with _ended_by_sigterm():
-            running = start_processes(
-                _enter,
-                (first_rank, environment, answers, work, arguments),
-                nprocs=devices,
-                join=False,
-                start_method="spawn",
-            )
-            try:
-                while not running.join(grace_period=_GRACE):
-                    pass
-            except (ProcessExitedException, ProcessRaisedException) as error:
-                said = []
-                while not answers.empty():
-                    said.append(answers.get())
-                for answer in said:
-                    if isinstance(answer, BaseException) and not isinstance(answer, PeerEnded):
-                        raise answer from None
-                if isinstance(error, ProcessExitedException):
-                    raise InputError(
-                        f"Process {first_rank + error.error_index} of {devices * nodes} was ended from outside "
-                        f"({error.signal_name or f'exit code {error.exit_code}'})."
-                    ) from None
-                raise
-            finally:
-                _end(running.processes)
-        return answers.get() if first_rank == 0 else None
+        config = LaunchConfig(
+            min_nodes=nodes,
+            max_nodes=nodes,
+            nproc_per_node=devices,
+            run_id="refold",
+            max_restarts=0,
+            monitor_interval=_INTERVAL,
+            # Started anew: a fork of a process in which a backward pass ran cannot run one.
+            start_method="spawn",
+            logs_specs=DefaultLogsSpecs(log_dir=os.devnull),
+            **_meeting(nodes),
+        )
+        # The launcher passes errors on as text; what was raised comes this way.
+        raised = get_context("spawn").SimpleQueue()
+        try:
+            with _quiet(), _signals_restored():
+                answers = elastic_launch(config, _enter)(raised, work, arguments)
+        except SignalException:
+            raise KeyboardInterrupt from None
+        except ChildFailedError as error:
+            said = []
+            while not raised.empty():
+                said.append(raised.get())
+            for reason in sorted(said, key=lambda each: isinstance(each, PeerEnded)):
+                raise reason from None
+            rank, failure = error.get_first_failure()
+            how = signal_name(failure.exitcode) or f"exit code {failure.exitcode}"
+            raise InputError(f"Process {rank} of {devices * nodes} was ended from outside ({how}).") from None
+        return answers.get(0)
 
 
-def _environment(devices: int, nodes: int) -> tuple[dict[str, str], int]:
-    """What torchrun would set, and the rank of the first process of this machine."""
+def _meeting(nodes: int) -> dict[str, Any]:
+    """Where the launchers of all machines find each other, in the words of `LaunchConfig`."""
+    if sys.platform == "win32":
+        os.environ.setdefault("USE_LIBUV", "0")  # PyTorch for Windows is built without it
     if nodes == 1:
-        meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
-        node = 0
-    else:
-        missing = [name for name in _MEETING if name not in os.environ]
-        if missing:
-            raise InputError(
-                f"{nodes} machines find each other by {', '.join(_MEETING)}; set {', '.join(missing)} on each, or "
-                "start with torchrun."
-            )
-        meeting = {name: os.environ[name] for name in _MEETING[:2]}
-        node = int(os.environ["NODE_RANK"])
-        if not 0 <= node < nodes:
-            raise InputError(f"NODE_RANK is {node}; the {nodes} machines are numbered from 0.")
+        return {"rdzv_backend": "c10d", "rdzv_endpoint": "127.0.0.1:0", "local_addr": "127.0.0.1"}
+    missing = [name for name in _MEETING if name not in os.environ]
+    if missing:
+        raise InputError(
+            f"{nodes} machines find each other by {', '.join(_MEETING)}; set {', '.join(missing)} on each, or "
+            "start with torchrun."
+        )
+    address, port, node = (os.environ[name] for name in _MEETING)
+    if not 0 <= int(node) < nodes:
+        raise InputError(f"NODE_RANK is {node}; the {nodes} machines are numbered from 0.")
     return {
-        **meeting,
-        "WORLD_SIZE": str(devices * nodes),
-        "LOCAL_WORLD_SIZE": str(devices),
-        "GROUP_RANK": str(node),
-        "TORCHELASTIC_RUN_ID": "refold",
-    }, node * devices
+        "rdzv_backend": "static",
+        "rdzv_endpoint": f"{address}:{port}",
+        "rdzv_configs": {"rank": int(node)},
+    }
 
 
-def _enter(
-    local_rank: int,
-    first_rank: int,
-    environment: dict[str, str],
-    answers: Any,
-    work: Callable[..., Any],
-    arguments: tuple[Any, ...],
-) -> None:
-    rank = first_rank + local_rank
-    os.environ.update(environment, RANK=str(rank), LOCAL_RANK=str(local_rank))
+def _enter(raised: Any, work: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
     try:
         answer = work(*arguments)
-    except (RefoldError, KeyboardInterrupt) as error:
-        answers.put(error)
+    except PeerEnded as error:
+        raised.put(error)
+        # The process that this one missed has to be noticed first.
+        time.sleep(10 * _INTERVAL)
         raise SystemExit(2) from None
-    if rank == 0:
-        answers.put(answer)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
-
-
-def _end(processes: list[Any]) -> None:
-    deadline = time.monotonic() + _GRACE
-    for process in processes:
-        process.join(max(0.0, deadline - time.monotonic()))
-        if process.is_alive():
-            process.kill()
-            process.join()
+    except (RefoldError, KeyboardInterrupt) as error:
+        raised.put(error)
+        raise SystemExit(2) from None
+    except Exception as error:
+        # As text: not every exception survives the way, and the place in the program would be lost.
+        raised.put(RuntimeError(f"{first_line(error)}\n{traceback.format_exc()[-10_000:]}"))
+        raise SystemExit(1) from None
+    return answer if os.environ["RANK"] == "0" else None
 
 
 @contextmanager
-def _ended_by_sigterm() -> Iterator[None]:
-    """Let SIGTERM end the processes as Ctrl-C does, not leave them behind."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def interrupt(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
+def _quiet() -> Iterator[None]:
+    """Keep the launcher's log off the terminal; what ends the processes is said once, by its exception."""
+    before = logging.root.manager.disable
+    logging.disable(logging.ERROR)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        logging.disable(before)
+
+
+@contextmanager
+def _signals_restored() -> Iterator[None]:
+    """Put back the handlers of the signals that the launcher takes over and keeps."""
+    taken = [
+        getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT") if hasattr(signal, name)
+    ]
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.getsignal(number) for number in taken}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

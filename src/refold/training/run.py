@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -319,8 +320,12 @@ def _fit(settings: Settings, module: TrainingModule, unreadable: Unreadable, con
     trainer = _trainer(settings, module, [unreadable, keeper, live])
     begun = readable_state(settings)
     with interruptible(settings):
+        # Lightning has the option since 2.6; before, a state that holds code was refused when it was read here.
+        safely: dict[str, Any] = (
+            {"weights_only": True} if "weights_only" in signature(trainer.fit).parameters else {}
+        )
         try:
-            trainer.fit(module, ckpt_path=begun, weights_only=True)
+            trainer.fit(module, ckpt_path=begun, **safely)
         except RuntimeError as error:
             if "loading state_dict" not in str(error):
                 raise
@@ -354,7 +359,9 @@ def _trainer(settings: Settings, module: TrainingModule, callbacks: list[Callbac
             enable_model_summary=False,
         )
     except ModuleNotFoundError as error:
-        raise InputError("Logs for TensorBoard need its package; pip install tensorboard.") from error
+        raise InputError(
+            "Logs for TensorBoard need its package: pip install 'refold[tensorboard]'."
+        ) from error
     except (ValueError, RuntimeError, MisconfigurationException) as error:
         raise InputError(
             f"Lightning cannot train on {settings.devices} devices with accelerator '{settings.accelerator}' and "

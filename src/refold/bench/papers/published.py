@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
-import tomllib
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache
@@ -12,6 +12,11 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from refold.errors import InputError
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib  # the same, before Python had it
 
 _PUBLISHED = Path(__file__).with_name("published.toml")
 
