@@ -1,5 +1,6 @@
 """Publishing and fetching, against a hub that is a folder."""
 
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 import huggingface_hub
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 from typer.testing import CliRunner
 
@@ -69,6 +71,19 @@ def test_what_is_published_is_fetched(hub: Hub, plain: nn.Module, tmp_path: Path
     for name in ("hf-hub:me/net", "hf_hub:me/net@main"):
         with torch.no_grad():
             assert torch.equal(refold.load(name)(image), plain(image))
+
+
+@pytest.mark.usefixtures("plain", "hub")
+def test_commands_take_it_from_there(tmp_path: Path) -> None:
+    refold.push(tmp_path / "plain.safetensors", "me/net")
+    result = CliRunner().invoke(cli.app, ["profile", "hf-hub:me/net", "--json"], catch_exceptions=False)
+    assert result.exit_code == 0
+    assert "batch norm" not in result.stdout
+    Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
+    result = CliRunner().invoke(
+        cli.app, ["predict", "hf-hub:me/net", str(tmp_path / "a.png")], catch_exceptions=False
+    )
+    assert re.match(r".*a\.png: [abc] \d", result.stdout)
 
 
 @pytest.mark.usefixtures("plain")

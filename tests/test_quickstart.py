@@ -80,7 +80,7 @@ def test_what_cannot_be_used_is_said_before_anything_is_written(colours: Path, t
     (tmp_path / "file").touch()
     for settings, message in (
         (QuickstartOptions(tmp_path / "run", tmp_path / "missing"), "There is no folder"),
-        (QuickstartOptions(tmp_path / "run", image_size=4), "'image_size' is 4 .* from 8 to 4096"),
+        (QuickstartOptions(tmp_path / "run", image_size=4), "'image_size' is 4 .* from 8 to 4,096"),
         (QuickstartOptions(tmp_path / "run", epochs=0), "'epochs' is 0 .* from 1"),
         (QuickstartOptions(tmp_path / "file"), "cannot be made"),
     ):

@@ -44,7 +44,7 @@ __all__ = [
     "save",
 ]
 
-_HUB = ("hf-hub:", "hf_hub:")
+HUB = ("hf-hub:", "hf_hub:")
 _METADATA_KEY = "refold"
 
 
@@ -127,8 +127,8 @@ def load_with_notes(
     """`load`, and what of a foreign file was chosen, stripped from its names and left out, a fact each."""
     if form is not None and form not in FORMS:
         raise InputError(f"form is '{form}'; expected 'training', 'plain' or None.")
-    if str(path).startswith(_HUB):
-        path = _fetched(str(path))
+    if str(path).startswith(HUB):
+        path = fetched(str(path))
     if not Path(path).is_file():
         raise CheckpointError(f"There is no checkpoint file '{path}'; check the path.")
     card = read_card(path)
@@ -141,7 +141,8 @@ def load_with_notes(
     return model.eval(), ()
 
 
-def _fetched(name: str) -> Path:
+def fetched(name: str) -> Path:
+    """The file of a network of the hub, ``hf-hub:owner/name``; raises `CheckpointError` where it cannot be had."""
     try:
         return hub_file(name.partition(":")[2])
     except CheckpointError:

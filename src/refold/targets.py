@@ -14,7 +14,7 @@ import yaml
 from torch import nn
 
 from refold.cards import Form
-from refold.checkpoints import load_with_notes, network_for, original, read_card
+from refold.checkpoints import HUB, fetched, load_with_notes, network_for, original, read_card
 from refold.errors import CheckpointError, InputError, RefoldError, UnknownModel, first_line
 from refold.files import PathLike
 from refold.models import create_model, list_models, load_checkpoint
@@ -95,6 +95,8 @@ def weights_file(target: str, form: Form = "training") -> Path | None:
     Raises `InputError` where a folder holds no such file.
     """
     path = Path(target)
+    if target.startswith(HUB):
+        return _published(target)
     if is_own_code(target):
         return None
     if path.is_dir() and not _is_model(target):
@@ -110,6 +112,15 @@ def weights_file(target: str, form: Form = "training") -> Path | None:
             "file was made of."
         )
     return path if path.suffix in CHECKPOINT_SUFFIXES else None
+
+
+def _published(name: str) -> Path | None:
+    """The file of refold's that a name of the hub stands for; None for one of timm's, or that cannot be had."""
+    try:
+        file = fetched(name)
+    except CheckpointError:
+        return None
+    return None if read_card(file) is None else file
 
 
 def _weights(checkpoint: PathLike, form: Form) -> Path:

@@ -300,3 +300,9 @@ def test_deciding_parts_are_proved_with_the_whole() -> None:
     plain: Any = refold.fold(model, images(3)[0])
     assert plain.fold_report.proof.regions == 2
     assert plain.fold_report.proof.distance_float64 <= 1e-12
+
+
+def test_other_shapes_are_said() -> None:
+    first, second = nn.Linear(4, 3).eval(), nn.Linear(4, 2).eval()
+    with pytest.raises(NotEquivalent, match=r"other shapes, \(5, 3\) and \(5, 2\); compare networks"):
+        refold.verify(first, second, torch.randn(5, 4))

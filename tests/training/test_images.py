@@ -49,3 +49,11 @@ def test_unreadable_images_can_be_left_out(make: Callable[..., Path]) -> None:
     assert len(held) == len(images) - 1
     assert list(held.targets) == [target for index, target in enumerate(images.targets) if index != 2]
     assert [str(images.sources[2]) in message for message in messages] == [True]
+
+
+def test_a_rare_class_is_held_out_too(make: Callable[..., Path]) -> None:
+    root = make({"common": 60, "rare": 2})
+    for seed in range(10):
+        images = class_folders(root, seed)
+        assert sorted(set(images.held_out.targets)) == sorted(set(images.training.targets)) == [0, 1]
+        assert len(images.training) + len(images.held_out) == 62

@@ -316,7 +316,7 @@ def test_a_run_says_what_it_starts_from_and_trains_on(settings: Callable[..., Se
         f"{told.data}: 16 training and 4 held-out images of 2 classes (a 8, b 8), all 20 x 12 pixels."
     )
     assert lines[2] == (
-        "Trained at 32 x 32 pixels, recipe small_images: 1 epochs in batches of 8, learning rate 0.00141421."
+        "Trained at 32 x 32 pixels, recipe small_images: 1 epoch in batches of 8, learning rate 0.00141421."
     )
     assert lines[3].startswith("Left out: 1 pictures of another format")
     assert lines[4].startswith("epoch 1 of 1: loss")
@@ -327,6 +327,7 @@ def test_a_run_says_what_it_starts_from_and_trains_on(settings: Callable[..., Se
     ("recipe", "message"),
     [
         ({"auto_augment": "rnd-m9"}, "'auto_augment' is 'rnd-m9', which timm does not understand"),
+        ({"auto_augment": "rand-m9-n100000"}, "'auto_augment' is 'rand-m9-n100000'"),
         ({"auto_augment": "rand-mx"}, "'auto_augment' is 'rand-mx'"),
         ({"optimizer": "adam_w"}, "'optimizer' is 'adam_w'; expected one of timm's"),
     ],
@@ -430,3 +431,34 @@ def test_a_broken_list_of_images_is_named(
     (tmp_path / "split.csv").write_text(text)
     with pytest.raises(InputError, match=r"split\.csv', which says what the run trains on, cannot be read"):
         same_split(images(), tmp_path / "split.csv", changes_allowed=True)
+
+
+def test_a_state_with_flipped_bytes_is_refused(settings: Callable[..., Settings]) -> None:
+    told = settings()
+    train(told, quiet())
+    state = told.output / "last.ckpt"
+    content = bytearray(state.read_bytes())
+    middle = len(content) // 2
+    content[middle : middle + 64] = bytes(64)
+    state.write_bytes(content)
+    with pytest.raises(InputError, match=r"last\.ckpt' cannot be read \(.* is damaged\); remove it"):
+        resume(told.output, quiet())
+
+
+def test_what_a_run_lacks_is_said(settings: Callable[..., Settings]) -> None:
+    told = settings(epochs=2)
+    train(told, quiet())
+    with pytest.raises(
+        InputError, match=r"has 2 epochs already and cannot end with 1; give epochs=2 or more"
+    ):
+        resume(told.output, quiet(), recipe_changes={"epochs": 1})
+    resume(told.output, quiet(), recipe_changes={"epochs": 2})
+    (told.output / "split.csv").unlink()
+    console = quiet()
+    resume(told.output, console)
+    assert "split.csv' is gone: that the images are those of the beginning is not checked." in said(console)
+    (told.output / "training.safetensors").unlink()
+    with pytest.raises(
+        InputError, match=r"training\.safetensors', the best network so far, is gone; put it back"
+    ):
+        resume(told.output, quiet())

@@ -9,7 +9,7 @@ from typing import Any, Literal, Protocol, get_args, runtime_checkable
 
 from torch import Tensor, nn
 
-from refold.errors import InputError, first_line
+from refold.errors import InputError, NotEquivalent, first_line
 from refold.folding.alternatives import SHORTCUT, Chosen, Judge, by_name, passes
 from refold.folding.answers import outputs, shared_copy
 from refold.folding.attempt import Attempt, Pass
@@ -184,6 +184,12 @@ def verify(
         if not own[0]:
             raise InputError(f"{type(reference).__name__} returns no tensor that could be compared.")
         truth = truth_of(reference, _inputs(reference, arguments))
+        shapes = [[tuple(value.shape) for value in outputs] for outputs in own]
+        if shapes[0] != shapes[1] and not truth.answers[0].decided:
+            raise NotEquivalent(
+                f"the networks answer with other shapes, {_in_words(shapes[0])} and {_in_words(shapes[1])}; compare "
+                "networks of the same classes and outputs."
+            )
         proof = truth.with_own(truth.proof_of(candidate, tolerance), *own)
         if proof.original_distance is not None and not is_close(proof):
             proof = truth.unsettled(proof)
@@ -193,6 +199,10 @@ def verify(
     require_stable(proof)
     require_close(proof)
     return proof
+
+
+def _in_words(shapes: list[tuple[int, ...]]) -> str:
+    return " and ".join(map(str, shapes)) or "none"
 
 
 def _commuting(planner: Planner) -> list[Rewrite]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -30,6 +31,8 @@ _PARTS = {
     "rand": ("m", "n", "p", "w", "mstd", "mmax", "inc", "t"),
     "augmix": ("m", "w", "d", "a", "b", "mstd"),
 }
+# More operations on one image than there are, and magnitudes beyond timm's scale.
+_MOST = {"n": 20, "m": 30, "w": 20, "d": 20}
 _PART = re.compile(r"([a-z]+)(\d+(?:\.\d+)?)|(t)[a-z]+")
 
 
@@ -61,8 +64,14 @@ def _check_augmentation(recipe: Recipe) -> None:
     """timm takes a part of a policy that it does not know for nothing; here it is a mistake."""
     policy, *parts = (recipe.auto_augment or "").split("-")
     known = _PARTS.get(policy, ("mstd",))
-    if not all((found := _PART.fullmatch(part)) and (found[1] or found[3]) in known for part in parts):
-        raise RecipeError(_not_understood(recipe.auto_augment))
+    for part in parts:
+        found = _PART.fullmatch(part)
+        if (
+            not found
+            or (found[1] or found[3]) not in known
+            or float(found[2] or 0) > _MOST.get(found[1], math.inf)
+        ):
+            raise RecipeError(_not_understood(recipe.auto_augment))
 
 
 def _not_understood(policy: str | None) -> str:
@@ -99,12 +108,13 @@ def describe_start(
     shown = ", ".join(f"{name} {counts[index]:,}" for index, name in enumerate(names[:_NAMED]))
     sizes = sizes_of(images.training.sources[:: max(1, len(images.training) // _LOOKED_AT)])
     usual = " x ".join(map(str, sizes.most_common(1)[0][0])) if sizes else "unknown"
+    epochs = "1 epoch" if recipe.epochs == 1 else f"{recipe.epochs} epochs"
     lines = [
         f"{settings.network} starts from {_start(settings)}.",
         f"{images.title}: {len(images.training):,} training and {len(images.held_out):,} held-out images of "
         f"{len(names):,} classes ({shown}{', ...' if len(names) > _NAMED else ''}), "
         f"{'all' if len(sizes) == 1 else 'most often'} {usual} pixels.",
-        f"Trained at {height} x {width} pixels, recipe {settings.recipe.name}: {recipe.epochs} epochs in batches of "
+        f"Trained at {height} x {width} pixels, recipe {settings.recipe.name}: {epochs} in batches of "
         f"{recipe.batch_size}, learning rate {recipe.scaled_learning_rate:g}.",
     ]
     for line in lines:

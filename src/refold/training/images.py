@@ -56,7 +56,7 @@ def hold_out_share(
     *,
     mirror: bool,
 ) -> LabelledImages:
-    """Hold out a fifth of each class, chosen by the seed.
+    """Hold out a fifth of each class, one image at least, chosen by the seed.
 
     Raises `InputError` where a class has but one image.
     """
@@ -70,6 +70,11 @@ def hold_out_share(
     training, held_out = train_test_split(
         range(len(targets)), test_size=held_out_count, stratify=targets, random_state=seed
     )
+    # The share of a rare class may be none.
+    for target in sorted(set(targets) - {targets[index] for index in held_out}):
+        index = next(index for index in training if targets[index] == target)
+        training.remove(index)
+        held_out.append(index)
     return LabelledImages(
         title,
         class_names,

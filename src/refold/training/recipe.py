@@ -65,7 +65,7 @@ class Recipe:
     label_smoothing: Share = 0.0
     dropout: OptionalShare = None
     drop_path: OptionalShare = None
-    ema_decay: OptionalShare = None
+    ema_decay: Annotated[float | None, Option(least=0, most=0.9999999)] = None
     ema_warm_up: bool = True
     image_size: Annotated[int, Option(least=8, most=4096)] = 224
     crop_scale: Annotated[tuple[float, float], Option(least=_TINY, most=1)] = (0.08, 1.0)
@@ -75,8 +75,8 @@ class Recipe:
     color_jitter: Annotated[float, Option(least=0, most=10)] = 0.0
     auto_augment: str | None = None
     random_erasing: Share = 0.0
-    mixup: NotNegative = 0.0
-    cutmix: NotNegative = 0.0
+    mixup: Annotated[float, Option(least=0, most=100)] = 0.0
+    cutmix: Annotated[float, Option(least=0, most=100)] = 0.0
     alpha: Share = 0.5
     temperature: Annotated[float, Option(least=1e-6)] = 1.0
     feature_weight: NotNegative = 0.0
@@ -325,8 +325,8 @@ def _described(expected: Any) -> str:
 def _bounds(option: Option) -> str:
     if option.least is None:
         return ""
-    least = "above 0" if option.least == _TINY else f"from {option.least:g}"
-    return f" {least}{'' if option.most is None else f' to {option.most:g}'}"
+    least = "above 0" if option.least == _TINY else f"from {option.least:,}"
+    return f" {least}{'' if option.most is None else f' to {option.most:,}'}"
 
 
 def _check_together(recipe: Recipe, name: str) -> None:

@@ -6,16 +6,19 @@ import dataclasses
 import json
 import os
 import shutil
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
+import torch
 from pydantic import TypeAdapter, ValidationError
 
-from refold.errors import InputError, RefoldError
+from refold.errors import InputError, RefoldError, first_line
 from refold.training.options import declared_options
 from refold.training.recipe import Recipe, ResolvedRecipe
-from refold.training.settings import RUN, RUN_FILES, SAMPLE, SPLIT, Settings
+from refold.training.settings import RUN, RUN_FILES, SAMPLE, SPLIT, STATE, TRAINING, Settings
 
 _FIXED = {
     "optimizer": "its state belongs to the optimiser that it has",
@@ -109,3 +112,54 @@ def remove_run(folder: Path) -> None:
             shutil.rmtree(path)
         else:
             path.unlink(missing_ok=True)
+
+
+def readable_state(settings: Settings) -> str | None:
+    """The state to go on from, if there is one.
+
+    Raises `InputError` where it is damaged or another run's, where the best network that goes with it is gone, and
+    where more epochs are done than there are to be.
+    """
+    state = settings.output / STATE
+    if not state.is_file():
+        return None
+    try:
+        with zipfile.ZipFile(state) as archive:
+            damaged = archive.testzip()  # PyTorch itself does not look at the sums
+        if damaged is not None:
+            raise ValueError(f"{damaged} in it is damaged")
+        written = torch.load(state, map_location="cpu", mmap=True, weights_only=True)
+    except (
+        RuntimeError,
+        OSError,
+        EOFError,
+        ValueError,
+        KeyError,
+        UnpicklingError,
+        zipfile.BadZipFile,
+    ) as error:
+        raise InputError(
+            f"'{state}' cannot be read ({first_line(error)}); remove it to begin with the first epoch again."
+        ) from error
+    if not isinstance(written, dict) or not {"state_dict", "loops", "epoch"} <= written.keys():
+        raise foreign_state(state)
+    done, epochs = written["epoch"] + 1, settings.recipe.recipe.epochs
+    if done > epochs:
+        raise InputError(
+            f"The run of '{settings.output}' has {done} epochs already and cannot end with {epochs}; give "
+            f"epochs={done} or more, or start a new run."
+        )
+    if not (settings.output / TRAINING).is_file():
+        raise InputError(
+            f"'{settings.output / TRAINING}', the best network so far, is gone; put it back, or remove '{STATE}' to "
+            "begin with the first epoch again."
+        )
+    return str(state)
+
+
+def foreign_state(state: Path) -> InputError:
+    """What is said of a state that does not fit the run in whose folder it lies."""
+    return InputError(
+        f"'{state}' is not the state of this run, or '{RUN}' was edited; put them back, or remove '{state.name}' to "
+        "begin with the first epoch again."
+    )

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from functools import partial
 from inspect import signature
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -25,7 +24,7 @@ from torch import nn
 
 from refold.bench.latency import torch_threads
 from refold.checkpoints import example_input, save
-from refold.errors import InputError, first_line, printable
+from refold.errors import InputError, printable
 from refold.files import remove_leftovers, write_text
 from refold.training.batches import reseed
 from refold.training.callbacks import EpochRow, Keeper, LiveProgress, Unreadable
@@ -38,7 +37,14 @@ from refold.training.interruptions import interruptible, lightning_quiet
 from refold.training.lock import locked
 from refold.training.module import TrainingModule
 from refold.training.processes import Launcher, Place, ProcessLauncher
-from refold.training.resuming import changed, check_foreign, read_settings, remove_run
+from refold.training.resuming import (
+    changed,
+    check_foreign,
+    foreign_state,
+    read_settings,
+    readable_state,
+    remove_run,
+)
 from refold.training.settings import (
     HISTORY,
     RUN,
@@ -205,6 +211,10 @@ def _trained(settings: Settings, here: Place, console: Console, beginning: Begin
     if beginning.resumes and (settings.output / SPLIT).is_file():
         images, changes = same_split(images, settings.output / SPLIT, changes_allowed=beginning.data_changed)
         notes += changes
+    elif beginning.resumes:
+        notes.append(
+            f"'{settings.output / SPLIT}' is gone: that the images are those of the beginning is not checked."
+        )
     with torch_threads(settings.threads), lightning_quiet():
         net, preprocessing = _network(settings, len(images.class_names), console)
         describe_start(settings, images, preprocessing, console)
@@ -308,7 +318,7 @@ def _fit(settings: Settings, module: TrainingModule, unreadable: Unreadable, con
     keeper = Keeper(state, settings.output / HISTORY, keep, last=settings.keep == "last")
     live = LiveProgress(console, f"Training {settings.network}", keeper)
     trainer = _trainer(settings, module, [unreadable, keeper, live])
-    begun = _readable(state)
+    begun = readable_state(settings)
     with interruptible(settings):
         # Lightning has the option since 2.6; before, a state that holds code was refused when it was read here.
         safely: dict[str, Any] = (
@@ -319,7 +329,7 @@ def _fit(settings: Settings, module: TrainingModule, unreadable: Unreadable, con
         except RuntimeError as error:
             if "loading state_dict" not in str(error):
                 raise
-            raise _foreign(state) from error
+            raise foreign_state(state) from error
         if trainer.is_global_zero:
             keeper.write_history()
     return keeper
@@ -365,29 +375,4 @@ def _strategy(settings: Settings) -> str | DDPStrategy:
     # Batch norm statistics are averaged once an epoch instead (or synchronised).
     return DDPStrategy(
         find_unused_parameters=settings.strategy == "ddp_find_unused_parameters_true", broadcast_buffers=False
-    )
-
-
-def _readable(state: Path) -> str | None:
-    """The state to go on from, if there is one; raises `InputError` where it is damaged."""
-    if not state.is_file():
-        return None
-    try:
-        written = torch.load(state, map_location="cpu", mmap=True, weights_only=True)
-    except (RuntimeError, OSError, EOFError, ValueError, KeyError, UnpicklingError) as error:
-        raise InputError(
-            f"'{state}' cannot be read ({first_line(error)}); remove it to begin with the first epoch again."
-        ) from error
-    if (
-        not isinstance(written, dict)
-        or not {"state_dict", "loops", "pytorch-lightning_version"} <= written.keys()
-    ):
-        raise _foreign(state)
-    return str(state)
-
-
-def _foreign(state: Path) -> InputError:
-    return InputError(
-        f"'{state}' is not the state of this run, or '{RUN}' was edited; put them back, or remove '{state.name}' to "
-        "begin with the first epoch again."
     )
