@@ -63,7 +63,7 @@ def save(
     Raises `InputError` where ``path`` cannot be written or the class names are not as many as the network's classes,
     and `CheckpointError` where an architecture argument or the provenance has no JSON form.
 
-    Example:
+    Examples:
         >>> import refold
         >>> net = refold.create_model("repghostnet_050", num_classes=2)
         >>> refold.save(net, "net.safetensors", class_names=["cat", "dog"])
@@ -107,7 +107,7 @@ def load(
     Raises `CheckpointError` where the file cannot be read, has another form, does not fit the architecture or describes
     what no network is built of.
 
-    Example:
+    Examples:
         >>> import refold
         >>> refold.save(refold.create_model("repghostnet_050", num_classes=2), "net.safetensors")
         >>> refold.load("net.safetensors", form="training").num_classes

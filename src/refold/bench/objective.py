@@ -151,7 +151,7 @@ class Latency:
 
     Raises `InputError` where the engine is unknown or not installed.
 
-    Example:
+    Examples:
         >>> import torch, refold
         >>> net = refold.create_model("ghostnet_050", num_classes=2)
         >>> objective = refold.Latency("pytorch", threads=1)

@@ -81,7 +81,7 @@ def benchmark(
     Raises `InputError` for arguments that make no sense, `BenchmarkInterrupted` (a `KeyboardInterrupt`) with what
     was measured on Ctrl-C.
 
-    Example:
+    Examples:
         >>> import refold
         >>> found = refold.benchmark("repghostnet_050", engine="pytorch", input_size=(3, 32, 32), rounds=3)
         >>> [row.configuration.form for row in found.rows]

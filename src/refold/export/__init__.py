@@ -64,7 +64,7 @@ def export(
     `InputError` where the engine is not installed, the model cannot be converted or ``path`` not written; no
     file is left then.
 
-    Example:
+    Examples:
         >>> import torch, refold
         >>> net = refold.create_model("repghostnet_050", num_classes=2)
         >>> report = refold.export(net, "net.onnx", torch.randn(1, 3, 64, 64), softmax=True)

@@ -92,7 +92,7 @@ def fold(
     Raises `InputError` where the model does not run on the example or an option is unknown, `NotEquivalent` where the
     proof fails.
 
-    Example:
+    Examples:
         >>> import torch, refold
         >>> net = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8), torch.nn.ReLU())
         >>> plain = refold.fold(net, torch.randn(1, 3, 32, 32))
@@ -170,7 +170,7 @@ def verify(
 
     Raises `NotEquivalent`, which carries the proof, where they do not; `InputError` where one of them does not run.
 
-    Example:
+    Examples:
         >>> import torch, refold
         >>> net = refold.create_model("repghostnet_050", num_classes=10)
         >>> image = torch.randn(1, 3, 64, 64)

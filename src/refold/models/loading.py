@@ -61,7 +61,7 @@ def load_checkpoint(
     network, has another number of classes, or is in plain form and the network in training form (or
     reversed).
 
-    Example:
+    Examples:
         >>> import torch, refold
         >>> trained = refold.create_model("resnet10t", num_classes=3)
         >>> torch.save({"state_dict": {f"module.{k}": v for k, v in trained.state_dict().items()}}, "net.pth")

@@ -109,7 +109,7 @@ def list_models(pattern: str | Iterable[str] = "", include_timm: bool = False) -
 
     ``pattern`` is a shell-style wildcard such as ``repghost*``, or several; empty for all.
 
-    Example:
+    Examples:
         >>> import refold
         >>> refold.list_models("repvgg_a*")
         ['repvgg_a0', 'repvgg_a1', 'repvgg_a2']
@@ -135,7 +135,7 @@ def create_model(name: str, pretrained: bool = False, **kwargs: Any) -> nn.Modul
     pretrained weights are not published, cannot be had or do not fit, and ``InputError`` where an argument cannot be
     used.
 
-    Example:
+    Examples:
         >>> import torch, refold
         >>> net = refold.create_model("ghostnetv3_050", num_classes=10)
         >>> net.eval()(torch.randn(2, 3, 64, 64)).shape

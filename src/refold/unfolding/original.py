@@ -23,7 +23,7 @@ def original_state_dict(model: nn.Module) -> dict[str, Tensor]:
 
     Raises `InputError` where the model was not unfolded, or where folding merged layers of the original.
 
-    Example:
+    Examples:
         >>> import refold
         >>> net = refold.create_model("resnet10t")
         >>> wide = refold.unfold(net, "repvgg")

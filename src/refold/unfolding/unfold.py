@@ -62,7 +62,7 @@ def unfold(
     and where the model is compiled, unfolded already or cannot be copied; `NotEquivalent` where the result does not
     compute what the model did.
 
-    Example:
+    Examples:
         >>> import refold
         >>> wide = refold.unfold(refold.create_model("resnet10t"), "repvgg")
         >>> print(wide.unfold_report)
