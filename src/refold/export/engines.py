@@ -24,8 +24,8 @@ class Format:
     """What is known of an engine without importing it.
 
     ``module`` has the functions of `Engine`; ``needs`` are the modules it imports, ``install`` what to give to
-    pip for them, ``otherwise`` what to do where that is not possible. ``aborts`` says that the engine ends the process
-    that opens a damaged file.
+    pip for them, ``otherwise`` what to do where that is not possible. ``ends_its_process`` says that the
+    engine may end the process that it runs in: on a damaged file, or beside other libraries.
     """
 
     title: str
@@ -35,14 +35,16 @@ class Format:
     install: str
     is_folder: bool = False
     otherwise: str = ""
-    aborts: bool = False
+    ends_its_process: bool = False
 
 
 # The name on the left is what the user types.
 FORMATS = {
     "onnxruntime": Format("ONNX Runtime", "refold.export.onnxruntime", ".onnx", ("onnxruntime",), "refold"),
     "openvino": Format("OpenVINO", "refold.export.openvino", ".xml", ("openvino",), "'refold[openvino]'"),
-    "ncnn": Format("ncnn", "refold.export.ncnn", ".param", ("ncnn", "pnnx"), "'refold[ncnn]'"),
+    "ncnn": Format(
+        "ncnn", "refold.export.ncnn", ".param", ("ncnn", "pnnx"), "'refold[ncnn]'", ends_its_process=True
+    ),
     "aotinductor": Format("AOTInductor", "refold.export.aotinductor", ".pt2", ("torch",), "refold"),
     "mnn": Format("MNN", "refold.export.mnn", ".mnn", ("MNN",), "'refold[mnn]'"),
     "litert": Format(
@@ -58,7 +60,7 @@ FORMATS = {
         ".pte",
         ("executorch",),
         "'refold[executorch]'",
-        aborts=True,
+        ends_its_process=True,
     ),
     "coreml": Format(
         "Core ML",

@@ -40,12 +40,16 @@ def open_exported(path: Path, *, threads: int | None = None) -> ExportedFile:
     if not (path.is_dir() if kind.is_folder else path.is_file()):
         raise InputError(f"There is no {'folder' if kind.is_folder else 'file'} '{path}'; check the path.")
     engine = get_engine(name)
-    if kind.aborts:
+    if kind.ends_its_process:
         run_apart(name, path, [])
     failure = f"{kind.title} cannot read '{path}'; export it again"
     metadata = _or_sentence(lambda: engine.read_metadata(path), failure)
     description = read_description(metadata, path)
-    session = _or_sentence(lambda: engine.open(path, threads=threads), failure)
+    session = (
+        _apart(name, path)
+        if kind.ends_its_process
+        else _or_sentence(lambda: engine.open(path, threads=threads), failure)
+    )
 
     def run(*arguments: Tensor) -> list[Tensor]:
         shapes = ", ".join(str(tuple(argument.shape)) for argument in arguments)
@@ -54,6 +58,11 @@ def open_exported(path: Path, *, threads: int | None = None) -> ExportedFile:
         )
 
     return ExportedFile(path, description, run)
+
+
+def _apart(name: str, path: Path) -> Session:
+    """Each call in a worker process, where the end of the engine costs an answer and not the program."""
+    return lambda *arguments: run_apart(name, path, [arguments])[0]
 
 
 def _or_sentence(action: Callable[[], T], failure: str) -> T:
