@@ -1,8 +1,10 @@
 """The exceptions that refold raises: each message says what was wrong, what was expected and what to do next."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
+
+_SHOWN = 3
 
 
 class RefoldError(Exception):
@@ -71,3 +73,9 @@ def naming_packages(wanted: str) -> Iterator[None]:
             "Install all that refold uses: pip install refold",
             name=error.name,
         ) from error
+
+
+def some(names: Collection[str]) -> str:
+    """The first few of many names, and how many more there are."""
+    shown = ", ".join(list(names)[:_SHOWN])
+    return f"{shown} and {len(names) - _SHOWN:,} more" if len(names) > _SHOWN else shown

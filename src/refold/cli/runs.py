@@ -172,6 +172,7 @@ def check_data(
     """Show what a training would learn from: images a class, their sizes, what is left out and why."""
     from refold.files import check_writable
     from refold.training.data import open_data
+    from refold.training.progress import tell
     from refold.training.survey import draw_sample, render_survey, sizes_in_words, survey
 
     if output is not None:
@@ -185,9 +186,9 @@ def check_data(
         return
     console.print(render_survey(found))
     for note in (sizes_in_words(found), *found.notes):
-        console.print(printable(note), markup=False, highlight=False, soft_wrap=True)
+        tell(console, note)
     if output is not None:
-        console.print(f"Sample: {printable(output)}", markup=False, highlight=False, soft_wrap=True)
+        tell(console, f"Sample: {output}")
 
 
 @contextmanager

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from refold.algebra import batch_norm_affine
-from refold.errors import CheckpointError
+from refold.errors import CheckpointError, some
 from refold.models.harmless import harmless_globals
 from refold.models.layouts import CheckpointLayout, names_met, recognise
-from refold.models.wrappers import Found, best, some, weights_in
+from refold.models.wrappers import Found, best, weights_in
 
 # Of every norm that stands alone behind its convolution, here and in the official networks.
 _EPSILON = 1e-5

@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from refold.errors import some
+
 # Averaged weights come first: they are the ones meant for use.
 _AVERAGED = (
     "state_dict_ema", "ema_state_dict", "model_ema", "ema_model", "ema", "params_ema", "shadow",
@@ -24,7 +26,6 @@ _PREFIXES = {
     "model.", "net.", "module.", "backbone.", "encoder.", "_orig_mod.", "student.", "network.",
 }  # fmt: skip
 _DEEPEST = 6
-_SHOWN = 3
 
 
 @dataclass(frozen=True)
@@ -99,12 +100,6 @@ def best(places: Collection[Found], fit: Callable[[Collection[str]], int]) -> Fo
         chosen.chain,
         tuple(key for key in chosen.left_out if key not in fitting),
     )
-
-
-def some(items: Collection[str]) -> str:
-    """The first few of them, and how many more there are."""
-    shown = ", ".join(list(items)[:_SHOWN])
-    return f"{shown} and {len(items) - _SHOWN} more" if len(items) > _SHOWN else shown
 
 
 def _tensor(value: Any) -> Tensor | None:

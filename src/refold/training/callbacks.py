@@ -15,10 +15,10 @@ from rich.console import Console
 from torch import nn
 from torch.distributed import all_gather_object
 
-from refold.errors import InputError, printable
+from refold.errors import InputError
 from refold.files import write_text, written_aside
 from refold.training.module import TrainingModule
-from refold.training.progress import progress
+from refold.training.progress import progress, tell
 
 EpochRow = dict[str, Any]
 
@@ -105,7 +105,7 @@ class Unreadable(Callback):
         if message in self.messages:
             return
         self.messages[message] = None
-        self.console.print(f"Left out: {printable(message)}", markup=False, highlight=False, soft_wrap=True)
+        tell(self.console, f"Left out: {message}")
         if len(self.messages) > self.limit:
             raise InputError(
                 f"{len(self.messages)} images cannot be read, and {self.limit} may be left out; the last: "

@@ -13,12 +13,13 @@ from rich.console import Console
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import nn
 
-from refold.errors import InputError, RecipeError, RefoldError, first_line, printable
+from refold.errors import InputError, RecipeError, RefoldError, first_line
 from refold.targets import weights_file
 from refold.training.batches import recipe_transforms
 from refold.training.images import LabelledImages
 from refold.training.module import make_optimizer
 from refold.training.pictures import sizes_of
+from refold.training.progress import tell
 from refold.training.recipe import Recipe
 from refold.training.settings import STATE, Settings
 
@@ -118,7 +119,7 @@ def describe_start(
         f"{recipe.batch_size}, learning rate {recipe.scaled_learning_rate:g}.",
     ]
     for line in lines:
-        console.print(printable(line), markup=False, highlight=False, soft_wrap=True)
+        tell(console, line)
 
 
 def _start(settings: Settings) -> str:

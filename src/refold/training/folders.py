@@ -8,7 +8,7 @@ from collections import defaultdict
 from dataclasses import replace
 from pathlib import Path
 
-from refold.errors import InputError
+from refold.errors import InputError, some
 from refold.files import PathLike
 from refold.training.contents import same_files
 from refold.training.images import Images, LabelledImages, hold_out_share
@@ -34,7 +34,6 @@ _PLAIN = {
     "data",
     "raw",
 }
-_NAMED = 3
 _MOST_COMPARED = 200_000
 
 
@@ -100,7 +99,7 @@ def _split_of(root: Path) -> tuple[Path, Path | None, list[str]]:
     notes = [f"Trained on '{training[0].name}' of '{root}', measured on {measured}."]
     others = [folder.name for folder in folders if folder not in (training[0], held_out)]
     if others:
-        notes.append(f"Left out: {len(others)} folders beside them ({_some(others)}).")
+        notes.append(f"Left out: {len(others)} folders beside them ({some(others)}).")
     return training[0], held_out, notes
 
 
@@ -171,7 +170,7 @@ def _differ_little(names: list[str]) -> list[str]:
             raise InputError(f"The class folder '{name}' has a name that is not UTF-8; rename it.") from error
         alike[unicodedata.normalize("NFKC", name).casefold().strip()].append(name)
     groups = [" = ".join(group) for group in alike.values() if len(group) > 1]
-    return [f"Classes whose names differ in case or spelling alone: {_some(groups)}."] if groups else []
+    return [f"Classes whose names differ in case or spelling alone: {some(groups)}."] if groups else []
 
 
 def _check_classes(root: Path, folders: list[Path]) -> None:
@@ -180,15 +179,15 @@ def _check_classes(root: Path, folders: list[Path]) -> None:
     shared = inside[0]
     if not {name.lower() for name in shared} <= _PLAIN and all(names == shared for names in inside):
         raise InputError(
-            f"Each folder of '{root}' ({_some([folder.name for folder in folders])}) holds the same folders "
-            f"({_some(sorted(shared))}), so that it is not clear which are the classes; give a folder with one folder "
+            f"Each folder of '{root}' ({some([folder.name for folder in folders])}) holds the same folders "
+            f"({some(sorted(shared))}), so that it is not clear which are the classes; give a folder with one folder "
             "of images a class, or with 'train' and 'val' that hold them."
         )
     for folder, names in zip(folders, inside, strict=True):
         bare = {_bare(name) for name in names}
         if bare & {*_TRAINING} and bare & {*_VALIDATION, *_TEST}:
             raise InputError(
-                f"The class folder '{folder}' holds a split of its own ({_some(sorted(names))}); give a folder with "
+                f"The class folder '{folder}' holds a split of its own ({some(sorted(names))}); give a folder with "
                 "'train' and 'val' that hold one folder of images a class."
             )
 
@@ -216,7 +215,7 @@ def _without_doubles(
             in_two.append(" = ".join(firsts))
     notes = []
     if in_two:
-        notes.append(f"{len(in_two):,} images are in more than one class: {_some(in_two)}.")
+        notes.append(f"{len(in_two):,} images are in more than one class: {some(in_two)}.")
     return [[file for file in files if file not in left] for files in found], notes
 
 
@@ -235,10 +234,5 @@ def _in_both(training: Images, held_out: Images, root: Path) -> list[str]:
         return []
     return [
         f"{len(shared):,} of the {len(measured):,} held-out images are among the training images, too "
-        f"({_some(shared)}): the accuracy will be too high."
+        f"({some(shared)}): the accuracy will be too high."
     ]
-
-
-def _some(names: list[str]) -> str:
-    more = f" and {len(names) - _NAMED:,} more" if len(names) > _NAMED else ""
-    return ", ".join(names[:_NAMED]) + more

@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from refold.errors import InputError
+from refold.errors import InputError, some
 
 
 class Packed(Protocol):
@@ -57,7 +57,6 @@ _OTHER_PICTURES = (
 # Tags of TIFF files.
 _BITS, _PHOTOMETRIC, _PLANES, _SAMPLE_FORMAT = 258, 262, 284, 339
 _NOT_OF_THE_DATA = ("__MACOSX", "@eaDir", "$RECYCLE.BIN")
-_NAMED = 3
 
 
 def read_image(source: Source) -> Image.Image:
@@ -192,8 +191,7 @@ class LeftOut:
         sentences = []
         for reason, paths in self.files.items():
             names = [(path if root is None else path.relative_to(root)).as_posix() for path in sorted(paths)]
-            more = f" and {len(names) - _NAMED:,} more" if len(names) > _NAMED else ""
-            sentences.append(f"Left out: {len(names):,} {reason} ({', '.join(names[:_NAMED])}{more}).")
+            sentences.append(f"Left out: {len(names):,} {reason} ({some(names)}).")
         return sentences
 
 

@@ -1,4 +1,4 @@
-"""The bar over images that takes long."""
+"""What is seen of a run while it lasts: the bar over images, and lines of text."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from rich.progress import (
 )
 from rich.table import Column
 from rich.text import Text
+
+from refold.errors import printable
 
 
 class _Speed(ProgressColumn):
@@ -37,3 +39,8 @@ def progress(console: Console) -> Progress:
         expand=True,
         disable=not (console.is_terminal or console.is_jupyter),
     )
+
+
+def tell(console: Console, text: object) -> None:
+    """Print a text as it is, in one line, whatever names are in it."""
+    console.print(printable(text), markup=False, highlight=False, soft_wrap=True)

@@ -24,7 +24,7 @@ from torch import nn
 
 from refold.bench.latency import torch_threads
 from refold.checkpoints import example_input, save
-from refold.errors import InputError, printable
+from refold.errors import InputError
 from refold.files import remove_leftovers, write_text
 from refold.training.batches import reseed
 from refold.training.callbacks import EpochRow, Keeper, LiveProgress, Unreadable
@@ -37,6 +37,7 @@ from refold.training.interruptions import interruptible, lightning_quiet
 from refold.training.lock import locked
 from refold.training.module import TrainingModule
 from refold.training.processes import Launcher, Place, ProcessLauncher
+from refold.training.progress import tell
 from refold.training.resuming import (
     changed,
     check_foreign,
@@ -219,7 +220,7 @@ def _trained(settings: Settings, here: Place, console: Console, beginning: Begin
         net, preprocessing = _network(settings, len(images.class_names), console)
         describe_start(settings, images, preprocessing, console)
         for note in notes:
-            console.print(printable(note), markup=False, highlight=False, soft_wrap=True)
+            tell(console, note)
         unreadable = Unreadable(console, settings.unreadable)
         read = ready(images, recipe, unreadable, console, here.devices)
         module = _module(settings, net, preprocessing, read, here, console)

@@ -13,14 +13,14 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import nn
 
 from refold.checkpoints import class_count, read_card
-from refold.errors import CheckpointError, InputError, RecipeError, printable
+from refold.errors import CheckpointError, InputError, RecipeError
 from refold.files import PathLike
 from refold.models import create_model
 from refold.own_code import OwnNetwork, is_own_code, takes
 from refold.targets import Say, building, model_arguments, open_network, weights_file
 from refold.training.callbacks import Unreadable
 from refold.training.images import LabelledImages, read_into_memory
-from refold.training.progress import progress
+from refold.training.progress import progress, tell
 from refold.training.recipe import Recipe
 from refold.unfolding import rebuild
 
@@ -163,13 +163,8 @@ def ready(
             "or remove the class."
         )
     for name in held_out:
-        console.print(
-            printable(
-                f"No held-out image of the class '{name}' can be read: the accuracy says nothing of it."
-            ),
-            markup=False,
-            highlight=False,
-            soft_wrap=True,
+        tell(
+            console, f"No held-out image of the class '{name}' can be read: the accuracy says nothing of it."
         )
     return dataclasses.replace(images, training=parts[0], held_out=parts[1])
 
