@@ -15,7 +15,8 @@ from refold.folding.planning import Planner
 from refold.folding.report import FoldedRegion
 from refold.folding.rewrite import Applied, NewLayer, Rewrite
 from refold.recording.linear import Map, Same
-from refold.recording.operators import name_of, operator_of
+from refold.recording.operators import operator_of
+from refold.recording.recording import name_of
 
 _CPU = torch.device("cpu")
 _LEAST_WEIGHTS = 2**18
