@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import onnx
@@ -41,8 +42,8 @@ class Program:
 
     model: onnx.ModelProto
     """Large tensors of the file stay in it."""
-    folder: str
-    """Where tensors lie that are beside the file."""
+    path: Path | None
+    """The file that it was read from, beside which large tensors may lie."""
     name: str
     """What to call it."""
     steps: tuple[Step, ...]

@@ -35,18 +35,18 @@ def read_network(model: PathLike | onnx.ModelProto | ir.Model) -> OnnxNetwork:
     Raises `InputError` where the file cannot be read, is not a whole and valid graph, or has values that are no tensors.
     """
     if isinstance(model, ir.Model):
-        return _network(ir.to_proto(model), "", model.graph.name or "the model")
+        return _network(ir.to_proto(model), None, model.graph.name or "the model")
     if isinstance(model, onnx.ModelProto):
-        return _network(model, "", model.graph.name or "the model")
+        return _network(model, None, model.graph.name or "the model")
     path = Path(model)
-    return _network(_parsed(path), str(path.parent), path.name)
+    return _network(_parsed(path), path, path.name)
 
 
 def read_ir(program: Program) -> ir.Model:
     """The model of a program to be changed; its tensors stay where they are."""
     model = ir.from_proto(program.model)
-    if program.folder:
-        ir.external_data.set_base_dir(model.graph, program.folder)
+    if program.path is not None:
+        ir.external_data.set_base_dir(model.graph, program.path.parent)
     return model
 
 
@@ -61,9 +61,9 @@ def _parsed(path: Path) -> onnx.ModelProto:
         ) from error
 
 
-def _network(model: onnx.ModelProto, folder: str, name: str) -> OnnxNetwork:
+def _network(model: onnx.ModelProto, path: Path | None, name: str) -> OnnxNetwork:
     try:
-        return _Reader(model, folder, name).network()
+        return _Reader(model, path, name).network()
     except InputError:
         raise
     except Exception as error:  # a damaged file can go wrong anywhere
@@ -73,16 +73,16 @@ def _network(model: onnx.ModelProto, folder: str, name: str) -> OnnxNetwork:
 class _Reader:
     """Reads one model."""
 
-    def __init__(self, model: onnx.ModelProto, folder: str, name: str) -> None:
-        self._name, self._folder, self._notes = name, folder, list[str]()
+    def __init__(self, model: onnx.ModelProto, path: Path | None, name: str) -> None:
+        self._name, self._path, self._notes = name, path, list[str]()
         self._version = self._checked_version(model)
         if model.functions:
             self._notes.append(f"the {len(model.functions)} functions of the file were written out where they are called")
             model = onnx.inliner.inline_local_functions(model)
         self._proto = model
-        _check_external(model, folder, name)
+        _check_external(model, path, name)
         _check_graph(model.graph, name)
-        program = _bare_program(model, folder, name)
+        program = _bare_program(model, path, name)
         self._model = read_ir(program)
         self._graph = self._model.graph
         self._types = _types(model)
@@ -111,7 +111,7 @@ class _Reader:
         own = _own_names({name: None for name in (*read, *outputs) if name in self._constants})
         program = Program(
             self._proto,
-            self._folder,
+            self._path,
             self._name,
             tuple(steps),
             tuple(str(value.name) for value in inputs),
@@ -234,23 +234,23 @@ def _step(number: int, node: ir.Node, call: Call, captured: list[ir.Value], outp
     return Step(function, args, kwargs, tuple(reads), names, tuple(outputs))
 
 
-def _bare_program(model: onnx.ModelProto, folder: str, name: str) -> Program:
-    return Program(model, folder, name, (), (), (), (), (), ())
+def _bare_program(model: onnx.ModelProto, path: Path | None, name: str) -> Program:
+    return Program(model, path, name, (), (), (), (), (), ())
 
 
-def _check_external(model: onnx.ModelProto, folder: str, name: str) -> None:
+def _check_external(model: onnx.ModelProto, path: Path | None, name: str) -> None:
     """Raise InputError where tensors lie outside of the folder of the file, or are not there."""
     for tensor in _tensors(model.graph):
         if tensor.data_location != onnx.TensorProto.EXTERNAL:
             continue
         said = {entry.key: entry.value for entry in tensor.external_data}
         location = said.get("location", "")
-        if not folder:
+        if path is None:
             raise InputError(
                 f"The tensor '{tensor.name}' of {name} lies in a file '{location}' beside it; give the path of the "
                 "ONNX file, or load it with onnx.load, which reads both."
             )
-        root = Path(folder).resolve()
+        root = path.parent.resolve()
         place = (root / location).resolve()
         if not location or os.path.isabs(location) or not place.is_relative_to(root):
             raise InputError(

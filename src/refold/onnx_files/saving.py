@@ -1,0 +1,31 @@
+"""Write ONNX files: small ones whole, those that have tensors beside them, or would be too large, with a file beside."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import onnx_ir as ir
+
+from refold.errors import InputError
+from refold.files import PathLike, check_writable
+
+_LARGEST = 1_900_000_000
+"""Bytes of tensors that are still written into the file itself; protobuf ends at two gigabytes."""
+
+
+def check_onnx(path: PathLike) -> Path:
+    """The path, if an ONNX file can go there; raises `InputError` where it cannot or is named otherwise."""
+    target = check_writable(path)
+    if target.suffix != ".onnx":
+        raise InputError(f"'{target}' cannot be an ONNX file; give a name that ends in .onnx.")
+    return target
+
+
+def save_model(model: ir.Model, path: Path) -> None:
+    """Write the model, with its tensors in a file beside it where that is how they came, or they are too large."""
+    tensors = [value.const_value for value in model.graph.initializers.values() if value.const_value is not None]
+    beside = any(isinstance(tensor, ir.ExternalTensor) for tensor in tensors)
+    if beside or sum(tensor.nbytes for tensor in tensors) > _LARGEST:
+        ir.save(model, path, external_data=f"{path.name}.data")
+    else:
+        ir.save(model, path)
