@@ -47,9 +47,7 @@ class Evaluated:
             found = [value.to(half) if value.dtype == torch.float32 else value for value in found]
         return found[0] if len(found) == 1 else tuple(found)
 
-    def _first(
-        self, node: onnx.NodeProto, feed: dict[str, Any]
-    ) -> Callable[[dict[str, Any]], list[Any]]:
+    def _first(self, node: onnx.NodeProto, feed: dict[str, Any]) -> Callable[[dict[str, Any]], list[Any]]:
         """The first way to run the operator that works."""
         failure: Exception | None = None
         for way in (self._in_runtime, self._in_reference):
@@ -65,7 +63,9 @@ class Evaluated:
             f"({first_line(failure)}); leave it out of the file, or fold the model that it was made from."
         ) from failure
 
-    def _in_runtime(self, node: onnx.NodeProto, feed: dict[str, Any]) -> Callable[[dict[str, Any]], list[Any]]:
+    def _in_runtime(
+        self, node: onnx.NodeProto, feed: dict[str, Any]
+    ) -> Callable[[dict[str, Any]], list[Any]]:
         import onnxruntime
 
         options = onnxruntime.SessionOptions()
@@ -73,11 +73,13 @@ class Evaluated:
         session = onnxruntime.InferenceSession(
             self._alone(node, feed).SerializeToString(), options, providers=["CPUExecutionProvider"]
         )
-        return lambda given: session.run(None, given)  # type: ignore[no-any-return]  # a list of arrays
+        return lambda given: session.run(None, given)
 
-    def _in_reference(self, node: onnx.NodeProto, feed: dict[str, Any]) -> Callable[[dict[str, Any]], list[Any]]:
+    def _in_reference(
+        self, node: onnx.NodeProto, feed: dict[str, Any]
+    ) -> Callable[[dict[str, Any]], list[Any]]:
         evaluator = onnx.reference.ReferenceEvaluator(self._alone(node, feed))
-        return lambda given: evaluator.run(None, given)  # type: ignore[no-any-return]  # as above
+        return lambda given: evaluator.run(None, given)
 
     def _alone(self, node: onnx.NodeProto, feed: dict[str, Any]) -> onnx.ModelProto:
         """The operator as a model."""

@@ -33,11 +33,14 @@ def example_of(network: OnnxNetwork, input_size: Sequence[int] | None = None) ->
         except Exception as error:  # a network may refuse a size in any way
             failure = error
     name = network.program.name
-    shapes = " and ".join(f"{value} {_shown(sides)}" for value, sides in zip(network.program.inputs, network.program.sides, strict=True))
+    shapes = " and ".join(
+        f"{value} {_shown(sides)}"
+        for value, sides in zip(network.program.inputs, network.program.sides, strict=True)
+    )
     asked = f" of {'x'.join(map(str, input_size))}" if input_size else ""
     raise InputError(
-        f"{name} does not run on random inputs{asked} ({'' if failure is None else first_line(failure)}); it takes {shapes}. "
-        "Give an input that it takes."
+        f"{name} does not run on random inputs{asked} ({'' if failure is None else first_line(failure)}); it takes "
+        f"{shapes}. Give an input that it takes."
     )
 
 
@@ -55,7 +58,10 @@ def _candidates(network: OnnxNetwork, input_size: Sequence[int] | None) -> Itera
         return
     free = any(side is None for sides in shapes for side in sides[1:])
     for side in _SIDES if free else (1,):
-        sizes = [tuple((1 if i == 0 else side) if s is None else s for i, s in enumerate(sides)) for sides in shapes]
+        sizes = [
+            tuple((1 if i == 0 else side) if s is None else s for i, s in enumerate(sides))
+            for sides in shapes
+        ]
         yield tuple(_random(size, dtype) for size, dtype in zip(sizes, program.dtypes, strict=True))
 
 
@@ -64,9 +70,15 @@ def _random(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     if dtype == torch.bool:
         return torch.ones(*shape, dtype=dtype)
     if not dtype.is_floating_point:
-        return torch.randint(0, 256 if dtype == torch.uint8 else 2, tuple(shape), generator=generator, dtype=dtype)
+        return torch.randint(
+            0, 256 if dtype == torch.uint8 else 2, tuple(shape), generator=generator, dtype=dtype
+        )
     return torch.randn(tuple(shape), generator=generator).to(dtype)
 
 
 def _shown(sides: Sequence[Any] | None) -> str:
-    return "anything" if sides is None else "x".join("?" if side is None else str(side) for side in sides) or "one number"
+    return (
+        "anything"
+        if sides is None
+        else "x".join("?" if side is None else str(side) for side in sides) or "one number"
+    )

@@ -24,12 +24,9 @@ from refold.onnx_files.saving import check_onnx, save_model
 from refold.onnx_files.writing import written
 from refold.recording.arguments import plain_mode
 
-OnnxModel = onnx.ModelProto | ir.Model
-"""A model in memory."""
-
 
 def fold_onnx(
-    model: PathLike | OnnxModel | OnnxNetwork,
+    model: PathLike | onnx.ModelProto | ir.Model | OnnxNetwork,
     output: PathLike | None = None,
     example_input: Any = None,
     *,
@@ -41,14 +38,16 @@ def fold_onnx(
     """Fold a file into the file `output`, and return the report; or a model in memory, and return (model, report).
 
     `example_input` is a tensor for each input of the file, one alone or a tuple; random ones are taken where it is left
-    out. The options are those of `refold.folding.fold`. The file is proved as networks are, read again and compared with
-    what was proved, and run in ONNX Runtime beside the original.
+    out. The options are those of `refold.folding.fold`. The file is proved as networks are, read again and compared
+    with what was proved, and run in ONNX Runtime beside the original.
 
     Raises `InputError` where the file cannot be read, run or written, `NotEquivalent` where a proof fails; nothing is
     written then.
     """
-    if output is None and not isinstance(model, OnnxModel):
-        raise InputError("There is no place for the folded file; give its path: fold('net.onnx', 'plain.onnx').")
+    if output is None and not isinstance(model, (onnx.ModelProto, ir.Model)):
+        raise InputError(
+            "There is no place for the folded file; give its path: fold('net.onnx', 'plain.onnx')."
+        )
     if output is not None:
         check_onnx(output)
     network = model if isinstance(model, OnnxNetwork) else read_network(model)
@@ -75,11 +74,15 @@ def fold_onnx(
 def _as_tuple(example: Any) -> tuple[Tensor, ...]:
     values = example if isinstance(example, (tuple, list)) else (example,)
     if not all(isinstance(value, Tensor) for value in values):
-        raise InputError("The example input of a file is a tensor for each of its inputs; give one, or a tuple of them.")
+        raise InputError(
+            "The example input of a file is a tensor for each of its inputs; give one, or a tuple of them."
+        )
     return tuple(values)
 
 
-def _run_both(network: OnnxNetwork, report: FoldReport, example: tuple[Tensor, ...], folded: Path | bytes) -> None:
+def _run_both(
+    network: OnnxNetwork, report: FoldReport, example: tuple[Tensor, ...], folded: Path | bytes
+) -> None:
     """Run the file and the folded one in ONNX Runtime, and hold both to the float64 result as every fold is.
 
     Raises NotEquivalent where the folded one does not run, or is further away than rounding explains.

@@ -83,7 +83,9 @@ def gemm(
 
 def reshape(x: Tensor, shape: Numbers, keep_zeros: bool) -> Tensor:
     given = numbers(shape)
-    return x.reshape([x.shape[i] if side == 0 and not keep_zeros else side for i, side in enumerate(given)])
+    return x.reshape(
+        tuple(x.shape[i] if side == 0 and not keep_zeros else side for i, side in enumerate(given))
+    )
 
 
 def flatten(x: Tensor, axis: int) -> Tensor:
@@ -93,7 +95,9 @@ def flatten(x: Tensor, axis: int) -> Tensor:
 
 def squeeze(x: Tensor, axes: Numbers | None) -> Tensor:
     own = range(x.dim()) if axes is None else [axis % x.dim() for axis in numbers(axes)]
-    return x.reshape([side for i, side in enumerate(x.shape) if i not in own or (axes is None and side != 1)])
+    return x.reshape(
+        tuple(side for i, side in enumerate(x.shape) if i not in own or (axes is None and side != 1))
+    )
 
 
 def unsqueeze(x: Tensor, axes: Numbers) -> Tensor:
@@ -126,9 +130,7 @@ def gather(x: Tensor, indices: Tensor, axis: int) -> Tensor:
     return found.reshape(*x.shape[:axis], *indices.shape, *x.shape[axis + 1 :])
 
 
-def sliced(
-    x: Tensor, starts: Numbers, ends: Numbers, axes: Numbers | None, steps: Numbers | None
-) -> Tensor:
+def sliced(x: Tensor, starts: Numbers, ends: Numbers, axes: Numbers | None, steps: Numbers | None) -> Tensor:
     own, until = numbers(starts), numbers(ends)
     along = range(len(own)) if axes is None else numbers(axes)
     by = [1] * len(own) if steps is None else numbers(steps)
@@ -195,9 +197,7 @@ def softmax_of_matrix(x: Tensor, axis: int, logarithm: bool) -> Tensor:
     return (torch.log_softmax(flat, 1) if logarithm else torch.softmax(flat, 1)).reshape(x.shape)
 
 
-def reduced(
-    x: Tensor, axes: Numbers | None, keep: bool, kind: str, all_axes: bool = True
-) -> Tensor:
+def reduced(x: Tensor, axes: Numbers | None, keep: bool, kind: str, all_axes: bool = True) -> Tensor:
     """The mean, sum, largest or least value, or the norms, over some axes, or over all where none are given."""
     given = [] if axes is None else numbers(axes)
     if not given and not all_axes:
@@ -216,7 +216,9 @@ def reduced(
     return torch.amax(x, along, keep) if kind == "max" else torch.amin(x, along, keep)
 
 
-def resized(x: Tensor, size: Numbers | None, scales: Sequence[float] | None, mode: str, corners: bool) -> Tensor:
+def resized(
+    x: Tensor, size: Numbers | None, scales: Sequence[float] | None, mode: str, corners: bool
+) -> Tensor:
     """The spatial axes resized; `size` and `scales` name all axes, of which the first two stay."""
     settings: dict[str, Any] = {} if mode == "nearest" else {"align_corners": corners}
     axes = x.dim() - 2

@@ -14,6 +14,7 @@ from torch import Tensor, fx, nn
 from refold.errors import InputError
 from refold.recording.recording import PlacedFunction
 
+
 @dataclass(frozen=True)
 class Name:
     """Stands for the tensor of a name in what a function is called with."""

@@ -58,7 +58,7 @@ class OnnxNode:
     @property
     def kind(self) -> str:
         """The type of the operator."""
-        return self.node.op_type
+        return str(self.node.op_type)
 
     @property
     def domain(self) -> str:
@@ -81,7 +81,7 @@ class OnnxNode:
     @property
     def attributes(self) -> Mapping[str, Any]:
         """Its settings."""
-        return self.node.attributes
+        return dict(self.node.attributes)
 
     def attribute(self, name: str, *default: Any) -> Any:
         """The value of a setting."""
@@ -125,11 +125,15 @@ class OnnxNode:
             return None
         stride = tuple(self.attribute("strides", [1] * axes))
         dilation = tuple(self.attribute("dilations", [1] * axes))
-        ends = self._ends(kernel, stride, dilation, self.shape(source)[2:])  # type: ignore[arg-type]  # None is excluded
-        return None if ends is None else Window(kernel, stride, ends, dilation)  # type: ignore[arg-type]  # as above
+        ends = self._ends(kernel, stride, dilation, self.shape(source)[2:])
+        return None if ends is None else Window(kernel, stride, ends, dilation)
 
     def _ends(
-        self, kernel: tuple[int, ...], stride: tuple[int, ...], dilation: tuple[int, ...], sides: tuple[Any, ...]
+        self,
+        kernel: tuple[int, ...],
+        stride: tuple[int, ...],
+        dilation: tuple[int, ...],
+        sides: tuple[Any, ...],
     ) -> tuple[tuple[int, int], ...] | None:
         axes, automatic = len(kernel), self.attribute("auto_pad", "NOTSET")
         if automatic in ("NOTSET", ""):
@@ -143,7 +147,11 @@ class OnnxNode:
             if step > 1 and side is None:
                 return None
             reach = (size - 1) * spacing
-            missing = reach if step == 1 else max(0, (-(-side // step) - 1) * step + reach + 1 - side)
+            missing = (
+                reach
+                if step == 1 or side is None
+                else max(0, (-(-side // step) - 1) * step + reach + 1 - side)
+            )
             small, large = missing // 2, missing - missing // 2
             found.append((small, large) if automatic == "SAME_UPPER" else (large, small))
         return tuple(found)

@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-import onnx_ir as ir
 import torch
 import torch.nn.functional as F
 
@@ -211,7 +210,7 @@ def _transposed_convolution(node: OnnxNode) -> Call | None:
 @_entry("BatchNormalization")
 def _batch_norm(node: OnnxNode) -> Call | None:
     trains = bool(node.attribute("training_mode", 0)) or (node.version < 14 and len(node.outputs) > 1)
-    if trains and len(node.outputs) > 1 or node.attribute("spatial", 1) != 1:
+    if (trains and len(node.outputs) > 1) or node.attribute("spatial", 1) != 1:
         return None
     settings = (trains, 0.0, node.attribute("epsilon", 1e-5), False)
     return Call(torch.batch_norm, "batch_norm", (*node.inputs, *settings))
@@ -244,7 +243,9 @@ def _average_pool(node: OnnxNode) -> Call | None:
         return None
     axes = len(window.kernel_size)
     ceil, counted = bool(node.attribute("ceil_mode", 0)), bool(node.attribute("count_include_pad", 0))
-    even = all(before == after <= k // 2 for (before, after), k in zip(window.ends, window.kernel_size, strict=True))
+    even = all(
+        before == after <= k // 2 for (before, after), k in zip(window.ends, window.kernel_size, strict=True)
+    )
     if not 1 <= axes <= 3:
         return None
     if even and not (ceil and counted):
@@ -320,7 +321,8 @@ def _slice(node: OnnxNode) -> Call:
         mixed = [value if own is None else own for value, own in zip(values, given, strict=True)]
         return Call(functions.sliced, "", (node.inputs[0], *mixed))
     starts, ends, axes, steps = given
-    assert starts is not None and ends is not None
+    assert starts is not None
+    assert ends is not None
     steps = steps or [1] * len(starts)
     along = axes if axes is not None else list(range(len(starts)))
     if any(step < 1 for step in steps) or (any(a < 0 for a in along) and not node.shape(node.inputs[0])):
@@ -373,8 +375,10 @@ def _transpose(node: OnnxNode) -> Call | None:
 @_entry("Flatten")
 def _flatten(node: OnnxNode) -> Call:
     if node.attribute("axis", 1) == 1:
-        return Call(torch.flatten, "flatten", (node.inputs[0], 1)) if len(node.shape(node.inputs[0])) > 1 else (
-            Call(functions.flatten, "reshape", (node.inputs[0], 1))
+        return (
+            Call(torch.flatten, "flatten", (node.inputs[0], 1))
+            if len(node.shape(node.inputs[0])) > 1
+            else (Call(functions.flatten, "reshape", (node.inputs[0], 1)))
         )
     return Call(functions.flatten, "reshape", (node.inputs[0], node.attribute("axis", 1)))
 
@@ -404,7 +408,9 @@ def _expand(node: OnnxNode) -> Call:
 
 @_entry("Shape")
 def _shape(node: OnnxNode) -> Call:
-    return Call(functions.shape_of, "", (node.inputs[0], node.attribute("start", 0), node.attribute("end", None)))
+    return Call(
+        functions.shape_of, "", (node.inputs[0], node.attribute("start", 0), node.attribute("end", None))
+    )
 
 
 @_entry("ConstantOfShape")
@@ -457,7 +463,9 @@ def _depth_to_space(node: OnnxNode) -> Call:
 def _argmax(node: OnnxNode) -> Call | None:
     if node.attribute("select_last_index", 0):
         return None
-    return Call(torch.argmax, "", (node.inputs[0], node.attribute("axis", 0), bool(node.attribute("keepdims", 1))))
+    return Call(
+        torch.argmax, "", (node.inputs[0], node.attribute("axis", 0), bool(node.attribute("keepdims", 1)))
+    )
 
 
 @_entry("CumSum")
@@ -477,17 +485,25 @@ def _resize(node: OnnxNode) -> Call | None:
         scales = node.floats(place)
         sizes = node.inputs[3] if len(node.inputs) > 3 else None
         size = None if sizes is None else node.numbers(3) or sizes
-        position = node.attribute("coordinate_transformation_mode", "half_pixel" if node.version > 10 else "asymmetric")
+        position = node.attribute(
+            "coordinate_transformation_mode", "half_pixel" if node.version > 10 else "asymmetric"
+        )
     mode, rounding = node.attribute("mode", "nearest"), node.attribute("nearest_mode", "round_prefer_floor")
     dimensions = len(node.shape(node.inputs[0]))
-    strange = any(node.attribute(name, 0) for name in ("antialias", "exclude_outside")) or "axes" in node.attributes
+    strange = (
+        any(node.attribute(name, 0) for name in ("antialias", "exclude_outside")) or "axes" in node.attributes
+    )
     if strange or not 3 <= dimensions <= 5 or (size is None and not scales):
         return None
     if node.attribute("keep_aspect_ratio_policy", "stretch") != "stretch":
         return None
     if scales and size is None and (len(scales) != dimensions or scales[:2] != [1.0, 1.0]):
         return None
-    run = partial(functions.resized, mode="nearest" if mode == "nearest" else "linear", corners=position == "align_corners")
+    run = partial(
+        functions.resized,
+        mode="nearest" if mode == "nearest" else "linear",
+        corners=position == "align_corners",
+    )
     args = (node.inputs[0], size, None if size is not None else scales)
     if mode == "nearest":
         whole = size is None and all(scale >= 1 and scale == int(scale) for scale in scales or [])
@@ -497,5 +513,3 @@ def _resize(node: OnnxNode) -> Call | None:
     if mode == "linear" and position in ("half_pixel", "pytorch_half_pixel", "align_corners"):
         return Call(run, "interpolate", args)
     return None
-
-

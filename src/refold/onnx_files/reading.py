@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -27,12 +28,14 @@ from refold.recording.recording import PlacedFunction
 _SMALL = 4096
 """Up to how many numbers a constant is computed before anything runs: shapes, axes and the like."""
 _OLDEST = 7
+_GROWING = {"Expand", "Tile", "Range", "Resize", "Upsample", "Pad"}
+"""What may make much of little."""
 
 
 def read_network(model: PathLike | onnx.ModelProto | ir.Model) -> OnnxNetwork:
     """The graph of an ONNX file, or of a model that is read already, as a network in evaluation mode.
 
-    Raises `InputError` where the file cannot be read, is not a whole and valid graph, or has values that are no tensors.
+    Raises `InputError` where the file cannot be read, is not a whole and valid graph, or takes what is no tensor.
     """
     if isinstance(model, ir.Model):
         return _network(ir.to_proto(model), None, model.graph.name or "the model")
@@ -77,7 +80,9 @@ class _Reader:
         self._name, self._path, self._notes = name, path, list[str]()
         self._version = self._checked_version(model)
         if model.functions:
-            self._notes.append(f"the {len(model.functions)} functions of the file were written out where they are called")
+            self._notes.append(
+                f"the {len(model.functions)} functions of the file were written out where they are called"
+            )
             model = onnx.inliner.inline_local_functions(model)
         self._proto = model
         _check_external(model, path, name)
@@ -134,7 +139,7 @@ class _Reader:
                 f"{self._name} has version {versions[0] if versions else 'none'} of ONNX's operators, and {_OLDEST} is "
                 "the oldest that is read; convert it with onnx.version_converter."
             )
-        return versions[0]
+        return int(versions[0])
 
     def _keep(self, name: str, tensor: ir.TensorProtocol) -> None:
         self._constants[name] = tensor
@@ -166,7 +171,9 @@ class _Reader:
 
     def _compute(self, node: OnnxNode, call: Call | None, number: int) -> None:
         """Compute a small constant."""
-        if len(node.outputs) != 1 or any(value is not None and value.is_graph_output() for value in node.outputs):
+        if len(node.outputs) != 1 or any(
+            value is not None and value.is_graph_output() for value in node.outputs
+        ):
             return
         name = str(node.outputs[0].name)
         if node.kind == "Shape":
@@ -179,10 +186,22 @@ class _Reader:
         given = [None if value is None else self._known.get(str(value.name)) for value in node.inputs]
         if call is None or any(v is not None and g is None for v, g in zip(node.inputs, given, strict=True)):
             return
-        size = self._types.shapes.get(name)
-        if size is None or None in size or int(np.prod(np.array(size, dtype=np.float64))) > _SMALL:
+        if node.kind == "ConstantOfShape" and math.prod(map(int, given[0])) > _SMALL:  # type: ignore[arg-type]  # as above
             return
-        filled = _with_values(call, {str(v.name): torch.from_numpy(np.array(g)) for v, g in zip(node.inputs, given, strict=True) if v is not None})
+        size = self._types.shapes.get(name)
+        if size is None or None in size:
+            if node.kind in _GROWING:
+                return
+        elif math.prod(size) > _SMALL:  # type: ignore[arg-type]  # None is excluded
+            return
+        filled = _with_values(
+            call,
+            {
+                str(v.name): torch.from_numpy(np.array(g))
+                for v, g in zip(node.inputs, given, strict=True)
+                if v is not None
+            },
+        )
         found = call.run(*filled[0], **filled[1])
         if isinstance(found, Tensor) and not found.is_floating_point():
             self._known[name] = found.numpy()
@@ -288,9 +307,13 @@ def _check_graph(graph: onnx.GraphProto, name: str) -> None:
             if value in known:
                 continue
             if value in written:
-                raise InputError(f"In {name} {title} reads '{value}' before it is written: its nodes go round in a circle, "
-                                 "or are out of order.")
-            raise InputError(f"In {name} {title} reads '{value}', which nothing writes and the file does not hold.")
+                raise InputError(
+                    f"In {name} {title} reads '{value}' before it is written: its nodes go round in a circle, "
+                    "or are out of order."
+                )
+            raise InputError(
+                f"In {name} {title} reads '{value}', which nothing writes and the file does not hold."
+            )
         twice = next((value for value in node.output if value and value in known), None)
         if twice is not None:
             raise InputError(f"In {name} {title} writes '{twice}', which is there already.")
@@ -330,9 +353,11 @@ def _constant(node: ir.Node) -> ir.TensorProtocol:
     """The tensor that a node of the kind Constant holds."""
     (name, attribute), *others = node.attributes.items()
     if others or name not in ("value", "value_float", "value_floats", "value_int", "value_ints"):
-        raise InputError(f"The constant '{node.name or node.outputs[0].name}' is {name}, which folding cannot read.")
+        raise InputError(
+            f"The constant '{node.name or node.outputs[0].name}' is {name}, which folding cannot read."
+        )
     if name == "value":
-        return attribute.value  # type: ignore[no-any-return]  # ir types attributes as anything
+        return attribute.value
     dtype = np.float32 if "float" in name else np.int64
     return ir.tensor(np.array(attribute.value, dtype=dtype), name=node.outputs[0].name)
 

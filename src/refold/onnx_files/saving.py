@@ -1,4 +1,4 @@
-"""Write ONNX files: small ones whole, those that have tensors beside them, or would be too large, with a file beside."""
+"""Write ONNX files: with their tensors inside, or beside where that is how they came or they are too large."""
 
 from __future__ import annotations
 
@@ -23,7 +23,9 @@ def check_onnx(path: PathLike) -> Path:
 
 def save_model(model: ir.Model, path: Path) -> None:
     """Write the model, with its tensors in a file beside it where that is how they came, or they are too large."""
-    tensors = [value.const_value for value in model.graph.initializers.values() if value.const_value is not None]
+    tensors = [
+        value.const_value for value in model.graph.initializers.values() if value.const_value is not None
+    ]
     beside = any(isinstance(tensor, ir.ExternalTensor) for tensor in tensors)
     if beside or sum(tensor.nbytes for tensor in tensors) > _LARGEST:
         ir.save(model, path, external_data=f"{path.name}.data")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -14,15 +13,21 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from refold.errors import InputError
 from refold.folding.answers import shared_copy
-from refold.onnx_files.node import DTYPES
 from refold.onnx_files.network import OnnxNetwork, Step
+from refold.onnx_files.node import DTYPES
 from refold.onnx_files.reading import read_ir
 from refold.recording.arguments import Arguments, plain_mode
 from refold.recording.recorder import record
 from refold.recording.recording import PlacedFunction, Recording, nodes_in
 
 _TYPES = {dtype: ir.DataType(number) for number, dtype in DTYPES.items()}
-_INFIX = {operator.add: "Add", operator.sub: "Sub", operator.mul: "Mul", torch.add: "Add", torch.cat: "Concat"}
+_INFIX = {
+    operator.add: "Add",
+    operator.sub: "Sub",
+    operator.mul: "Mul",
+    torch.add: "Add",
+    torch.cat: "Concat",
+}
 _PADS = (nn.ConstantPad1d, nn.ConstantPad2d, nn.ConstantPad3d)
 
 
@@ -120,12 +125,15 @@ class _Writer:
                 return self._convolution(parts[1], source, _ends(parts[0], len(parts[1].kernel_size)))
             for part in parts:
                 source = self._layer(part, source, dimensions)
-                dimensions = 2 if isinstance(part, nn.Flatten) else 4 if isinstance(part, nn.Unflatten) else dimensions
+                dimensions = (
+                    2 if isinstance(part, nn.Flatten) else 4 if isinstance(part, nn.Unflatten) else dimensions
+                )
             return source
         if isinstance(layer, nn.Identity):
             return source
         if isinstance(layer, _ConvNd):
-            return self._convolution(layer, source, tuple(layer.padding) * 2)
+            padding: Any = layer.padding
+            return self._convolution(layer, source, tuple(padding) * 2)
         if isinstance(layer, nn.Linear):
             return self._linear(layer, source, dimensions)
         if isinstance(layer, nn.Flatten):
@@ -139,7 +147,9 @@ class _Writer:
             return self._one("BatchNormalization", [source, *weights], {"epsilon": layer.eps})
         if isinstance(layer, _PADS):
             return self._padded(layer, source, dimensions)
-        raise InputError(f"A {type(layer).__name__} cannot be written into an ONNX file; fold without this rewrite.")
+        raise InputError(
+            f"A {type(layer).__name__} cannot be written into an ONNX file; fold without this rewrite."
+        )
 
     def _convolution(self, layer: Any, source: ir.Value, ends: tuple[int, ...]) -> ir.Value:
         settings: dict[str, Any] = {
@@ -182,7 +192,9 @@ class _Writer:
             return self._one("Concat", [self._values[v] for v in nodes_in(parts)], {"axis": axis})
         dtype = self._recording.kinds[node][0]
         sides = [
-            self._values[value] if isinstance(value, fx.Node) else self._tensor(torch.tensor(value, dtype=dtype), "factor")
+            self._values[value]
+            if isinstance(value, fx.Node)
+            else self._tensor(torch.tensor(value, dtype=dtype), "factor")
             for value in node.args
         ]
         return self._one(kind, sides)
@@ -194,7 +206,12 @@ class _Writer:
         return self._add(kind, inputs, settings or {}, 1).outputs[0]
 
     def _add(
-        self, kind: str, inputs: list[ir.Value | None], settings: dict[str, Any], outputs: int, domain: str = ""
+        self,
+        kind: str,
+        inputs: list[ir.Value | None],
+        settings: dict[str, Any],
+        outputs: int,
+        domain: str = "",
     ) -> ir.Node:
         attributes = ir.convenience.convert_attributes(settings)
         made = ir.Node(domain, kind, inputs, attributes, num_outputs=outputs)
@@ -215,7 +232,9 @@ class _Writer:
     def _tensor(self, tensor: Tensor, name: str) -> ir.Value:
         value = tensor.detach().cpu().contiguous()
         if value.dtype == torch.bfloat16:
-            held = ir.Tensor(value.view(torch.int16).numpy().view(ir.DataType.BFLOAT16.numpy()), dtype=ir.DataType.BFLOAT16)
+            held = ir.Tensor(
+                value.view(torch.int16).numpy().view(ir.DataType.BFLOAT16.numpy()), dtype=ir.DataType.BFLOAT16
+            )
             return self._initializer(held, name)
         return self._array(value.numpy(), name)
 
@@ -224,7 +243,9 @@ class _Writer:
 
     def _initializer(self, held: ir.TensorProtocol, name: str) -> ir.Value:
         own = self._free_name(f"folded_{len(self._new) + 1}.{name}")
-        value = ir.Value(name=own, shape=ir.Shape(held.shape), type=ir.TensorType(held.dtype), const_value=held)
+        value = ir.Value(
+            name=own, shape=ir.Shape(held.shape), type=ir.TensorType(held.dtype), const_value=held
+        )
         held.name = own
         self._graph.register_initializer(value)
         if self.model.ir_version < 4:  # where constants are inputs as well

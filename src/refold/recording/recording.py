@@ -79,7 +79,7 @@ class PlacedFunction:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if has_torch_function(args):  # so that whoever watches torch's functions sees one operator
-            return handle_torch_function(self, args, *args, **kwargs)  # type: ignore[arg-type]  # any callable will do
+            return handle_torch_function(self, args, *args, **kwargs)
         return self.run(*args, **kwargs)
 
 

@@ -1,0 +1,1 @@
+"""ONNX files as networks: read, folded, and written back with nothing else changed."""
