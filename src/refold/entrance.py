@@ -16,6 +16,7 @@ from refold.folding import fold as fold_network
 from refold.folding import verify as verify_networks
 from refold.folding.comparing import TOLERANCE
 from refold.folding.fold import Named, Shortcuts
+from refold.onnx_files import is_onnx_network
 
 if TYPE_CHECKING:
     import onnx
@@ -91,10 +92,10 @@ def fold(model: Any, *arguments: Any, **options: Any) -> Any:
         {'convolution': 1, 'activation': 1}
         >>> report = refold.export(net, "net.onnx", image, fold=False)
         >>> report = refold.fold("net.onnx", "plain.onnx")
-        >>> report.before.batch_norms, report.after.batch_norms
-        (1, 0)
+        >>> report.after.operators
+        {'convolution': 1, 'activation': 1}
     """
-    if isinstance(model, nn.Module) and not _is_onnx(model):
+    if isinstance(model, nn.Module) and not is_onnx_network(model):
         return fold_network(model, *arguments, **options)
     with naming_packages("refold.fold of ONNX files"):
         from refold.onnx_files.folding import fold_onnx
@@ -133,23 +134,18 @@ def _network(model: Any) -> nn.Module:
 
 
 def _example(network: nn.Module) -> Any:
-    if not _is_onnx(network):
+    if not is_onnx_network(network):
         raise InputError("There is no example input; give one that the networks take.")
     from refold.onnx_files.examples import example_of
 
-    return example_of(network)  # type: ignore[arg-type]  # _is_onnx says so
-
-
-def _is_onnx(model: nn.Module) -> bool:
-    """Whether it is a file that was read, asked without importing what reads files."""
-    return any(kind.__module__ == "refold.onnx_files.network" for kind in type(model).__mro__)
+    return example_of(network)  # type: ignore[arg-type]  # that is what was asked
 
 
 def _readable(model: Any) -> Any:
     """A path, or a model of ONNX; raises `InputError` for anything else."""
-    kinds = {f"{kind.__module__}.{kind.__name__}" for kind in type(model).__mro__}
-    known = {"onnx.onnx_ml_pb2.ModelProto", "onnx_ir._core.Model", "refold.onnx_files.network.OnnxNetwork"}
-    if not isinstance(model, (str, os.PathLike)) and not kinds & known:
+    kinds = {f"{kind.__module__.partition('.')[0]}.{kind.__name__}" for kind in type(model).__mro__}
+    in_memory = kinds & {"onnx.ModelProto", "onnx_ir.Model"} or is_onnx_network(model)
+    if not isinstance(model, (str, os.PathLike)) and not in_memory:
         raise InputError(
             f"A {type(model).__name__} is neither a network of PyTorch (nn.Module) nor the path of an ONNX file; give "
             "one of them."

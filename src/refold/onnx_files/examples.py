@@ -20,7 +20,7 @@ def example_of(network: OnnxNetwork, input_size: Sequence[int] | None = None) ->
     """Random inputs that the network takes: one image, or whatever stands in its place.
 
     Free axes are 1 where the batch is; sides of images are tried until the network runs. `input_size` are the axes
-    behind the batch of an only input.
+    behind the batch of an only input; of an image its sides will do.
 
     Raises `InputError` where it runs on none of them.
     """
@@ -48,6 +48,7 @@ def _candidates(network: OnnxNetwork, input_size: Sequence[int] | None) -> Itera
     program = network.program
     shapes = [() if sides is None else sides for sides in program.sides]
     if input_size is not None:
+        input_size = _as_image(input_size, shapes[0])
         if len(shapes) != 1 or len(shapes[0]) not in (0, 1 + len(input_size)):
             raise InputError(
                 f"An input size of {'x'.join(map(str, input_size))} was given, and {program.name} takes "
@@ -63,6 +64,13 @@ def _candidates(network: OnnxNetwork, input_size: Sequence[int] | None) -> Itera
             for sides in shapes
         ]
         yield tuple(_random(size, dtype) for size, dtype in zip(sizes, program.dtypes, strict=True))
+
+
+def _as_image(size: Sequence[int], shape: Sequence[int | None]) -> Sequence[int]:
+    """(channels, height, width) of a size that is an image's side, or both."""
+    if len(shape) != 4 or len(size) > 2:
+        return size
+    return (shape[1] or 3, *(tuple(size) * 2 if len(size) == 1 else size))
 
 
 def _random(shape: Sequence[int], dtype: torch.dtype) -> Tensor:

@@ -57,7 +57,7 @@ def fold_onnx(
     )
     report: FoldReport = replace(plain.fold_report, model=network.program.name)
     report.notes[:0] = network.program.notes
-    result = written(plain, (example, {}))
+    result = written(plain, network.program, (example, {}))
     if prove:
         verify(read_network(result), plain, example, tolerance=tolerance)
     if output is None:

@@ -86,7 +86,8 @@ class OnnxNetwork(nn.Module):
 
     def forward(self, *inputs: Tensor) -> Any:
         program = self.program
-        _check_inputs(program, inputs)
+        with torch._C.DisableTorchFunction():  # a recording need not see it
+            _check_inputs(program, inputs)
         values: dict[str, Any] = dict(zip(program.inputs, inputs, strict=True))
         values |= {known: getattr(self, own) for own, known in program.constants.items()}
         for step, done in zip(program.steps, program.done, strict=True):

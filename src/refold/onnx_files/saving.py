@@ -8,6 +8,7 @@ import onnx_ir as ir
 
 from refold.errors import InputError
 from refold.files import PathLike, check_writable
+from refold.onnx_files import SUFFIX
 
 _LARGEST = 1_900_000_000
 """Bytes of tensors that are still written into the file itself; protobuf ends at two gigabytes."""
@@ -16,8 +17,8 @@ _LARGEST = 1_900_000_000
 def check_onnx(path: PathLike) -> Path:
     """The path, if an ONNX file can go there; raises `InputError` where it cannot or is named otherwise."""
     target = check_writable(path)
-    if target.suffix != ".onnx":
-        raise InputError(f"'{target}' cannot be an ONNX file; give a name that ends in .onnx.")
+    if target.suffix != SUFFIX:
+        raise InputError(f"'{target}' cannot be an ONNX file; give a name that ends in {SUFFIX}.")
     return target
 
 

@@ -13,7 +13,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from refold.errors import InputError
 from refold.folding.answers import shared_copy
-from refold.onnx_files.network import OnnxNetwork, Step
+from refold.onnx_files.network import OnnxNetwork, Program, Step
 from refold.onnx_files.node import DTYPES
 from refold.onnx_files.reading import read_ir
 from refold.recording.arguments import Arguments, plain_mode
@@ -31,21 +31,23 @@ _INFIX = {
 _PADS = (nn.ConstantPad1d, nn.ConstantPad2d, nn.ConstantPad3d)
 
 
-def written(plain: OnnxNetwork, arguments: Arguments) -> ir.Model:
-    """The file of a network that was folded (or of one that was not), with what changed in the place of what was there.
+def written(plain: nn.Module, program: Program, arguments: Arguments) -> ir.Model:
+    """The file of a network that a program was folded to (or that it is), with what changed in the place of what was
+    there.
 
     `arguments` is a call that the network takes.
     """
+    if not isinstance(plain, OnnxNetwork):  # all of it became one layer
+        plain = nn.Sequential(plain)
     with plain_mode():
         recording = record(shared_copy(plain).eval(), arguments)
-    return _Writer(plain, recording).model
+    return _Writer(program, recording).model
 
 
 class _Writer:
     """Changes the graph of a file into what ran."""
 
-    def __init__(self, plain: OnnxNetwork, recording: Recording) -> None:
-        program = plain.program
+    def __init__(self, program: Program, recording: Recording) -> None:
         self.model = read_ir(program)
         self._version = next(v for d, v in self.model.graph.opset_imports.items() if d in ("", "ai.onnx"))
         self._graph, self._recording, self._constants = self.model.graph, recording, program.constants
@@ -276,8 +278,8 @@ class _Writer:
             name = value.name
             value.name = self._free_name(f"{name}_before")
             new.name = name
-            value.replace_all_uses_with(new)
             self._graph.outputs[index] = new
+            value.replace_all_uses_with(new)
 
     def _clear(self) -> None:
         """Remove what nobody reads any more, and was read before."""
