@@ -50,7 +50,8 @@ def max_pool(
 ) -> Tensor:
     run: Any = (F.max_pool1d, F.max_pool2d, F.max_pool3d)[len(kernel_size) - 1]
     lowest = -torch.inf if x.is_floating_point() else torch.iinfo(x.dtype).min
-    return run(padded(x, ends, lowest), kernel_size, stride, 0, dilation, ceil_mode)  # type: ignore[no-any-return]  # as above
+    found = run(padded(x, ends, lowest), kernel_size, stride, 0, dilation, ceil_mode)
+    return _starting_inside(found, x, stride, ends)
 
 
 def average_pool(
@@ -71,7 +72,17 @@ def average_pool(
         return found if len(kernel_size) > 1 else found.squeeze(-1)
 
     ones = torch.ones_like(x[:1, :1])
-    return sums(padded(x, ends)) / sums(padded(ones, ends, 1.0 if count_include_pad else 0.0))
+    found = sums(padded(x, ends)) / sums(padded(ones, ends, 1.0 if count_include_pad else 0.0))
+    return _starting_inside(found, x, stride, ends)
+
+
+def _starting_inside(found: Tensor, x: Tensor, stride: tuple[int, ...], ends: Ends) -> Tensor:
+    """Without the windows that start in the padding behind the last value, which rounding up may add."""
+    for axis, (step, (before, _)) in enumerate(zip(stride, ends, strict=True), start=2):
+        most = -(-(x.shape[axis] + before) // step)
+        if found.shape[axis] > most:
+            found = found.narrow(axis, 0, most)
+    return found
 
 
 def gemm(
@@ -89,7 +100,7 @@ def reshape(x: Tensor, shape: Numbers, keep_zeros: bool) -> Tensor:
 
 
 def flatten(x: Tensor, axis: int) -> Tensor:
-    axis %= x.dim() + 1
+    axis = axis + x.dim() if axis < 0 else axis
     return x.reshape(x.shape[:axis].numel(), x.shape[axis:].numel())
 
 
@@ -148,6 +159,10 @@ def constant_of_shape(shape: Numbers, value: float | int | bool, dtype: torch.dt
 
 def span(start: Tensor, limit: Tensor, step: Tensor) -> Tensor:
     return torch.arange(start.item(), limit.item(), step.item(), dtype=start.dtype)
+
+
+def power(a: Tensor, b: Tensor) -> Tensor:
+    return torch.pow(a, b).to(a.dtype)
 
 
 def divided(a: Tensor, b: Tensor) -> Tensor:
@@ -217,9 +232,17 @@ def reduced(x: Tensor, axes: Numbers | None, keep: bool, kind: str, all_axes: bo
 
 
 def resized(
-    x: Tensor, size: Numbers | None, scales: Sequence[float] | None, mode: str, corners: bool
+    x: Tensor, size: Numbers | None, scales: Sequence[float] | None, mode: str, corners: bool, lone: bool
 ) -> Tensor:
-    """The spatial axes resized; `size` and `scales` name all axes, of which the first two stay."""
+    """The spatial axes resized; `size` and `scales` name all axes, of which the first two stay.
+
+    `lone` says that an axis of which one value is left takes the first, and not the middle.
+    """
+    for axis in range(2, x.dim()) if lone else ():
+        if (size is not None and numbers(size)[axis] == 1) or (
+            scales and int(x.shape[axis] * scales[axis]) == 1
+        ):
+            x = x.narrow(axis, 0, 1)
     settings: dict[str, Any] = {} if mode == "nearest" else {"align_corners": corners}
     axes = x.dim() - 2
     mode = mode if mode == "nearest" else ("linear", "bilinear", "trilinear")[axes - 1]

@@ -85,7 +85,7 @@ _TABLE |= {
         ("Greater", torch.gt, ""),
         ("GreaterOrEqual", torch.ge, ""),
         ("Where", torch.where, ""),
-        ("Pow", torch.pow, ""),
+        ("Pow", functions.power, ""),
         ("Min", functions.least, ""),
         ("Max", functions.greatest, ""),
         ("PRelu", functions.prelu, "prelu"),
@@ -452,8 +452,10 @@ def _instance_norm(node: OnnxNode) -> Call:
 
 
 @_entry("DepthToSpace", "SpaceToDepth")
-def _depth_to_space(node: OnnxNode) -> Call:
+def _depth_to_space(node: OnnxNode) -> Call | None:
     block = node.attribute("blocksize")
+    if node.kind == "SpaceToDepth" and node.attribute("mode", "DCR") != "DCR":
+        return None
     if node.kind == "SpaceToDepth":
         return Call(functions.space_to_depth, "", (node.inputs[0], block))
     return Call(functions.depth_to_space, "", (node.inputs[0], block, node.attribute("mode", "DCR") == "CRD"))
@@ -503,6 +505,7 @@ def _resize(node: OnnxNode) -> Call | None:
         functions.resized,
         mode="nearest" if mode == "nearest" else "linear",
         corners=position == "align_corners",
+        lone=position == "pytorch_half_pixel",
     )
     args = (node.inputs[0], size, None if size is not None else scales)
     if mode == "nearest":
