@@ -252,6 +252,28 @@ def resized(
     return F.interpolate(x, scale_factor=list(scales)[2:], mode=mode, **settings)
 
 
+RANGES = {torch.uint8: (0, 255), torch.int8: (-128, 127), torch.int16: (-(2**15), 2**15 - 1)}
+"""The smallest and largest number of types that values are quantised to."""
+RANGES[torch.int32] = (-(2**31), 2**31 - 1)
+
+
+def quantised(x: Tensor, scale: Tensor, zero: Tensor | None, axis: int, dtype: torch.dtype) -> Tensor:
+    whole = torch.round(x / _along(scale, x, axis))
+    return torch.clamp(whole if zero is None else whole + _along(zero, x, axis), *RANGES[dtype]).to(dtype)
+
+
+def dequantised(x: Tensor, scale: Tensor, zero: Tensor | None, axis: int) -> Tensor:
+    whole = x.to(scale.dtype)
+    return (whole if zero is None else whole - _along(zero, x, axis).to(scale.dtype)) * _along(scale, x, axis)
+
+
+def _along(numbers: Tensor, x: Tensor, axis: int) -> Tensor:
+    """One number for all of a tensor, or for each place along an axis."""
+    if numbers.numel() == 1:
+        return numbers.reshape(())
+    return numbers.reshape(-1, *(1,) * (x.dim() - 1 - axis % x.dim()))
+
+
 def layer_norm(x: Tensor, scale: Tensor, bias: Tensor | None, axis: int, epsilon: float) -> Tensor:
     return F.layer_norm(x, x.shape[axis % x.dim() :], scale, bias, epsilon)
 

@@ -58,6 +58,8 @@ class Program:
     constants: Mapping[str, str] = field(default_factory=dict)
     """The names of constants by those under which the network keeps them."""
     notes: tuple[str, ...] = ()
+    has_tensors_beside: bool = False
+    """Whether tensors lie beside the file."""
 
     def __deepcopy__(self, memo: Any) -> Program:
         return self

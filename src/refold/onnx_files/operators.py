@@ -436,6 +436,19 @@ def _gather_along(x: Any, indices: Any, axis: int) -> Any:
     return torch.gather(x, axis, indices.long() % x.shape[axis])
 
 
+@_entry("DequantizeLinear", "QuantizeLinear")
+def _quantised(node: OnnxNode) -> Call | None:
+    values = [*node.inputs, None][:3]
+    dtype = node.dtype(values[2]) if values[2] is not None else torch.uint8
+    unusual = any(node.attribute(name, 0) for name in ("block_size", "output_dtype", "precision"))
+    if unusual or dtype not in functions.RANGES:
+        return None
+    args = (*values, node.attribute("axis", 1))
+    if node.kind == "DequantizeLinear":
+        return Call(functions.dequantised, "", args)
+    return Call(functions.quantised, "round", (*args, dtype))
+
+
 @_entry("LayerNormalization")
 def _layer_norm(node: OnnxNode) -> Call | None:
     if len(node.outputs) > 1:

@@ -126,6 +126,7 @@ class _Reader:
             _last_uses(steps, outputs),
             {own_name: name for name, own_name in own.items()},
             tuple(self._notes),
+            any(t.data_location == onnx.TensorProto.EXTERNAL for t in _tensors(self._proto.graph)),
         )
         tensors = {own_name: _to_torch(self._constants[name], name) for name, own_name in own.items()}
         return OnnxNetwork(program, tensors, self._statistics(steps, own)).eval()

@@ -22,12 +22,12 @@ def check_onnx(path: PathLike) -> Path:
     return target
 
 
-def save_model(model: ir.Model, path: Path) -> None:
-    """Write the model, with its tensors in a file beside it where that is how they came, or they are too large."""
+def save_model(model: ir.Model, path: Path, *, beside: bool = False) -> None:
+    """Write the model, with its tensors in a file `beside` it, or where they are too large."""
     tensors = [
         value.const_value for value in model.graph.initializers.values() if value.const_value is not None
     ]
-    beside = any(isinstance(tensor, ir.ExternalTensor) for tensor in tensors)
+    beside = beside or any(isinstance(tensor, ir.ExternalTensor) for tensor in tensors)
     if beside or sum(tensor.nbytes for tensor in tensors) > _LARGEST:
         ir.save(model, path, external_data=f"{path.name}.data")
     else:

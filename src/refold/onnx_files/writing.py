@@ -82,13 +82,26 @@ class _Writer:
         elif node.op == "call_module":
             layer: Any = self._recording.attribute(str(node.target))
             (source,) = node.all_input_nodes
-            self._values[node] = self._layer(layer, self._values[source], self._dimensions(source))
+            border = self._border(source)
+            if border is not None and isinstance(layer, _ConvNd):
+                ends = _ends(border, len(layer.kernel_size))
+                self._values[node] = self._convolution(layer, self._values[source.all_input_nodes[0]], ends)
+            elif self._border(node) is None:
+                self._values[node] = self._layer(layer, self._values[source], self._dimensions(source))
         elif node.target is operator.getitem and node.args[0] in self._rows:
             self._values[node] = self._rows[node.args[0]][int(node.args[1])]  # type: ignore[index, arg-type]  # checked
         elif node.target in _INFIX:
             self._values[node] = self._infix(node)
         elif node in self._recording.varying:
             raise InputError(f"{node.target} cannot be written into an ONNX file; fold without this rewrite.")
+
+    def _border(self, node: fx.Node) -> nn.Module | None:
+        """The layer that pads with zeros for convolutions alone, which take the padding up."""
+        layer = self._recording.attribute(str(node.target)) if node.op == "call_module" else None
+        zeros = isinstance(layer, _PADS) and layer.value == 0
+        read = [self._recording.attribute(str(u.target)) for u in node.users if u.op == "call_module"]
+        alone = len(read) == len(node.users) and all(_takes_border(each) for each in read)
+        return layer if zeros and alone else None
 
     def _place(self, node: fx.Node, number: int) -> None:
         """An operator of the file: itself where it is met first, a copy of it afterwards."""
@@ -122,10 +135,7 @@ class _Writer:
     def _layer(self, layer: nn.Module, source: ir.Value, dimensions: int) -> ir.Value:
         """The new nodes that a layer is."""
         if isinstance(layer, nn.Sequential):
-            parts = list(layer)
-            if len(parts) == 2 and isinstance(parts[0], _PADS) and isinstance(parts[1], _ConvNd):
-                return self._convolution(parts[1], source, _ends(parts[0], len(parts[1].kernel_size)))
-            for part in parts:
+            for part in layer:
                 source = self._layer(part, source, dimensions)
                 dimensions = (
                     2 if isinstance(part, nn.Flatten) else 4 if isinstance(part, nn.Unflatten) else dimensions
@@ -305,6 +315,11 @@ class _Writer:
                 new.shape = old.shape
             assert producer is not None
             producer.name = f"{before.name or name}_folded"
+
+
+def _takes_border(layer: Any) -> bool:
+    plain = isinstance(layer, _ConvNd) and not isinstance(layer, _ConvTransposeNd)
+    return plain and not any(layer.padding)
 
 
 def _ends(layer: Any, axes: int) -> tuple[int, ...]:
