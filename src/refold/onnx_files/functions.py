@@ -138,7 +138,7 @@ def size_of(x: Tensor) -> Tensor:
 def gather(x: Tensor, indices: Tensor, axis: int) -> Tensor:
     axis %= x.dim()
     found = x.index_select(axis, (indices.long() % x.shape[axis]).flatten())
-    return found.reshape(*x.shape[:axis], *indices.shape, *x.shape[axis + 1 :])
+    return found.reshape((*x.shape[:axis], *indices.shape, *x.shape[axis + 1 :]))
 
 
 def sliced(x: Tensor, starts: Numbers, ends: Numbers, axes: Numbers | None, steps: Numbers | None) -> Tensor:
