@@ -1,5 +1,11 @@
 """Graphs fold as networks do, whatever way they write it, and nothing else in them changes."""
 
+import copy
+import pickle
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import onnx
 import onnx_ir as ir
@@ -7,8 +13,12 @@ import pytest
 import torch
 from graphs import LARGEST, answers, check_fold, distance, kinds, model, norm, normal
 from onnx import numpy_helper
+from torch import nn
 
 import refold
+import refold.folding
+from refold.bench.timing import Timing
+from refold.onnx_files.reading import read_network
 
 _TYPE = "double"
 
@@ -357,3 +367,57 @@ def test_shortcuts() -> None:
     made = model(text, w=normal(4, 4, 3, 3), u=normal(4, 4, 3, 3))
     plain, _ = check_fold(made, (1, 4, 9, 9), shortcuts="fold")
     assert kinds(plain) == {"Conv": 2}
+
+
+class _Faster:
+    """Says that whatever is changed takes half the time."""
+
+    def __call__(self, networks: Sequence[nn.Module], example: torch.Tensor) -> tuple[Timing, ...]:
+        for network in networks:
+            network(example)
+        return tuple(Timing((1.0 / (1 + index),) * 5) for index, _ in enumerate(networks))
+
+
+def test_rewrites_that_are_measured() -> None:
+    """A ghost module and what reads it, computed in halves."""
+    text = """g (float[N,3,H,W] x) => (float[N,8,H2,W2] y) {
+        c = Conv <pads=[1,1,1,1]> (x, w) n = BatchNormalization (c, ns, nb, nm, nv) r = Relu (n)
+        d = Conv <pads=[1,1,1,1], group=4> (r, u) e = Relu (d)
+        k = Concat <axis=1> (r, e) s = HardSwish (k) y = Conv (s, v) }"""
+    weights = {"w": normal(4, 3, 3, 3), "u": normal(4, 1, 3, 3), "v": normal(8, 8, 1, 1)}
+    made = model(text, **_narrow({**weights, **norm(4)}))
+    objective = refold.Latency("onnxruntime", stopwatch=_Faster())
+    example = torch.randn(1, 3, 12, 12)
+    plain, report = refold.fold(made, None, example, objective=objective)
+    assert report.options["rewrites"]
+    assert kinds(plain)["Concat"] == 0
+    assert kinds(plain)["HardSwish"] == 2, "one for each half"
+    onnx.checker.check_model(plain, full_check=True)
+    assert distance(made, plain, [example.numpy()]) < 1e-5
+
+
+def test_an_onnx_network_is_exported_as_its_own_file(tmp_path: Path) -> None:
+    made = model(_conv_norm().replace("double", "float"), **_narrow({"w": WEIGHT, **norm(4)}))
+    onnx.helper.set_model_props(made, {"stride": "32"})
+    onnx.save(made, tmp_path / "net.onnx")
+    network = read_network(tmp_path / "net.onnx")
+    image = torch.randn(1, 3, 12, 12)
+    report = refold.export(network, tmp_path / "out.onnx", image)
+    assert report.form == "plain"
+    found = onnx.load(tmp_path / "out.onnx")
+    assert kinds(found) == {"Conv": 1, "Relu": 1}
+    assert found.graph.input == made.graph.input, "free sizes and all"
+    assert {"stride", "producer"} <= {entry.key for entry in found.metadata_props}
+
+
+def test_a_network_that_was_read_copies_and_pickles() -> None:
+    made = model(_conv_norm().replace("double", "float"), **_narrow({"w": WEIGHT, **norm(4)}))
+    network, image = read_network(made), torch.randn(2, 3, 9, 9)
+    plain: Any = refold.folding.fold(network, image)
+    for each in (network, plain):
+        for other in (copy.deepcopy(each), pickle.loads(pickle.dumps(each))):
+            assert torch.equal(other(image), each(image))
+
+
+def _narrow(tensors: dict[str, Any]) -> dict[str, Any]:
+    return {name: value.astype(np.float32) for name, value in tensors.items()}

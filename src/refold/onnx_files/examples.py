@@ -40,7 +40,7 @@ def example_of(network: OnnxNetwork, input_size: Sequence[int] | None = None) ->
     asked = f" of {'x'.join(map(str, input_size))}" if input_size else ""
     raise InputError(
         f"{name} does not run on random inputs{asked} ({'' if failure is None else first_line(failure)}); it takes "
-        f"{shapes}. Give an input that it takes."
+        f"{shapes}; give an input that it takes."
     )
 
 
