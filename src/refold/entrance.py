@@ -59,7 +59,7 @@ def fold(
     tolerance: float = ...,
 ) -> tuple[OnnxModel, FoldReport]: ...
 def fold(model: Any, *arguments: Any, **options: Any) -> Any:
-    """A plain network, or ONNX file, that computes the same, every linear part one layer; proved.
+    """A plain network that computes what the given one does, or a plain ONNX file: every linear part one layer, proved.
 
     `fold(model, example_input)` folds a network of PyTorch, which stays untouched, and returns a new one of its class,
     dtype, device, hooks and methods, in evaluation mode, with a `FoldReport` as `fold_report`. `example_input` is what
