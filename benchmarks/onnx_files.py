@@ -32,7 +32,7 @@ import refold
 from refold.onnx_files.examples import example_of
 from refold.onnx_files.reading import read_network
 
-ROUNDS, CALLS = 15, 8
+LOADED, ROUNDS, CALLS = 5, 5, 5
 
 
 def main() -> None:
@@ -68,7 +68,7 @@ def print_exports(networks: Sequence[str], variants: Sequence[str], folder: Path
             export(net, paths[0], image, variant)
             export(plain, paths[2], image, variant)
             refold.fold(paths[0], paths[1], image)
-            times = timed([running(path, (image,)) for path in paths])
+            times = timed(paths, (image,))
             ratio = statistics.median(f / m for f, m in zip(times[1], times[2], strict=True))
             cells = [f"{contents(path)}, {milliseconds(own)}" for path, own in zip(paths, times, strict=True)]
             print(f"| {name} | {variant} | {' | '.join(cells)} | {ratio:.2f} |", flush=True)
@@ -87,7 +87,7 @@ def print_files(paths: Sequence[Path], folder: Path) -> None:
             continue
         example = example_of(read_network(path))
         try:
-            before, after = (milliseconds(t) for t in timed([running(p, example) for p in (path, plain)]))
+            before, after = (milliseconds(t) for t in timed([path, plain], example))
         except Exception as error:  # ONNX Runtime may refuse the original on random inputs
             before = after = str(error).splitlines()[0][:40]
         cells = [*counts(path), before, *counts(plain), after, loads_in_openvino(plain)]
@@ -108,7 +108,7 @@ def print_comparison(paths: Sequence[Path], folder: Path) -> None:
                 made[name] = str(error).splitlines()[0][:60]
         example = example_of(read_network(path))
         files = [each for each in made.values() if isinstance(each, Path)]
-        times = dict(zip(files, timed([running(each, example) for each in files]), strict=True))
+        times = dict(zip(files, timed(files, example), strict=True))
         cells = [
             f"{contents(each)}, {milliseconds(times[each])}" if isinstance(each, Path) else each
             for each in made.values()
@@ -204,12 +204,17 @@ def running(path: Path, example: Sequence[torch.Tensor]) -> Callable[[], object]
     return lambda: session.run(None, feed)
 
 
-def timed(calls: Sequence[Callable[[], object]]) -> list[list[float]]:
-    """Seconds a call, the shortest of a few in each round, all taking turns."""
-    times: list[list[float]] = [[] for _ in calls]
-    for _ in range(ROUNDS):
-        for call, own in zip(calls, times, strict=True):
-            own.append(min(_seconds(call) for _ in range(CALLS)))
+def timed(paths: Sequence[Path], example: Sequence[torch.Tensor]) -> list[list[float]]:
+    """Seconds a call, the shortest of a few in each round, all taking turns.
+
+    Each is loaded several times, for where its tensors lie in memory makes some percent.
+    """
+    times: list[list[float]] = [[] for _ in paths]
+    for _ in range(LOADED):
+        calls = [running(path, example) for path in paths]
+        for _ in range(ROUNDS):
+            for call, own in zip(calls, times, strict=True):
+                own.append(min(_seconds(call) for _ in range(CALLS)))
     return times
 
 

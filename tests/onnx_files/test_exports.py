@@ -11,6 +11,7 @@ import timm
 import torch
 from graphs import LARGEST, distance, kinds
 from torch import Tensor, nn
+from torch.torch_version import TorchVersion
 
 import refold
 
@@ -53,7 +54,11 @@ def export(net: nn.Module, path: Path, image: Tensor, exporter: str, opset: int)
             shapes = ({0: torch.export.Dim("batch")},)
             settings: dict[str, Any] = {"dynamic_shapes": shapes, "optimize": False, "verbose": False}
             program: Any = torch.onnx.export(
-                net, (torch.cat([image, image]),), dynamo=True, opset_version=opset, **settings
+                net,
+                (torch.cat([image, image]),),
+                dynamo=True,
+                opset_version=opset,
+                **settings,
             )
             program.save(path)
         else:
@@ -73,6 +78,8 @@ def export(net: nn.Module, path: Path, image: Tensor, exporter: str, opset: int)
 
 def _check(net: nn.Module, image: Tensor, variant: tuple[str, int], folder: Path) -> tuple[Any, Any, Any]:
     """The file, the file folded and the network folded and exported, which must hold as many layers."""
+    if variant[0] == "dynamo" and TorchVersion(torch.__version__) < "2.9":
+        pytest.skip("this exporter fails at batch norms before PyTorch 2.9")
     plain = refold.fold(net, image)
     before = export(net, folder / "training.onnx", image, *variant)
     wanted = export(plain, folder / "module.onnx", image, *variant)
