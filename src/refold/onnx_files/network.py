@@ -12,29 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from refold.errors import InputError
-from refold.recording.recording import PlacedFunction
-
-
-@dataclass(frozen=True)
-class Name:
-    """Stands for the tensor of a name in what a function is called with."""
-
-    value: str
-
-
-@dataclass(frozen=True)
-class Step:
-    """One operator: what runs, what it is called with, and the names of what it returns."""
-
-    function: PlacedFunction
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    reads: tuple[int, ...]
-    """Which inputs of the node the tensors in the arguments are, in order; those that only its subgraphs read are
-    numbered behind them."""
-    captured: tuple[str, ...]
-    """What only its subgraphs read."""
-    outputs: tuple[str, ...]
+from refold.onnx_files.steps import Name, Step
 
 
 @dataclass(frozen=True, eq=False)

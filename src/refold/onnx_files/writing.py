@@ -13,9 +13,10 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from refold.errors import InputError
 from refold.folding.answers import shared_copy
-from refold.onnx_files.network import OnnxNetwork, Program, Step
+from refold.onnx_files.network import OnnxNetwork, Program
 from refold.onnx_files.node import DTYPES
 from refold.onnx_files.reading import read_ir
+from refold.onnx_files.steps import Step
 from refold.recording.arguments import Arguments, plain_mode
 from refold.recording.recorder import record
 from refold.recording.recording import PlacedFunction, Recording, nodes_in
