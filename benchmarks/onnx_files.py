@@ -32,7 +32,7 @@ import refold
 from refold.onnx_files.examples import example_of
 from refold.onnx_files.reading import read_network
 
-LOADED, ROUNDS, CALLS = 5, 5, 5
+LOADED, ROUNDS, CALLS = 3, 10, 5
 
 
 def main() -> None:
@@ -225,6 +225,7 @@ def _seconds(call: Callable[[], object]) -> float:
 
 
 def milliseconds(times: Sequence[float]) -> str:
+    """The median."""
     return f"{1000 * statistics.median(times):.2f}"
 
 
