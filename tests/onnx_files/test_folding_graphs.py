@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -365,6 +366,24 @@ def test_models_of_onnx_ir_and_free_sizes() -> None:
     assert report.proof.inputs[0] == "1×3×224×224"
     assert len(report.proof.inputs) == 2
     assert len(list(made.graph)) == 3, "the given one is untouched"
+
+
+@pytest.mark.parametrize(
+    "gelu",
+    [
+        "d = Div (n, root) e = Erf (d) a = Add (e, one) m = Mul (n, a) g = Mul (m, half)",
+        "d = Mul (n, half) e = Erf (d) a = Add (e, one) h = Mul (n, half) g = Mul (h, a)",
+    ],
+)
+def test_an_activation_in_several_nodes_stays_whole(gelu: str) -> None:
+    """Engines recognise it; without its last factor, which could go into a convolution, they do not."""
+    text = f"""g (double[N,3,H,W] x) => (double[N,2,H2,W2] y) {{
+        c = Conv <pads=[1,1,1,1]> (x, w) n = BatchNormalization (c, ns, nb, nm, nv)
+        {gelu} y = Conv (g, u) }}"""
+    numbers = {"root": np.float64(2**0.5), "one": np.float64(1), "half": np.array([0.5])}
+    made = model(text, w=WEIGHT, u=normal(2, 4, 1, 1), **numbers, **norm(4))
+    plain, _ = check_fold(made, IMAGE)
+    assert kinds(plain) == kinds(made) - Counter({"BatchNormalization": 1})
 
 
 def test_shortcuts() -> None:

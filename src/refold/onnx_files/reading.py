@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from refold.onnx_files.evaluating import Evaluated
 from refold.onnx_files.network import OnnxNetwork, Program
 from refold.onnx_files.node import DTYPES, OnnxNode
 from refold.onnx_files.operators import call_of
+from refold.onnx_files.patterns import parts_of_gelu
 from refold.onnx_files.steps import Step, captured_by, last_uses, names_in, own_names, step_of, with_tensors
 from refold.onnx_files.table import Call
 
@@ -159,12 +161,15 @@ class _Reader:
     def _calls(self) -> list[tuple[int, ir.Node, Call | None]]:
         """Every operator that is no constant, with its number; small constants are computed."""
         found = []
+        together = parts_of_gelu(self._graph)
         for number, node in enumerate(self._graph):
             if node.op_type == "Constant" and node.domain in ("", "ai.onnx"):
                 self._keep(str(node.outputs[0].name), _constant(node))
                 continue
             own = OnnxNode(node, self._version, self._types, lambda v: self._known.get(str(v.name)))
             call = call_of(own)
+            if call is not None and node in together:
+                call = replace(call, operator="")
             found.append((number, node, call))
             self._compute(own, call, number)
         return found
