@@ -384,3 +384,51 @@ def test_a_mistyped_command_is_one_line(call: Run, arguments: str, message: str)
     assert (code, out, err.count("\n")) == (2, "", 1)
     assert err.startswith("refold: ")
     assert message in err
+
+
+@pytest.fixture(scope="module")
+def onnx_file(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The checkpoint's network in training form as an ONNX file."""
+    path = tmp_path_factory.mktemp("onnx") / "net.onnx"
+    refold.export(refold.load(checkpoint), path, torch.randn(1, 3, 48, 48), fold=False)
+    return path
+
+
+def test_an_onnx_file_is_folded_and_is_a_model(call: Run, onnx_file: Path, tmp_path: Path) -> None:
+    out = call("fold", onnx_file, "-o", "plain.onnx", "--report", "r.json", "--picture", "p.svg")[1]
+    assert "net.onnx: " in out
+    assert "Plain file: plain.onnx" in out
+    assert "in ONNX Runtime" in out
+    assert {path.name for path in tmp_path.iterdir()} == {"plain.onnx", "r.json", "p.svg"}
+    regions = json.loads((tmp_path / "r.json").read_text())["regions"]
+    assert {"stages.0.0"} <= {region["path"] for region in regions}
+    proof = json.loads(call("verify", onnx_file, "plain.onnx", "--json")[1])
+    assert proof["distance_float64"] < 1e-6
+    costs = json.loads(call("profile", "plain.onnx", "--json")[1])
+    assert costs["input_size"] == [3, 48, 48]
+    assert costs["plain"]["operators"] == costs["training form"]["operators"]
+    code, _, err = call("bench", onnx_file, "plain.onnx", "--rounds", "1", "--warm-up", "0", "-o", "b.json")
+    assert code == 0, err
+    rows = json.loads((tmp_path / "b.json").read_text())["rows"]
+    assert {tuple(row["configuration"][key] for key in ("model", "form")) for row in rows} >= {
+        ("net", "training"),
+        ("net", "plain"),
+    }
+
+
+def test_what_does_not_go_with_an_onnx_file(
+    call: Run, onnx_file: Path, checkpoint: Path, tmp_path: Path
+) -> None:
+    for arguments, message in (
+        (("fold", onnx_file, "-o", "x.safetensors"), "give a name that ends in .onnx"),
+        (("fold", onnx_file, "-o", "x.onnx", "--original"), "not for ONNX files"),
+        (("fold", onnx_file, "-o", "x.onnx", "--checkpoint", checkpoint), "is a whole network"),
+        (("fold", onnx_file, "-o", "x.onnx", "--input-size", "50"), "?x3x48x48, not 1x3x50x50"),
+        (("fold", "none.onnx", "-o", "x.onnx"), "There is no file 'none.onnx'"),
+        (("train", "--data", ".", "--network", onnx_file, "-o", "run"), "is no checkpoint"),
+    ):
+        code, _, err = call(*arguments)
+        assert code == 2, arguments
+        assert err.count("\n") == 1, err
+        assert message.lower() in err.lower(), (arguments, err)
+        assert not list(tmp_path.iterdir()), arguments

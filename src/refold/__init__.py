@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from refold.bench.objective import Latency
     from refold.bench.papers import list_papers, paper
     from refold.checkpoints import load, save
-    from refold.folding import FoldReport, Proof, fold, verify
+    from refold.entrance import fold, verify
+    from refold.folding import FoldReport, Proof
     from refold.hub import push
     from refold.models import create_model, list_models, load_checkpoint
     from refold.unfolding import UnfoldReport, original_state_dict, unfold
@@ -63,7 +64,8 @@ _HOME = {
     **dict.fromkeys(("load", "save"), "refold.checkpoints"),
     "Latency": "refold.bench.objective",
     "push": "refold.hub",
-    **dict.fromkeys(("FoldReport", "Proof", "fold", "verify"), "refold.folding"),
+    **dict.fromkeys(("fold", "verify"), "refold.entrance"),
+    **dict.fromkeys(("FoldReport", "Proof"), "refold.folding"),
     **dict.fromkeys(("create_model", "list_models", "load_checkpoint"), "refold.models"),
     **dict.fromkeys(("UnfoldReport", "original_state_dict", "unfold"), "refold.unfolding"),
 }

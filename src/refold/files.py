@@ -54,6 +54,41 @@ def written_aside(path: PathLike) -> Iterator[Path]:
         raise InputError(f"'{target}' cannot be written: {error.strerror or error}.") from error
 
 
+@contextmanager
+def written_together(path: PathLike) -> Iterator[Path]:
+    """Give a path in a new folder, and move all that was written beside it to ``path`` at the end.
+
+    The file itself, or the folder, comes last. If the block raises, or is interrupted, nothing stays and what was at
+    ``path`` is untouched. Raises `InputError` where ``path`` cannot be written.
+    """
+    target = Path(path)
+    check_writable(target / "contents" if target.is_dir() else target)
+    try:
+        aside = path_aside(target)
+        aside.mkdir()
+        try:
+            yield aside / target.name
+            for written in sorted(aside.iterdir(), key=lambda file: file.name == target.name):
+                _move(written, target.with_name(written.name), aside)
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
+    except OSError as error:
+        raise InputError(f"'{target}' cannot be written: {error.strerror or error}.") from error
+
+
+def _move(written: Path, target: Path, aside: Path) -> None:
+    if written.is_dir():
+        if target.is_dir():
+            target.rename(aside / f"{target.name}.previous")
+    else:
+        # Some writers make their files private; the user's own default holds instead.
+        default = aside / ".mode"
+        default.touch()
+        written.chmod(default.stat().st_mode)
+        default.unlink()
+    written.replace(target)
+
+
 def remove_leftovers(folder: Path) -> None:
     """Remove what writers that were killed left half-written in a folder that nobody else writes into."""
     for path in folder.glob(f".*{_ASIDE}"):

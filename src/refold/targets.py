@@ -19,6 +19,7 @@ from refold.errors import CheckpointError, InputError, RefoldError, UnknownModel
 from refold.files import PathLike
 from refold.models import create_model, list_models, load_checkpoint
 from refold.models.loading import open_checkpoint
+from refold.onnx_files import is_onnx_file
 from refold.own_code import OwnNetwork, is_own_code
 from refold.runs import PLAIN, STATE, TRAINING
 
@@ -48,6 +49,13 @@ def open_network(
     """
     arguments = {key: value for key, value in (arguments or {}).items() if value is not None}
     _check_classes(arguments)
+    if is_onnx_file(target):
+        if pretrained or checkpoint is not None or arguments:
+            raise InputError(
+                f"The ONNX file '{target}' is a whole network; leave --pretrained, --checkpoint, --num-classes and "
+                "--model-args out."
+            )
+        return _read_onnx(target, say)
     with speaking_of_options():
         file = weights_file(target, form)
         if file is not None:
@@ -71,6 +79,19 @@ def open_network(
         if pretrained is not False:
             raise InputError(f"Nobody publishes weights of '{target}'; give its own as --checkpoint.")
         return own(**arguments).eval()
+
+
+def _read_onnx(target: str, say: Say) -> nn.Module:
+    from refold.onnx_files.reading import read_network
+
+    network = read_network(target)
+    _say(target, network.program.notes, say)
+    return network
+
+
+def network_file(target: str, form: Form = "training") -> Path | None:
+    """The checkpoint or the ONNX file that a text names, as `weights_file`; None where it names a model."""
+    return Path(target) if is_onnx_file(target) else weights_file(target, form)
 
 
 def network_of(target: str, file: Path) -> nn.Module:
@@ -160,7 +181,7 @@ def distinct_names(
     pairs = list(zip_longest(targets, checkpoints))
     models = [
         (
-            str((weights_file(target, form) or Path(target)).resolve()),
+            str((network_file(target, form) or Path(target)).resolve()),
             checkpoint and str(_weights(checkpoint, form).resolve()),
         )
         for target, checkpoint in pairs
@@ -183,7 +204,7 @@ def distinct_names(
 
 def _names(target: str, checkpoint: PathLike | None, form: Form) -> list[str]:
     """What a model may be called, the shortest first."""
-    if weights_file(target, form) is not None or is_own_code(target):
+    if network_file(target, form) is not None or is_own_code(target):
         own = _ends(Path(target), keep_suffix=is_own_code(target))
     else:
         own = [target]

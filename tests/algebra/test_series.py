@@ -321,3 +321,17 @@ def test_a_scale_without_shift_may_stand_before_padding():
     """Layer scale before a padded convolution has no shift to leak."""
     second = new_convolution(4, 6, (3, 3), padding=((1, 1), (1, 1)), groups=2)
     assert_series(affine(normal(4, seed=3), None, 2), second)
+
+
+@pytest.mark.parametrize("groups", [1, 2, 3])
+@pytest.mark.parametrize("shifted", [False, True])
+def test_scaled_inputs_of_any_groups(groups: int, shifted: bool) -> None:
+    """A scale and shift before a convolution, against the two run one after the other."""
+    weight, bias = normal(2 * groups, 2, 3, 2, seed=0), normal(2 * groups, seed=1)
+    second = Convolution(weight, bias, (2, 1), ((0, 0), (0, 0)), (1, 2), groups)
+    shift = normal(2 * groups, seed=2) if shifted else None
+    scale = affine(normal(2 * groups, seed=3), shift, 2)
+    composed = series(scale, second)
+    assert composed.groups == groups
+    x = normal(2, 2 * groups, 9, 8, seed=4)
+    assert_equal(reference(composed, x), reference(second, reference(scale, x)))

@@ -353,3 +353,28 @@ def test_a_branch_that_is_multiplied_by_zero() -> None:
     )
     plain = check_fold(model, images(4), convolutions=2)
     assert all(torch.isfinite(parameter).all() for parameter in plain.parameters())
+
+
+def test_products_with_constant_matrices() -> None:
+    """`x @ W`, `torch.addmm` and what is added are linear layers."""
+
+    def forward(net: Net, x: Tensor) -> Tensor:
+        return net.norm(torch.addmm(net.bias, x @ net.first, net.second, beta=0.5, alpha=2.0))
+
+    weights = {"first": nn.Parameter(torch.randn(5, 4)), "second": nn.Parameter(torch.randn(4, 3))}
+    model = Net(forward, **weights, bias=nn.Parameter(torch.randn(3)), norm=nn.BatchNorm1d(3)).eval()
+    plain = refold.fold(model, torch.randn(2, 5))
+    assert plain.fold_report.after.operators == {"linear": 1}
+
+
+def test_a_scalar_among_the_inputs() -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = conv_bn(3, 4)
+
+        def forward(self, x: Tensor, times: Tensor) -> Tensor:
+            return self.body(x) * times
+
+    plain = refold.fold(Scaled().eval(), (torch.randn(1, 3, 9, 9), torch.tensor(3)))
+    assert plain.fold_report.after.batch_norms == 0

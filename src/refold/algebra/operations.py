@@ -146,6 +146,8 @@ def series(first: Convolution, second: Convolution) -> Convolution:
             raise NotFoldable("the second convolution pads with zeros where the first still sees the image")
     if is_channelwise(second):
         return scale_outputs(first, second.weight.flatten(), second.bias)
+    if is_channelwise(first):
+        return _scale_inputs(first, second)
     groups = gcd(first.groups, second.groups)
     first, second = with_groups(first, groups), with_groups(second, groups)
     steps = [s * d for s, d in zip(first.stride, second.dilation, strict=True)]
@@ -166,6 +168,15 @@ def series(first: Convolution, second: Convolution) -> Convolution:
         dilation=tuple(dilation),
         groups=groups,
     )
+
+
+def _scale_inputs(channelwise: Convolution, second: Convolution) -> Convolution:
+    """`second` of channels that are scaled and shifted one by one, without a product of matrices."""
+    groups, taps = second.groups, (1,) * second.spatial_axes
+    scale = channelwise.weight.reshape(groups, 1, -1, *taps)
+    by_group = second.weight.reshape(groups, -1, *second.weight.shape[1:])
+    bias = _add_biases([_pass_on(channelwise.bias, second.weight, groups), second.bias])
+    return replace(second, weight=(by_group * scale).flatten(0, 1), bias=bias)
 
 
 def require_chained(first: Convolution, second: Convolution) -> None:

@@ -32,7 +32,7 @@ from refold.errors import InputError
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from refold.folding import Cost
+    from refold.folding import Cost, FoldReport
 
 
 def list_command(
@@ -69,18 +69,29 @@ def profile(
     else:
         plain = fold(model, example, prove=False)
         costs = {"training form": count(model, example), "plain": count(plain, example)}
-    size = list(example.shape[1:])
+    size = _size(example)
     if as_json:
         described = {form: cost.to_dict() for form, cost in costs.items()}
         print(json.dumps({"model": target, "input_size": size, **described}, indent=2))
     else:
-        console.print(_cost_table(f"{target}, one image {' x '.join(map(str, size))}", costs))
+        what = "inputs of" if isinstance(example, tuple) else "one image"
+        console.print(_cost_table(f"{target}, {what} {' x '.join(map(str, size))}", costs))
+
+
+def _size(example: Any) -> list[Any]:
+    """The axes of an image, or of each of several inputs, without the batch."""
+    if isinstance(example, tuple):
+        return [list(value.shape[1:]) for value in example]
+    return list(example.shape[1:])
 
 
 def fold_command(
     target: Target,
     output: Annotated[
-        Path, typer.Option("--output", "-o", help="The plain checkpoint to write (.safetensors).")
+        Path,
+        typer.Option(
+            "--output", "-o", help="The plain checkpoint to write (.safetensors); for an ONNX file another."
+        ),
     ],
     report: Annotated[Path | None, typer.Option("--report", help="Also write the report as JSON.")] = None,
     picture: Annotated[
@@ -122,9 +133,8 @@ def fold_command(
     model_args: ModelArguments = None,
 ) -> None:
     """Fold a network into its plain form, prove it, and write the plain checkpoint."""
-    from refold.checkpoints import save
     from refold.files import check_writable, write_text
-    from refold.folding import fold
+    from refold.onnx_files import is_onnx_file
     from refold.picture import check_picture, save_picture
 
     for path in (output, report):
@@ -138,6 +148,14 @@ def fold_command(
         raise InputError(
             "--original folds branches only; leave --report, --picture, --objective and --shortcuts out."
         )
+    if is_onnx_file(target):
+        if original:
+            raise InputError(
+                "--original is for checkpoints of refold unfold, not for ONNX files; leave it out."
+            )
+        from refold.onnx_files.saving import check_onnx
+
+        check_onnx(output)
     model = network_from(target, checkpoint, num_classes, model_args)
     example = example_for(model, input_size)
     if original:
@@ -150,18 +168,35 @@ def fold_command(
 
             tell = lambda text: status.update(f"measuring {escape(text)}")  # noqa: E731
             chosen = Latency(engine or "onnxruntime", threads=threads, on_progress=tell)
-        plain: Any = fold(model, example, objective=chosen, shortcuts=shortcuts)
-    console.print(plain.fold_report)
-    save(plain, output)
-    console.print(f"Plain checkpoint: {escape(str(output))}", soft_wrap=True)
+        account, title = _folded(model, example, output, chosen, shortcuts)
+    console.print(account)
+    what = "Plain file" if is_onnx_file(target) else "Plain checkpoint"
+    console.print(f"{what}: {escape(str(output))}", soft_wrap=True)
     if report is not None:
-        write_text(report, plain.fold_report.to_json())
+        write_text(report, account.to_json())
         console.print(f"Report: {escape(str(report))}", soft_wrap=True)
     if picture is not None:
-        save_picture(
-            plain.fold_report, picture, title=(getattr(plain, "architecture", None) or {}).get("name")
-        )
+        save_picture(account, picture, title=title)
         console.print(f"Picture: {escape(str(picture))}", soft_wrap=True)
+
+
+def _folded(
+    model: nn.Module, example: Any, output: Path, objective: Any, shortcuts: Literal["keep", "fold"]
+) -> tuple[FoldReport, str | None]:
+    """Fold a network, write it as what it came from, a checkpoint or an ONNX file; the report and the name."""
+    from refold.onnx_files import is_onnx_network
+
+    if is_onnx_network(model):
+        from refold.onnx_files.folding import fold_onnx
+
+        found: FoldReport = fold_onnx(model, output, example, objective=objective, shortcuts=shortcuts)
+        return found, found.model
+    from refold.checkpoints import save
+    from refold.folding import fold
+
+    plain: Any = fold(model, example, objective=objective, shortcuts=shortcuts)
+    save(plain, output)
+    return plain.fold_report, (getattr(plain, "architecture", None) or {}).get("name")
 
 
 def _save_original(target: str, model: nn.Module, example: Tensor, output: Path) -> None:

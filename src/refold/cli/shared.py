@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -26,7 +26,8 @@ console, error_console = _console(stderr=False), _console(stderr=True)
 
 MODEL, MODEL_HELP = (
     "MODEL",
-    "A name, a checkpoint, a run's folder, or your own class or function: net.py:Net, package.module:net.",
+    "A name, a checkpoint, a run's folder, an ONNX file, or your own class or function: net.py:Net, "
+    "package.module:net.",
 )
 Target = Annotated[str, typer.Argument(metavar=MODEL, help=MODEL_HELP)]
 Checkpoint = Annotated[
@@ -106,11 +107,11 @@ def paired(targets: Sequence[str], checkpoints: Sequence[Path] | None) -> list[P
 
     Raises `InputError` where there is not one for each named target.
     """
-    from refold.targets import weights_file
+    from refold.targets import network_file
 
     if not checkpoints:
         return [None] * len(targets)
-    named = [weights_file(target) is None for target in targets]
+    named = [network_file(target) is None for target in targets]
     if sum(named) != len(checkpoints):
         raise InputError(
             f"There are {len(checkpoints)} of --checkpoint for {sum(named)} named models; give one for each, in their "
@@ -121,11 +122,20 @@ def paired(targets: Sequence[str], checkpoints: Sequence[Path] | None) -> list[P
 
 
 def example_for(model: nn.Module, input_size: str | None) -> Tensor:
-    """The image of the size that an option states, or of the model's own; raises `InputError` where it does not run."""
+    """The image of the size that an option states, or of the model's own; raises `InputError` where it does not run.
+
+    For an ONNX file it is whatever that takes, a tuple where these are several inputs.
+    """
     import torch
 
     from refold.checkpoints import example_input
+    from refold.onnx_files import is_onnx_network
 
+    if is_onnx_network(model):
+        from refold.onnx_files.examples import example_of
+
+        found: Any = example_of(model, _sides(input_size))  # type: ignore[arg-type]  # that is what was asked
+        return found if len(found) > 1 else found[0]  # type: ignore[no-any-return]  # as above
     example = example_input(model, parse_size(input_size, model))
     try:
         with torch.no_grad():
@@ -144,12 +154,19 @@ def parse_size(text: str | None, model: nn.Module) -> list[int] | None:
         return None
     from refold.checkpoints import example_input
 
+    sides = _sides(text) or []
+    if len(sides) == 1:
+        sides *= 2
+    return sides if len(sides) == 3 else [example_input(model).shape[1], *sides]
+
+
+def _sides(text: str | None) -> list[int] | None:
+    if text is None:
+        return None
     try:
         sides = [int(side) for side in text.lower().split("x")]
     except ValueError:
         sides = []
     if not 1 <= len(sides) <= 3 or min(sides) < 1:
         raise InputError(f"The input size '{text}' is not understood; give 224, 192x256 or 3x192x256.")
-    if len(sides) == 1:
-        sides *= 2
-    return sides if len(sides) == 3 else [example_input(model).shape[1], *sides]
+    return sides

@@ -18,6 +18,7 @@ from refold.export.metadata import port_names
 from refold.export.older_torch import translations, without_statistics
 from refold.export.preparing import in_precision, with_batch_axis
 from refold.export.request import FLOAT32, Inputs, Precision, Request
+from refold.onnx_files import is_onnx_network
 
 
 def write_onnx(model: nn.Module, request: Request, *, opset_version: int | None = None) -> None:
@@ -31,6 +32,9 @@ def write_onnx(model: nn.Module, request: Request, *, opset_version: int | None 
     import onnx  # here, for a process that only runs another engine's file needs none of it
 
     model = in_precision(model, request.precision)
+    if is_onnx_network(model):
+        _write_own_graph(model, request)
+        return
     inputs, shapes = with_batch_axis(model, request)
     path = request.path
     try:
@@ -63,6 +67,16 @@ def write_onnx(model: nn.Module, request: Request, *, opset_version: int | None 
         raise InputError(
             f"{type(model).__name__} cannot be converted to ONNX: {first_line(error)}{hint}."
         ) from error
+
+
+def _write_own_graph(model: Any, request: Request) -> None:
+    """Write a network that came from an ONNX file as that file, with what was folded; its metadata stay beside ours."""
+    from refold.onnx_files.saving import save_model
+    from refold.onnx_files.writing import written
+
+    graph = written(model, model.program, (request.inputs, {}))
+    graph.metadata_props.update(request.metadata)
+    save_model(graph, request.path)
 
 
 def _check_shapes(written: Sequence[Any], inputs: Inputs, *, dynamic_batch: bool) -> None:

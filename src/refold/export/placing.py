@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 from refold.errors import InputError
 from refold.export.engines import Format
-from refold.files import PathLike, check_writable, path_aside
+from refold.files import PathLike, check_writable, written_together
 
 
 def check_destination(path: PathLike, form: Format) -> Path:
@@ -30,36 +29,9 @@ def check_destination(path: PathLike, form: Format) -> Path:
 
 @contextmanager
 def placed_together(path: PathLike, form: Format) -> Iterator[Path]:
-    """Give a path in a new folder, and move all that was written beside it to ``path`` at the end.
-
-    The file itself comes last. If the block raises, or is interrupted, nothing stays and what was at ``path``
-    is untouched. Raises `InputError` where ``path`` cannot be written.
-    """
-    target = check_destination(path, form)
-    try:
-        aside = path_aside(target)
-        aside.mkdir()
-        try:
-            yield aside / target.name
-            for written in sorted(aside.iterdir(), key=lambda file: file.name == target.name):
-                _move(written, target.with_name(written.name), aside)
-        finally:
-            shutil.rmtree(aside, ignore_errors=True)
-    except OSError as error:
-        raise InputError(f"'{target}' cannot be written: {error.strerror or error}.") from error
-
-
-def _move(written: Path, target: Path, aside: Path) -> None:
-    if written.is_dir():
-        if target.is_dir():
-            target.rename(aside / f"{target.name}.previous")
-    else:
-        # Some writers make their files private; the user's own default holds instead.
-        default = aside / ".mode"
-        default.touch()
-        written.chmod(default.stat().st_mode)
-        default.unlink()
-    written.replace(target)
+    """`refold.files.written_together` for an engine's file; raises `InputError` where ``path`` is named otherwise."""
+    with written_together(check_destination(path, form)) as aside:
+        yield aside
 
 
 def files_of(path: Path) -> list[Path]:

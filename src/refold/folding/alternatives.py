@@ -17,7 +17,7 @@ from refold.folding.reshaping import reshaped_products
 from refold.folding.rewrite import Rewrite, make
 from refold.folding.shortcuts import folded_shortcuts
 from refold.folding.splitting import Layout, Splitting, parts_of
-from refold.recording.recording import common_scope
+from refold.recording.recording import common_path
 
 SINK, SHORTCUT, RESHAPE = "sink", "shortcut", "reshape"
 
@@ -158,7 +158,7 @@ def _rewrite(channels: Channels, group: list[Splitting]) -> Rewrite:
     joins = [node for own, _ in whole.layouts for node in _joins(channels, own)]
     mixers = {node for own, _ in whole.layouts if _joins(channels, own) for node in channels.mixers(own)}
     layer = f"sunk into {len(mixers)} convolutions" if len(mixers) > 1 else "sunk into a convolution"
-    path = common_scope([node.meta["scope"] for node in nodes])[-1].path
+    path = common_path(nodes)
     return Rewrite(
         steps=steps,
         nodes=nodes,

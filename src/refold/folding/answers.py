@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_map
 from refold.folding.comparing import distance
 from refold.recording.arguments import Arguments, copy_tensors, plain_mode, tensors_in
 from refold.recording.precision import Exact, has_float64, in_float64, to_float64
+from refold.recording.recording import name_of
 
 _JUMPS = {"round", "floor", "ceil", "trunc", "sign", "floor_divide", "fix"}
 
@@ -220,7 +221,7 @@ class _Decisions(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         out = func(*args, **(kwargs or {}))
-        name = str(getattr(func, "__name__", "")).rstrip("_")
+        name = name_of(func)
         results = list(_leaves(out))
         if name == "__get" or not any(isinstance(value, Tensor) for value in results):
             return out

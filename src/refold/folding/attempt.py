@@ -21,6 +21,7 @@ from refold.recording.arguments import Arguments, copy_tensors, plain_mode, tens
 from refold.recording.cost import Cost, Counting
 from refold.recording.operators import is_batch_norm
 from refold.recording.precision import release_memory
+from refold.recording.recording import path_of
 
 Pass = Callable[[Planner], list[Rewrite]]
 """From a recorded model to what may be computed in another way in it."""
@@ -219,7 +220,7 @@ def run_counted(model: nn.Module, arguments: Arguments) -> tuple[list[Tensor], C
 
 
 def _name(node: fx.Node) -> str:
-    return str(node.target) if node.op == "call_module" else node.meta["scope"][-1].path or "the whole model"
+    return str(node.target) if node.op == "call_module" else path_of(node) or "the whole model"
 
 
 def _channels_last(model: nn.Module) -> bool:

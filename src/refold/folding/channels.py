@@ -14,7 +14,8 @@ from torch import fx
 from refold.algebra import Convolution
 from refold.folding.planning import Planner
 from refold.recording.linear import Concatenation, Map, Same
-from refold.recording.operators import is_batch_norm, name_of, operator_of
+from refold.recording.operators import is_batch_norm, operator_of
+from refold.recording.recording import name_of
 
 _META = torch.device("meta")
 

@@ -18,6 +18,7 @@ from refold.folding.report import FoldedRegion
 from refold.folding.rewrite import Applied, Evaluation, NewLayer, Rewrite, Value
 from refold.recording.linear import Map, Same, inputs_of
 from refold.recording.operators import operator_of
+from refold.recording.recording import path_of
 
 _CPU = torch.device("cpu")
 
@@ -106,7 +107,7 @@ def _rewrite(planner: Planner, passage: _Passage) -> Rewrite:
         steps[reader] = Applied(made, inputs_of(planner.operators[reader])[0])
     count = len(passage.readers)
     layers = "layer that reads it" if count == 1 else f"{count} layers that read it"
-    path = passage.norm.meta["scope"][-1].path
+    path = path_of(passage.norm)
     return Rewrite(
         steps=steps,
         nodes=passage.nodes,

@@ -21,6 +21,7 @@ from refold.folding.report import FoldedRegion
 from refold.folding.rewrite import FUNCTION, Applied, NewLayer, Operation, Rewrite, Value
 from refold.recording.linear import Concatenation, Map, Moved, Same, Sum, inputs_of
 from refold.recording.operators import word_of
+from refold.recording.recording import path_of
 
 _CPU, _META = torch.device("cpu"), torch.device("meta")
 
@@ -198,8 +199,7 @@ def _describe(planner: Planner, region: Region) -> FoldedRegion:
         kind = "transposed convolution" if module is None else type(module).__name__
     groups = f", {convolution.groups} groups" if convolution.groups > 1 and not region.rescales else ""
     channels = f"{convolution.in_channels} to {convolution.out_channels} channels"
-    path = region.root.meta["scope"][-1].path
-    return FoldedRegion(path, dict(kinds), f"{kind}, {channels}{groups}")
+    return FoldedRegion(path_of(region.root), dict(kinds), f"{kind}, {channels}{groups}")
 
 
 def bundle(planner: Planner, regions: list[Region]) -> list[Bundle]:

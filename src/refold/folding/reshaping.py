@@ -15,7 +15,8 @@ from refold.folding.planning import Planner
 from refold.folding.report import FoldedRegion
 from refold.folding.rewrite import Applied, NewLayer, Rewrite
 from refold.recording.linear import Map, Same
-from refold.recording.operators import name_of, operator_of
+from refold.recording.operators import operator_of
+from refold.recording.recording import PlacedFunction, name_of, path_of
 
 _CPU = torch.device("cpu")
 _LEAST_WEIGHTS = 2**18
@@ -26,7 +27,8 @@ def reshaped_products(planner: Planner) -> list[Rewrite]:
     """Every layer that multiplies one vector of channels for each image, written in the other way."""
     found = []
     for node, operator in planner.operators.items():
-        if node.op != "call_module" or not isinstance(operator, Map) or not operator.multiplies:
+        is_layer = node.op == "call_module" or isinstance(node.target, PlacedFunction)
+        if not is_layer or not isinstance(operator, Map) or not operator.multiplies:
             continue
         structure = operator.structure
         linear = structure.spatial_axes == 0
@@ -39,6 +41,7 @@ def reshaped_products(planner: Planner) -> list[Rewrite]:
 
 
 def _rewrite(planner: Planner, node: fx.Node, operator: Map, linear: bool) -> Rewrite:
+    path = str(node.target) if node.op == "call_module" else path_of(node)
     title = "a 1×1 convolution of a 1×1 map" if linear else "a linear layer"
     made = NewLayer(partial(_built, operator), planner.recording.kinds[node])
     return Rewrite(
@@ -46,7 +49,7 @@ def _rewrite(planner: Planner, node: fx.Node, operator: Map, linear: bool) -> Re
         nodes=frozenset([node]),
         outputs=(node,),
         operators=[node],
-        folded=[FoldedRegion(str(node.target), {"linear" if linear else "convolution": 1}, title)],
+        folded=[FoldedRegion(path, {"linear" if linear else "convolution": 1}, title)],
         on_one_pixel=not linear,
         key=(node, "reshape"),
     )

@@ -15,9 +15,9 @@ from refold.folding.layers import layer
 from refold.folding.planning import Planner
 from refold.folding.report import FoldedRegion
 from refold.folding.rewrite import Applied, NewLayer, Rewrite, Value
-from refold.recording.linear import Map, Same, Sum
+from refold.recording.linear import Map, Same, Sum, inputs_of
 from refold.recording.operators import operator_of
-from refold.recording.recording import common_scope, has_hooks
+from refold.recording.recording import common_path, has_hooks
 
 Activation = tuple[str, str]
 """The name of an activation and its settings."""
@@ -113,7 +113,7 @@ def _sides(planner: Planner, node: fx.Node) -> Iterator[_Side]:
 
 
 def _is_layer(planner: Planner, node: fx.Node) -> bool:
-    return node.op == "call_module" and not has_hooks(planner.use(node).layer)
+    return node.op != "call_module" or not has_hooks(planner.use(node).layer)
 
 
 def _same_activations(planner: Planner, chain: Chain, side: _Side) -> bool:
@@ -162,7 +162,7 @@ def _rewrite(planner: Planner, chain: Chain, side: _Side) -> Rewrite | None:
             return layer(_folded(planner, chain, side, torch.device("cpu"))[index])
 
         made = NewLayer(build, planner.recording.kinds[chain.root])
-        steps[node] = Applied(made, node.all_input_nodes[0])
+        steps[node] = Applied(made, inputs_of(planner.operators[node])[0])
     nodes = chain.nodes | gone | {chain.root}
     interior = nodes | side.nodes
     if chain.activations != side.activations:  # exact on what the activation before the chain writes
@@ -170,7 +170,7 @@ def _rewrite(planner: Planner, chain: Chain, side: _Side) -> Rewrite | None:
     count = len(chain.convolutions)
     channels = ", ".join(str(each.out_channels) for each in structure)
     operators = {"convolution": count, "addition": 1, "activation": len(chain.activations)}
-    path = common_scope([node.meta["scope"] for node in gone | {chain.root}])[-1].path
+    path = common_path(gone | {chain.root})
     return Rewrite(
         steps=steps,
         nodes=frozenset(gone | {chain.root}),

@@ -79,6 +79,8 @@ def _resized(arguments: Arguments, batches: list[Tensor], step: int, along: int 
     def resized(value: Any) -> Any:
         if not isinstance(value, Tensor):
             return value
+        if not value.dim():
+            return value.detach().clone()
         shape = list(value.shape)
         first = 2 if id(value) in direct else 1
         for axis in range(first, len(shape)) if value.is_floating_point() else ():

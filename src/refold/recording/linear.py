@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 from refold.algebra import Convolution, Padding
 from refold.errors import NotFoldable
 from refold.recording.constants import Constants
-from refold.recording.recording import Recording
+from refold.recording.recording import Recording, name_of
 
 Build = Callable[[torch.device], Convolution]
 
@@ -129,6 +129,16 @@ class Use:
         """The layer that runs, where it is one."""
         assert self.module is not None
         return self.module  # type: ignore[no-any-return]  # whatever the path names
+
+    @property
+    def name(self) -> str:
+        """The name under which the registry knows the function or method that runs, empty for a layer."""
+        return "" if self.node.op == "call_module" else name_of(self.node.target)
+
+    @property
+    def is_functional(self) -> bool:
+        """Whether it is a function of `torch.nn.functional`, which orders arguments in its own way."""
+        return str(getattr(self.node.target, "__module__", "")) == "torch.nn.functional"
 
     @property
     def source(self) -> fx.Node:

@@ -41,6 +41,8 @@ def convolution_map(
     extents = [d * (k - 1) for d, k in zip(spacing, weight.shape[2:], strict=True)]
     if padding == "same":
         ends = tuple((extent // 2, extent - extent // 2) for extent in extents)
+    elif isinstance(padding, tuple) and all(isinstance(pair, tuple) for pair in padding):
+        ends = padding  # (before, after) of each axis
     else:
         ends = tuple((p, p) for p in _each(0 if padding == "valid" else padding, axes))
 
@@ -96,9 +98,7 @@ def average_pool_map(
     divisor: int | None,
 ) -> Map:
     shape = use.shape(source)
-    name = (
-        type(use.module).__name__ if use.module is not None else str(getattr(use.node.target, "__name__", ""))
-    )
+    name = type(use.module).__name__ if use.module is not None else use.name
     axes = next(int(letter) for letter in name if letter.isdigit())
     if len(shape) != axes + 2:
         raise NotFoldable("its input has no batch axis")
@@ -148,7 +148,7 @@ def padding(use: Use) -> Map | ConstantBorder | None:
     if use.module is not None:
         return padding_map(use, use.source, use.module.padding, "constant", getattr(use.module, "value", 0.0))
     given = use.argument(1, "pad")
-    constant = "constant" in str(getattr(use.node.target, "__name__", ""))
+    constant = "constant" in use.name
     mode = "constant" if constant else use.argument(2, "mode", "constant")
     value = use.argument(2 if constant else 3, "value")
     return (

@@ -67,6 +67,30 @@ def linear(use: Use) -> Map | None:
     return None if tensors is None else linear_map(use.argument(0, "input"), *tensors)
 
 
+def product(use: Use) -> Map | None:
+    """`x @ weight`, a constant `[in, out]` on the right."""
+    source, given = use.argument(0, "input"), use.argument(1, "other", use.node.kwargs.get("mat2"))
+    if not use.varies(source) or use.varies(given):
+        return None
+    weight = use.constant(given)
+    return None if weight is None or weight.dim() != 2 else linear_map(source, weight.t(), None)
+
+
+def added_product(use: Use) -> Map | None:
+    """`torch.addmm`: beta * bias + alpha * (x @ weight), the bias and `[in, out]` constant."""
+    given, source, factor = use.argument(0, "input"), use.argument(1, "mat1"), use.argument(2, "mat2")
+    if not use.varies(source) or use.varies(given) or use.varies(factor):
+        return None
+    bias, weight = use.constant(given), use.constant(factor)
+    if bias is None or weight is None:
+        return None
+    row = bias.numel() in (1, weight.shape[1]) and bias.numel() == bias.shape[-1:].numel()
+    if not row:
+        return None  # another shift for each row
+    shift = (float(use.argument(3, "beta", 1.0)) * bias.reshape(-1)).expand(weight.shape[1])
+    return linear_map(source, float(use.argument(4, "alpha", 1.0)) * weight.t(), shift)
+
+
 def _constant_weights(use: Use) -> tuple[Tensor, Tensor | None] | None:
     """The weight and bias that a function is called with; None where the weight depends on the input."""
     given = use.argument(1, "weight")
@@ -91,11 +115,10 @@ def batch_norm(use: Use) -> Map:
 
 def batch_norm_arguments(use: Use) -> tuple[tuple[Any, Any, Any, Any], float, bool]:
     """Mean, variance, weight and bias, epsilon and whether it trains, of a batch norm that is called as a function."""
-    functional = getattr(use.node.target, "__module__", "") == "torch.nn.functional"
-    order = (1, 2, 3, 4) if functional else (3, 4, 1, 2)
+    order = (1, 2, 3, 4) if use.is_functional else (3, 4, 1, 2)
     names = ("running_mean", "running_var", "weight", "bias")
     given = [use.argument(place, name) for place, name in zip(order, names, strict=True)]
-    untrained = "no_training" in str(use.node.target)
+    untrained = "no_training" in use.name
     training = not untrained and bool(use.argument(5, "training", False))
     epsilon = float(use.argument(6 if untrained else 7, "eps", 1e-5))
     return (given[0], given[1], given[2], given[3]), epsilon, training
@@ -119,8 +142,7 @@ def same(use: Use) -> Same | None:
 def dropout(use: Use) -> Same | None:
     if use.module is not None:
         return Same(use.source) if not use.module.training else None
-    by_default = getattr(use.node.target, "__module__", "") == "torch.nn.functional"
-    return Same(use.source) if use.argument(2, "training", by_default) is False else None
+    return Same(use.source) if use.argument(2, "training", use.is_functional) is False else None
 
 
 def idle(use: Use) -> Same | None:
@@ -151,8 +173,7 @@ def permuted(use: Use) -> Moved | None:
     axes = len(use.shape(source))
     to_end = (0, *range(2, axes), 1)
     to_front = (0, axes - 1, *range(1, axes - 1))
-    name = str(getattr(use.node.target, "__name__", use.node.target))
-    if name == "permute":
+    if use.name == "permute":
         given = use.argument(1, "dims")
         order: tuple[Any, ...] = tuple(given) if isinstance(given, (tuple, list)) else use.node.args[1:]
     else:
@@ -164,7 +185,7 @@ def permuted(use: Use) -> Moved | None:
             return None
         first, second = (each % axes for each in pair)
         places = list(range(axes))
-        if name.startswith("move"):
+        if use.name.startswith("move"):
             places.insert(second, places.pop(first))
         else:
             places[first], places[second] = second, first

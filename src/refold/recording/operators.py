@@ -15,7 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from refold.errors import NotFoldable, first_line
 from refold.recording import maps, meanings, parts
 from refold.recording.linear import Linear, Map, Use
-from refold.recording.recording import has_hooks
+from refold.recording.recording import has_hooks, name_of
 
 ChannelEffect = Literal["apart", "moved"]
 
@@ -90,11 +90,13 @@ OPERATORS = (
         ("gemm", "fusedgemm"),
         meanings.linear,
     ),
+    Operator("linear", ("addmm",), linear=meanings.added_product),
     Operator(
         "matrix product",
-        ("matmul", "bmm", "einsum"),
+        ("matmul", "mm", "bmm", "einsum"),
         counted=("bmm", "baddbmm", "dot"),
         onnx=("fusedmatmul",),
+        linear=meanings.product,
     ),
     Operator(
         "attention",
@@ -241,7 +243,7 @@ OPERATORS = (
             *("_unsafe_view", "_local_scalar_dense", "lift_fresh", "detach", "alias", "empty", "empty_like"),
             *("zeros", "zeros_like", "ones", "ones_like", "full", "full_like", "arange", "scalar_tensor"),
             *("new_zeros", "new_full", "new_empty", "new_ones", "empty_strided", "new_empty_strided"),
-            *("as_strided", "linspace", "fill", "zero"),
+            *("as_strided", "linspace", "fill", "zero", "equal"),
         ),
     ),
 )
@@ -258,7 +260,6 @@ _BY_ANY_NAME = {
     if operator.word
 }
 _BY_MODULE = {kind: operator for operator in reversed(OPERATORS) for kind in operator.modules}
-_HOMES = {"torch", "_operator", "builtins", ""}
 
 
 def register(operator: Operator) -> None:
@@ -272,19 +273,6 @@ def word_named(name: str) -> str | None:
     """The word of an operator by any of its names: of torch, of its dispatcher, of ONNX; None for a stranger."""
     found = _BY_ANY_NAME.get(name)
     return None if found is None else found.word
-
-
-def name_of(target: Any) -> str:
-    """The name under which the registry knows a function or method, empty where it is not torch's own."""
-    if isinstance(target, str):
-        return target.rstrip("_")
-    name = str(getattr(target, "__name__", ""))
-    home = str(getattr(target, "__module__", None) or "")
-    if home.startswith("torch._ops") and home != "torch._ops.aten":
-        return ""
-    if home.split(".")[0] not in _HOMES and not home.startswith("refold.recording"):
-        return ""
-    return name.split(".")[0].rstrip("_")
 
 
 def operator_of(use: Use) -> Operator | None:

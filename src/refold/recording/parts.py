@@ -69,9 +69,7 @@ def border(use: Use) -> ConstantBorder | None:
         value, sides[side[:2]] = own.flatten(), side[2]
         node = node.args[0]  # type: ignore[assignment]  # the first argument of set_item is a value
     padded = Use(node, use.constants)
-    meaning = (
-        padding(padded) if str(getattr(node.target, "__name__", "")) in ("pad", "constant_pad_nd") else None
-    )
+    meaning = padding(padded) if padded.name in ("pad", "constant_pad_nd") else None
     if not isinstance(meaning, Map) or value is None:
         return None
     ends = meaning.structure.padding
@@ -120,10 +118,10 @@ _CHUNK_SIZES = (
 
 def _chunk_item(use: Use, chunks: fx.Node, index: int) -> Slice | None:
     """One item of `chunk` or `split`: the channels before it are those that the earlier items have."""
-    name = str(getattr(chunks.target, "__name__", chunks.target)).split(".")[0]
+    split = Use(chunks, use.constants)
+    name = split.name
     if name.removesuffix("_with_sizes") not in _CHUNKS:
         return None
-    split = Use(chunks, use.constants)
     source = split.argument(0, "input", chunks.kwargs.get("tensor"))
     axis = split.argument(2, "dim", 0)
     sizes = next((split.argument(99, key) for key in _CHUNK_SIZES if key in chunks.kwargs), None)

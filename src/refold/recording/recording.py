@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import takewhile
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
+from torch.overrides import handle_torch_function, has_torch_function
 
 from refold.recording.arguments import Arguments
 
@@ -52,6 +54,33 @@ class FunctionCall:
 
     def __reduce__(self) -> Any:
         return FunctionCall, (self.kind,)
+
+
+@dataclass(frozen=True)
+class PlacedFunction:
+    """A function that is recorded as one operator and stands at a place of its own: an operator of a file.
+
+    The registry knows it as `operator`, or not at all where that is empty. Two places are two functions, whatever they
+    run.
+    """
+
+    run: Callable[..., Any] = field(compare=False, repr=False)
+    operator: str
+    kind: str
+    """What the file calls it."""
+    place: str
+    """Where it stands, in words: modules from the outermost inwards, with dots between."""
+    number: int
+    """Which operator of the file it is."""
+
+    @property
+    def __name__(self) -> str:
+        return self.kind
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if has_torch_function(args):  # so that whoever watches torch's functions sees one operator
+            return handle_torch_function(self, args, *args, **kwargs)
+        return self.run(*args, **kwargs)
 
 
 @dataclass
@@ -139,6 +168,41 @@ class Recording:
         for name in target.split(".") if target else ():
             value = getattr(value, name)
         return value
+
+
+_HOMES = {"torch", "_operator", "builtins", ""}
+
+
+def name_of(target: Any) -> str:
+    """The name under which the registry of operators knows a function or method, empty where it is not torch's own."""
+    if isinstance(target, str):
+        return target.rstrip("_")
+    if isinstance(target, PlacedFunction):
+        return target.operator
+    name = str(getattr(target, "__name__", ""))
+    home = str(getattr(target, "__module__", None) or "")
+    if home.startswith("torch._ops") and home != "torch._ops.aten":
+        return ""
+    if home.split(".")[0] not in _HOMES and not home.startswith("refold.recording"):
+        return ""
+    return name.split(".")[0].rstrip("_")
+
+
+def path_of(node: fx.Node) -> str:
+    """Where an operator runs: its place in a file, or the path of the module whose code calls it."""
+    if isinstance(node.target, PlacedFunction):
+        return node.target.place
+    scope: Scope = node.meta["scope"]
+    return scope[-1].path
+
+
+def common_path(nodes: Iterable[fx.Node]) -> str:
+    """The path of the innermost module that all of the operators run in, or what their places have in common."""
+    found = list(nodes)
+    if not all(isinstance(node.target, PlacedFunction) for node in found):
+        return common_scope([node.meta["scope"] for node in found])[-1].path
+    parts = zip(*(path_of(node).split(".") for node in found), strict=False)
+    return ".".join(each[0] for each in takewhile(lambda names: len(set(names)) == 1, parts))
 
 
 def has_hooks(module: nn.Module) -> bool:
