@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol, runtime_checkable
+from typing import ClassVar, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
 from refold.boxes.suppression import Suppression
 from refold.errors import InputError
+
+OUTPUTS = ("boxes", "scores", "labels", "image_index")
+"""What `Detections` gives, in its order."""
 
 
 @runtime_checkable
@@ -31,13 +34,24 @@ class Detections(nn.Module):
     Boxes ``(n, 4)`` are x1, y1, x2, y2 in pixels of the images, scores ``(n,)`` from 0 to 1, labels and image indices
     ``(n,)`` whole numbers. Of each image the ``count`` best pairs of a box and a class are looked at, those above
     ``threshold`` stay, of overlapping ones of a class the best (by more than ``iou``; None: nothing is suppressed).
+    What the detector knows of itself, such as its checkpoint's card, is known of this module, too.
     """
+
+    output_kind: ClassVar[str] = "detections"
 
     def __init__(self, detector: nn.Module, threshold: float, iou: float | None, count: int) -> None:
         super().__init__()
         self.detector = detector
         self.suppression = None if iou is None else Suppression(iou)
         self.threshold, self.count = threshold, count
+        for name in ("card", "pretrained_cfg", "architecture", "fold_report"):
+            if hasattr(detector, name):
+                setattr(self, name, getattr(detector, name))
+
+    def of(self, detector: nn.Module) -> Detections:
+        """The same for another form of the detector."""
+        iou = None if self.suppression is None else self.suppression.iou
+        return Detections(detector, self.threshold, iou, self.count).train(self.training)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         scores, boxes = self.detector.decode(self.detector(images))  # type: ignore[operator]  # a `Detector`'s

@@ -35,7 +35,9 @@ class Letterbox:
 
     def __post_init__(self) -> None:
         if min(*self.size, *self.frame) < 1:
-            raise InputError(f"The image is {self.size} and its frame {self.frame}; all sides must be at least 1.")
+            raise InputError(
+                f"The image is {self.size} and its frame {self.frame}; all sides must be at least 1."
+            )
 
     @property
     def inner(self) -> tuple[int, int]:

@@ -22,7 +22,9 @@ class Suppression(nn.Module):
     def __init__(self, iou: float = 0.6) -> None:
         super().__init__()
         if not 0 <= iou <= 1:
-            raise InputError(f"iou is {iou}; give the largest overlap of two boxes that both stay, from 0 to 1.")
+            raise InputError(
+                f"iou is {iou}; give the largest overlap of two boxes that both stay, from 0 to 1."
+            )
         self.iou = iou
 
     def forward(self, boxes: Tensor, scores: Tensor, groups: Tensor) -> Tensor:

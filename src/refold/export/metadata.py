@@ -12,9 +12,9 @@ from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, TypeAdapter, Val
 from torch import Tensor, nn
 
 from refold.errors import InputError
-from refold.export.request import Inputs, Normalization
+from refold.export.request import Normalization, Request
 
-OutputKind = Literal["logits", "probabilities"]
+OutputKind = Literal["logits", "probabilities", "maps", "detections", "segmentation"]
 PortKind = Literal["image", "output"]
 
 # What two roundings to float16 may add up to, over a thousand classes.
@@ -44,13 +44,13 @@ class Preprocessing(BaseModel):
 
 
 class Port(BaseModel):
-    """An input or an output: its name, its dtype and its shape, in which a free batch is called "batch".
+    """An input or an output: its name, its dtype and its shape, in which free axes have names.
 
     ``layout`` tells the order of an image's axes; there is one only.
     """
 
     name: str
-    shape: list[int | Literal["batch"]]
+    shape: list[int | Literal["batch", "height", "width", "boxes"]]
     dtype: str
     layout: Literal["NCHW"] | None = None
 
@@ -134,24 +134,28 @@ def port_names(kind: PortKind, count: int) -> list[str]:
     return [f"{'input' if kind == 'image' else kind}_{index}" for index in range(count)]
 
 
-def ports_of(
-    inputs: Inputs, outputs: Sequence[Tensor], *, dynamic_batch: bool
-) -> tuple[list[Port], list[Port]]:
+def ports_of(request: Request, outputs: Sequence[Tensor]) -> tuple[list[Port], list[Port]]:
     """The inputs and the outputs of a network, by its example and what it gave for it."""
 
-    def port(name: str, tensor: Tensor) -> Port:
-        shape: list[int | Literal["batch"]] = list(tensor.shape)
+    def port(name: str, tensor: Tensor, free: Mapping[int, str]) -> Port:
         return Port(
             name=name,
-            shape=["batch", *shape[1:]] if dynamic_batch and shape else shape,
+            shape=cast(Any, [free.get(axis, side) for axis, side in enumerate(tensor.shape)]),
             dtype=str(tensor.dtype).removeprefix("torch."),
-            layout="NCHW" if len(shape) == 4 else None,
+            layout="NCHW" if tensor.dim() == 4 else None,
         )
 
-    def ports(kind: PortKind, tensors: Sequence[Tensor]) -> list[Port]:
-        return [port(*pair) for pair in zip(port_names(kind, len(tensors)), tensors, strict=True)]
-
-    return ports("image", inputs), ports("output", outputs)
+    given, made = port_names("image", len(request.inputs)), port_names("output", len(outputs))
+    return (
+        [
+            port(name, value, request.free_axes(value))
+            for name, value in zip(given, request.inputs, strict=True)
+        ],
+        [
+            port(name, value, {0: "boxes"} if request.outputs else request.free_axes(value))
+            for name, value in zip(request.outputs or made, outputs, strict=True)
+        ],
+    )
 
 
 def read_description(metadata: Mapping[str, Any], path: Path) -> Description:

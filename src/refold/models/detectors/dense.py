@@ -33,6 +33,7 @@ class DenseDetector(nn.Module):
     second set.
     """
 
+    output_kind: ClassVar[str] = "maps"
     strides: ClassVar[tuple[int, ...]] = (8, 16, 32)
 
     def __init__(
@@ -82,8 +83,7 @@ class DenseDetector(nn.Module):
 
     def forward(self, images: Tensor) -> list[Tensor]:
         features = [
-            tower(map_)
-            for tower, map_ in zip(self.towers, self.pyramid(self.backbone(images)), strict=True)
+            tower(map_) for tower, map_ in zip(self.towers, self.pyramid(self.backbone(images)), strict=True)
         ]
         if self.predict_one is None:
             return _applied(self.predict_many, features)

@@ -26,14 +26,13 @@ class RetinaNet(nn.Module):
     Source: RetinaNet, section 4 and figure 3.
     """
 
+    output_kind: ClassVar[str] = "maps"
     strides: ClassVar[tuple[int, ...]] = (8, 16, 32, 64, 128)
     needs_suppression = True
     _scales = tuple(2 ** (index / 3) for index in range(3))
     _ratios = (0.5, 1.0, 2.0)
 
-    def __init__(
-        self, backbone: Backbone, num_classes: int, *, channels: int = 256, depth: int = 4
-    ) -> None:
+    def __init__(self, backbone: Backbone, num_classes: int, *, channels: int = 256, depth: int = 4) -> None:
         super().__init__()
         self.num_classes = num_classes
         self.backbone = backbone

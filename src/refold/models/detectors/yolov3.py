@@ -7,7 +7,6 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from refold.boxes.grids import cell_centres, rows_of
 from refold.models.backbone import Backbone
@@ -27,6 +26,7 @@ class YOLOv3(nn.Module):
     the width of 96 channels.
     """
 
+    output_kind: ClassVar[str] = "maps"
     strides: ClassVar[tuple[int, ...]] = (8, 16, 32)
     needs_suppression = True
     anchor_sizes: ClassVar[tuple[tuple[tuple[float, float], ...], ...]] = (

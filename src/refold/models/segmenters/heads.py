@@ -66,7 +66,9 @@ class DeepLab(nn.Module):
             ]
         )
         # A mean of one image is one value a channel, of which a batch norm learns nothing.
-        self.mean = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(coarse, channels, 1), nn.ReLU(inplace=True))
+        self.mean = nn.Sequential(
+            nn.AdaptiveAvgPool2d(1), nn.Conv2d(coarse, channels, 1), nn.ReLU(inplace=True)
+        )
         self.merge = ConvNorm((2 + len(dilations)) * channels, channels, activation=True)
         self.fine = ConvNorm(fine, fine_channels, activation=True)
         self.decode = nn.Sequential(

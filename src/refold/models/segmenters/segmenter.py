@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -14,6 +16,8 @@ class Segmenter(nn.Module):
     Images ``(batch, in_chans, height, width)`` of any height and width give logits ``(batch, num_classes, height,
     width)``.
     """
+
+    output_kind: ClassVar[str] = "segmentation"
 
     def __init__(self, backbone: Backbone, head: nn.Module, num_classes: int) -> None:
         super().__init__()
