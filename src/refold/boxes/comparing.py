@@ -11,8 +11,11 @@ from torchvision.ops import box_iou
 
 @dataclass(frozen=True)
 class Difference:
-    """How two sets of boxes differ: ``boxes`` of both together, ``unmatched`` of them without a partner, and the largest
-    difference of two partners' scores."""
+    """How two sets of boxes differ.
+
+    ``boxes`` are those of both together, ``unmatched`` of them have no partner, and ``scores`` is the largest
+    difference of two partners' scores.
+    """
 
     boxes: int
     unmatched: int
@@ -27,8 +30,8 @@ def difference(
     Both are boxes ``(n, 4)``, scores, labels and image indices ``(n,)``, as `refold.detections` gives them. A box whose
     score is as close to the lowest of all may be in one of them alone: it is there by rounding, and does not count.
     """
-    boxes, scores, labels, image = (part.cpu() for part in expected)
-    other_boxes, other_scores, other_labels, other_image = (part.cpu() for part in found)
+    boxes, scores, labels, image = (part.detach().cpu() for part in expected)
+    other_boxes, other_scores, other_labels, other_image = (part.detach().cpu() for part in found)
     total = len(boxes) + len(other_boxes)
     if not total:
         return Difference(0, 0, 0.0)

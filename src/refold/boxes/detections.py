@@ -66,7 +66,9 @@ class Detections(nn.Module):
         height, width = images.shape[-2:]
         boxes = torch.stack([boxes[:, i].clamp(0, (width, height)[i % 2]) for i in range(4)], -1)
         best = best.flatten()
-        kept = (best > self.threshold).nonzero()[:, 0]
+        # A box beside the image has no area once it is cut to it.
+        has_area = (boxes[:, 2:] > boxes[:, :2]).all(1)
+        kept = ((best > self.threshold) & has_area).nonzero()[:, 0]
         boxes, best, labels, image_index = (part[kept] for part in (boxes, best, labels, image_index))
         if self.suppression is not None:
             kept = self.suppression(boxes, best, image_index * classes + labels)

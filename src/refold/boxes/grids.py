@@ -55,4 +55,5 @@ def rows_of(map_: Tensor, values: int) -> Tensor:
 
     The order is that of `cell_centres` and `anchor_boxes`.
     """
-    return map_.flatten(2).transpose(1, 2).unflatten(2, (-1, values)).flatten(1, 2)
+    rows: Tensor = map_.flatten(2).transpose(1, 2).unflatten(2, (-1, values))
+    return rows.flatten(1, 2)

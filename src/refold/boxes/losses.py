@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torchvision.ops import generalized_box_iou_loss
+from torchvision.ops import generalized_box_iou_loss, sigmoid_focal_loss
 
 
 def quality_loss(logits: Tensor, qualities: Tensor, *, weight: float = 0.75, power: float = 2.0) -> Tensor:
@@ -18,6 +18,15 @@ def quality_loss(logits: Tensor, qualities: Tensor, *, weight: float = 0.75, pow
     scores = logits.sigmoid().detach()
     counts = torch.where(qualities > 0, torch.ones_like(scores), weight * scores**power)
     return (F.binary_cross_entropy_with_logits(logits, qualities, reduction="none") * counts).sum()
+
+
+def focal_loss(logits: Tensor, wanted: Tensor, *, alpha: float = 0.25, gamma: float = 2.0) -> Tensor:
+    """Cross entropy against 0 and 1 that counts a score the less the closer to it it is, summed.
+
+    Source: RetinaNet, eq. 5.
+    """
+    losses: Tensor = sigmoid_focal_loss(logits, wanted, alpha=alpha, gamma=gamma, reduction="sum")
+    return losses
 
 
 def box_loss(predicted: Tensor, boxes: Tensor, weights: Tensor) -> Tensor:

@@ -10,6 +10,9 @@ from torchvision.ops import box_iou
 
 BACKGROUND, IGNORED = -1, -2
 
+Truth = tuple[Tensor, Tensor]
+"""The boxes ``(n, 4)`` of an image, x1, y1, x2, y2 in pixels, and their labels ``(n,)``."""
+
 
 def match_by_overlap(
     anchors: Tensor, boxes: Tensor, *, foreground: float, background: float, every_box: bool = True
@@ -23,10 +26,10 @@ def match_by_overlap(
     Source: RetinaNet, section 4, "Anchors"; Faster R-CNN, section 3.1.2.
     """
     if not len(boxes):
-        return anchors.new_full((len(anchors),), BACKGROUND, dtype=torch.long)
+        return torch.full((len(anchors),), BACKGROUND, device=anchors.device)
     overlaps = box_iou(anchors, boxes)
     best, number = overlaps.max(1)
-    taken = number.clone()
+    taken: Tensor = number.clone()
     taken[best < foreground] = IGNORED
     taken[best < background] = BACKGROUND
     if every_box:

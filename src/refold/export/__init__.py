@@ -56,9 +56,10 @@ def export(
     are.
     ``normalize`` bakes in (x - mean) / std, True meaning the mean and std that the model's checkpoint or
     ``pretrained_cfg`` names, and ``softmax`` a softmax over axis 1. With ``detections`` a detector's file gives
-    ``boxes``, ``scores``, ``labels`` and ``image_index``, as `refold.detections` does, in place of its maps; give such a
-    module as model for other thresholds. ``dynamic_size`` leaves height and width of the images free. The file carries class names
-    (those of the checkpoint unless given) and preprocessing where its format has room for them.
+    ``boxes``, ``scores``, ``labels`` and ``image_index`` in place of its maps, as `refold.detections` does; give such
+    a module as model for other thresholds. ``dynamic_size`` leaves height and width of the images free.
+    The file carries class names (those of the checkpoint unless given) and preprocessing where its format has room
+    for them.
 
     The file is run in the engine on the example's own and on random inputs, with ``dynamic_batch`` at several
     batch sizes, and may differ from PyTorch by ``tolerance`` times the spread of the output (1e-3 for float32,

@@ -24,9 +24,9 @@ class Format:
     """What is known of an engine without importing it.
 
     ``module`` has the functions of `Engine`; ``needs`` are the modules it imports, ``install`` what to give to
-    pip for them, ``otherwise`` what to do where that is not possible. ``free_shapes`` says that its files take images of
-    any size and may give any number of boxes, ``ends_its_process`` that the
-    engine may end the process that it runs in: on a damaged file, or beside other libraries.
+    pip for them, ``otherwise`` what to do where that is not possible. ``free_shapes`` says that its files take images
+    of any size and may give any number of boxes, ``ends_its_process`` that the engine may end the process that it runs
+    in: on a damaged file, or beside other libraries.
     """
 
     title: str

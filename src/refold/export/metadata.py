@@ -70,7 +70,7 @@ class Description(BaseModel):
     def batch(self) -> int | None:
         """The number of images that a call must have; None where any will do, one where the file does not say."""
         size = self.inputs[0].shape[0] if self.inputs and self.inputs[0].shape else 1
-        return None if size == "batch" else size
+        return size if isinstance(size, int) else None
 
 
 _TEXTS = ("producer", "architecture", "output")

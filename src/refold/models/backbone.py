@@ -57,7 +57,7 @@ class Backbone(nn.Module):
 
 def _refusal(name: str, output_stride: int | None, error: Exception) -> str:
     if output_stride is None:
-        return f"{name} gives no maps of several sizes ({first_line(error)}); choose a convolutional network as backbone."
+        return f"{name} gives no maps of several sizes ({first_line(error)}); choose a convolutional network."
     return (
         f"{name} cannot keep its maps at a stride of {output_stride} ({first_line(error)}); give output_stride=32, or "
         "another backbone."

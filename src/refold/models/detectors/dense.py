@@ -11,9 +11,13 @@ from torch.nn import functional as F
 
 from refold.boxes.coding import boxes_from_distances
 from refold.boxes.grids import cell_centres, rows_of
+from refold.boxes.losses import box_loss, quality_loss
+from refold.boxes.matching import Truth, align
 from refold.errors import InputError
 from refold.models.backbone import Backbone
 from refold.models.pyramids import DepthwiseSeparable, LightPyramid, layer_with, start_low
+
+_CELLS_A_BOX, _BOX_WEIGHT = 9, 2.0
 
 
 class DenseDetector(nn.Module):
@@ -64,12 +68,13 @@ class DenseDetector(nn.Module):
         self.predict_one = self._prediction_layers(channels) if one_to_one else None
 
     def _prediction_layers(self, channels: int) -> nn.ModuleList:
-        layers = nn.ModuleList([nn.Conv2d(channels, self.num_classes + 4, 1) for _ in self.strides])
+        layers = [nn.Conv2d(channels, self.num_classes + 4, 1) for _ in self.strides]
         for layer in layers:
-            start_low(layer)  # type: ignore[arg-type]  # a list of modules to mypy
-            with torch.no_grad():
-                layer.bias[-4:] = 1.0  # type: ignore[index]  # boxes of about 2.6 strides to begin with
-        return layers
+            start_low(layer)
+            assert layer.bias is not None
+            # Boxes of about 2.6 strides to begin with.
+            nn.init.ones_(layer.bias.data[-4:])
+        return nn.ModuleList(layers)
 
     @property
     def training_only(self) -> tuple[str, ...]:
@@ -97,6 +102,43 @@ class DenseDetector(nn.Module):
         """Scores ``(batch, cells, num_classes)`` from 0 to 1, and boxes ``(batch, cells, 4)`` in pixels."""
         logits, boxes = self.logits_and_boxes(maps)
         return logits.sigmoid(), boxes
+
+    def loss(self, maps: Sequence[Tensor], truth: Sequence[Truth]) -> Tensor:
+        """The loss of what `forward` gave, in either mode, for the boxes ``(n, 4)`` and labels ``(n,)`` of each image.
+
+        Qualities of the predictions that `align` chose, nine a box for the first set of layers and one for the second,
+        and twice GIoU, both divided by the sum of the qualities.
+
+        Source: TOOD, section 3.3; GFL, eq. 2, for the qualities; PP-YOLOE, section 2.2, for the weights.
+        """
+        sets = [maps[start : start + len(self.strides)] for start in range(0, len(maps), len(self.strides))]
+        counts = [_CELLS_A_BOX, 1] if len(sets) == 2 else [1 if self.one_to_one else _CELLS_A_BOX]
+        losses = [self._loss_of(maps, truth, count) for maps, count in zip(sets, counts, strict=True)]
+        return sum(losses[1:], losses[0])
+
+    def _loss_of(self, maps: Sequence[Tensor], truth: Sequence[Truth], count: int) -> Tensor:
+        logits, boxes = self.logits_and_boxes(maps)
+        centres, strides = self._cells(maps)
+        scores = logits.detach().sigmoid()
+        class_loss = box_losses = boxes.sum() * 0  # of images without boxes there is a gradient, too
+        total = boxes.new_zeros(())
+        for index, (own, labels) in enumerate(truth):
+            found = align(scores[index], boxes[index].detach(), centres, strides, own, labels, count=count)
+            wanted = torch.zeros_like(logits[index])
+            wanted[found.places, labels[found.boxes]] = found.qualities
+            class_loss = class_loss + quality_loss(logits[index], wanted)
+            box_losses = box_losses + box_loss(boxes[index][found.places], own[found.boxes], found.qualities)
+            total = total + found.qualities.sum()
+        return (class_loss + _BOX_WEIGHT * box_losses) / total.clamp(min=1.0)
+
+    def _cells(self, maps: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """The centres ``(cells, 2)`` of all cells, and their strides ``(cells,)``, in pixels."""
+        centres = [cell_centres(map_, stride) for map_, stride in zip(maps, self.strides, strict=True)]
+        strides = [
+            part.new_full((part.shape[0],), stride)
+            for part, stride in zip(centres, self.strides, strict=True)
+        ]
+        return torch.cat(centres), torch.cat(strides)
 
     def logits_and_boxes(self, maps: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """What `decode` gives, with logits in place of scores, of one map a stride."""

@@ -7,9 +7,12 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from refold.boxes.coding import boxes_from_deltas
+from refold.boxes.coding import boxes_from_deltas, deltas_from_boxes
 from refold.boxes.grids import anchor_boxes, anchor_sizes, rows_of
+from refold.boxes.losses import focal_loss
+from refold.boxes.matching import IGNORED, Truth, match_by_overlap
 from refold.models.backbone import Backbone
 from refold.models.pyramids import FeaturePyramid, start_low
 
@@ -60,6 +63,30 @@ class RetinaNet(nn.Module):
         classes, deltas = maps[: len(self.strides)], maps[len(self.strides) :]
         logits = torch.cat([rows_of(map_, self.num_classes) for map_ in classes], 1)
         return logits, torch.cat([rows_of(map_, 4) for map_ in deltas], 1)
+
+    def loss(self, maps: Sequence[Tensor], truth: Sequence[Truth]) -> Tensor:
+        """The loss of what `forward` gave for the boxes ``(n, 4)`` and labels ``(n,)`` of each image.
+
+        Focal loss of all anchors that are not ignored and the smooth L1 loss of deltas, divided by the anchors with a
+        box.
+
+        Source: RetinaNet, section 4, "Training"; the point where the second becomes linear is Detectron's, 1 / 9.
+        """
+        logits, deltas = self.logits_and_deltas(maps)
+        anchors = self.anchors(maps)
+        loss = deltas.sum() * 0  # of images without boxes there is a gradient, too
+        positives = 0
+        for index, (boxes, labels) in enumerate(truth):
+            number = match_by_overlap(anchors, boxes, foreground=0.5, background=0.4)
+            places = (number >= 0).nonzero()[:, 0]
+            wanted = torch.zeros_like(logits[index])
+            wanted[places, labels[number[places]]] = 1.0
+            counted = number != IGNORED
+            loss = loss + focal_loss(logits[index][counted], wanted[counted])
+            targets = deltas_from_boxes(boxes[number[places]], anchors[places])
+            loss = loss + F.smooth_l1_loss(deltas[index][places], targets, reduction="sum", beta=1 / 9)
+            positives += len(places)
+        return loss / max(positives, 1)
 
     def decode(self, maps: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """Scores ``(batch, anchors, num_classes)`` from 0 to 1, and boxes ``(batch, anchors, 4)`` in pixels."""

@@ -7,10 +7,15 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
+from torchvision.ops import box_iou
 
 from refold.boxes.grids import cell_centres, rows_of
+from refold.boxes.matching import Truth
 from refold.models.backbone import Backbone
 from refold.models.pyramids import resized_like, start_low
+
+_IGNORED_OVERLAP = 0.5
 
 
 class YOLOv3(nn.Module):
@@ -44,19 +49,13 @@ class YOLOv3(nn.Module):
             [*(_block(own + channels, channels) for own in finer), _block(coarsest, channels)]
         )
         self.down = nn.ModuleList([_layer(channels, channels) for _ in finer])
-        self.heads = nn.ModuleList(
-            [
-                nn.Sequential(
-                    _layer(channels, channels, 3), nn.Conv2d(channels, len(sizes) * (num_classes + 5), 1)
-                )
-                for sizes in self.anchor_sizes
-            ]
-        )
-        for head in self.heads:
-            start_low(head[1])  # type: ignore[index]  # a list of modules to mypy
-            with torch.no_grad():
-                rows = head[1].bias.view(3, -1)  # type: ignore[index]
-                rows[:, :4] = 0
+        predict = [nn.Conv2d(channels, len(sizes) * (num_classes + 5), 1) for sizes in self.anchor_sizes]
+        for layer, sizes in zip(predict, self.anchor_sizes, strict=True):
+            start_low(layer)
+            assert layer.bias is not None
+            # Boxes are their anchors to begin with.
+            nn.init.zeros_(layer.bias.data.view(len(sizes), -1)[:, :4])
+        self.heads = nn.ModuleList([nn.Sequential(_layer(channels, channels, 3), layer) for layer in predict])
 
     def forward(self, images: Tensor) -> list[Tensor]:
         maps = self.backbone(images)
@@ -81,10 +80,62 @@ class YOLOv3(nn.Module):
             boxes.append(torch.cat([centres - halves, centres + halves], -1).flatten(1, 2))
         return torch.cat(boxes, 1)
 
+    def loss(self, maps: Sequence[Tensor], truth: Sequence[Truth]) -> Tensor:
+        """The loss of what `forward` gave for the boxes ``(n, 4)`` and labels ``(n,)`` of each image, a mean over them.
+
+        Each box is learnt by the anchor whose shape is most like it, at the cell where its centre lies. Others whose
+        box overlaps it by more than a half need not be background.
+
+        Source: YOLOv3, section 2.1; cross entropy for x and y and the weights are MMDetection's.
+        """
+        rows, boxes = self.rows(maps), self.boxes(maps).detach()
+        loss = rows.sum() * 0  # of images without boxes there is a gradient, too
+        for index, (own, labels) in enumerate(truth):
+            wanted = torch.zeros_like(rows[index, :, 4])
+            places, targets = self._learnt(maps, own)
+            wanted[places] = 1.0
+            overlaps = box_iou(boxes[index], own).amax(1) if len(own) else torch.zeros_like(wanted)
+            counted = (overlaps <= _IGNORED_OVERLAP) | (wanted > 0)
+            predicted = rows[index][places]
+            classes = F.one_hot(labels, self.num_classes).to(rows.dtype)
+            loss = (
+                loss
+                + _cross_entropy(rows[index, :, 4][counted], wanted[counted])
+                + _cross_entropy(predicted[:, 5:], classes)
+                + 2 * _cross_entropy(predicted[:, :2], targets[:, :2])
+                + 2 * F.mse_loss(predicted[:, 2:4], targets[:, 2:], reduction="sum")
+            )
+        return loss / max(len(truth), 1)
+
+    def _learnt(self, maps: Sequence[Tensor], boxes: Tensor) -> tuple[Tensor, Tensor]:
+        """The rows ``(n,)`` that learn the boxes, and what x, y, width and height ``(n, 4)`` of each should be."""
+        sizes = boxes.new_tensor(self.anchor_sizes).flatten(0, 1)
+        sides = boxes[:, 2:] - boxes[:, :2]
+        shared = torch.minimum(sides[:, None], sizes).prod(-1)
+        likest = (shared / (sides.prod(-1)[:, None] + sizes.prod(-1) - shared)).argmax(1)
+        anchors = len(self.anchor_sizes[0])
+        level, kind = likest // anchors, likest % anchors
+        shapes = [map_.shape[-2:] for map_ in maps]
+        heights, widths = (level.new_tensor([shape[axis] for shape in shapes]) for axis in range(2))
+        counts = [height * width * anchors for height, width in shapes]
+        starts = level.new_tensor([sum(counts[:index]) for index in range(len(counts))])
+        stride = boxes.new_tensor(self.strides)[level]
+        place = (boxes[:, :2] + boxes[:, 2:]) / 2 / stride[:, None]
+        # A box at the very edge has its centre in the last cell.
+        column = place[:, 0].long().clamp(min=0).minimum(widths[level] - 1)
+        row = place[:, 1].long().clamp(min=0).minimum(heights[level] - 1)
+        inside = (place - torch.stack([column, row], -1)).clamp(0, 1)
+        rows = starts[level] + (row * widths[level] + column) * anchors + kind
+        return rows, torch.cat([inside, (sides / sizes[likest]).log()], -1)
+
     def decode(self, maps: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """Scores ``(batch, anchors, num_classes)`` from 0 to 1, and boxes ``(batch, anchors, 4)`` in pixels."""
         rows = self.rows(maps)
         return rows[..., 4:5].sigmoid() * rows[..., 5:].sigmoid(), self.boxes(maps)
+
+
+def _cross_entropy(logits: Tensor, wanted: Tensor) -> Tensor:
+    return F.binary_cross_entropy_with_logits(logits, wanted, reduction="sum")
 
 
 def _layer(in_channels: int, out_channels: int, kernel_size: int = 1) -> nn.Sequential:

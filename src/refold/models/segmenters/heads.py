@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -100,14 +101,9 @@ class PyramidSum(nn.Module):
     ) -> None:
         super().__init__()
         self.pyramid = FeaturePyramid(in_channels, channels)
-        self.steps = nn.ModuleList()
-        for level in range(len(in_channels)):
-            widths = [channels] + [out_channels] * max(1, level)
-            self.steps.append(
-                nn.ModuleList(
-                    [ConvNorm(a, b, 3, activation=True) for a, b in zip(widths, widths[1:], strict=False)]
-                )
-            )
+        self.steps = nn.ModuleList(
+            [_steps([channels] + [out_channels] * max(1, level)) for level in range(len(in_channels))]
+        )
         self.drop = nn.Dropout(0.1)
         self.score = nn.Conv2d(out_channels, num_classes, 1)
 
@@ -116,13 +112,17 @@ class PyramidSum(nn.Module):
         found: list[Tensor] = []
         for level, steps in enumerate(self.steps):
             map_ = pyramid[level]
-            for index, step in enumerate(steps):  # type: ignore[arg-type]  # a list of modules to mypy
+            for index, step in enumerate(steps.children(), start=1):
                 map_ = step(map_)
                 if level:
-                    map_ = resized(map_, pyramid[level - 1 - index])
+                    map_ = resized(map_, pyramid[level - index])
             found.append(map_)
         out: Tensor = self.score(self.drop(sum(found[1:], found[0])))
         return out
+
+
+def _steps(widths: Sequence[int]) -> nn.ModuleList:
+    return nn.ModuleList([ConvNorm(a, b, 3, activation=True) for a, b in pairwise(widths)])
 
 
 def _separable(in_channels: int, channels: int, dilation: int = 1) -> nn.Sequential:
