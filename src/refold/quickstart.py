@@ -152,9 +152,9 @@ def _columns(net: Any, plain: Any, onnx_file: Path, trained: training.Result) ->
         IN_ENGINE: engine.contents(onnx_file),
     }
     answers = {
-        TRAINING_FORM: (trained.training_accuracy, trained.held_out_images),
-        PLAIN_FORM: (trained.plain_accuracy, trained.same_answers),
-        IN_ENGINE: (trained.onnx_accuracy, trained.onnx_same_answers),
+        TRAINING_FORM: (trained.training_score, trained.held_out_images),
+        PLAIN_FORM: (trained.plain_score, trained.same_answers),
+        IN_ENGINE: (trained.onnx_score, trained.onnx_same_answers),
     }
     return {
         name: ComparedForm(

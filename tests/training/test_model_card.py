@@ -40,8 +40,8 @@ def a_card(**others: Any) -> dict[str, Any]:
         "class_names": ["ant", "b|e*e", "<b>cat</b>"],
         "preprocessing": PREPROCESSING,
         "result": {
-            "best": {"epoch": 9, "weights": "averaged"}, "epochs": 12, "training_accuracy": 0.9712,
-            "plain_accuracy": 0.9713, "onnx_accuracy": 0.9714, "same_answers": 300, "onnx_same_answers": 299,
+            "best": {"epoch": 9, "weights": "averaged"}, "epochs": 12, "score": "accuracy", "training_score": 0.9712,
+            "plain_score": 0.9713, "onnx_score": 0.9714, "same_answers": 300, "onnx_same_answers": 299,
             "held_out_images": 300, "unreadable": [], "proof": {"distance_float64": 1.27e-14},
             "export_difference": 3.5e-06, "files": {name: f"run/{name}" for name in names},
         },

@@ -54,7 +54,11 @@ class Detections(nn.Module):
         return Detections(detector, self.threshold, iou, self.count).train(self.training)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        scores, boxes = self.detector.decode(self.detector(images))  # type: ignore[operator]  # a `Detector`'s
+        return self.of_maps(self.detector(images), images.shape[-2:])
+
+    def of_maps(self, maps: Sequence[Tensor], size: Sequence[int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The same of what the detector gave for images of a ``size`` (height, width)."""
+        scores, boxes = self.detector.decode(maps)  # type: ignore[operator]  # a `Detector`'s
         number, _, classes = scores.shape
         # Filled up, for a small image has fewer boxes than are taken; nothing is above zero among these.
         filled = torch.cat([scores.flatten(1), scores.new_zeros(1, self.count).expand(number, self.count)], 1)
@@ -63,7 +67,7 @@ class Detections(nn.Module):
         boxes = boxes.gather(1, rows[..., None].expand(-1, -1, 4)).flatten(0, 1)
         labels = (places % classes).flatten()
         image_index = torch.arange(number, device=places.device)[:, None].expand(number, self.count).flatten()
-        height, width = images.shape[-2:]
+        height, width = size
         boxes = torch.stack([boxes[:, i].clamp(0, (width, height)[i % 2]) for i in range(4)], -1)
         best = best.flatten()
         # A box beside the image has no area once it is cut to it.

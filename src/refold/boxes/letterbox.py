@@ -11,7 +11,7 @@ from torch import Tensor
 
 from refold.errors import InputError
 
-_GREY = (114, 114, 114)
+GREY = (114, 114, 114)
 
 
 @dataclass(frozen=True)
@@ -66,6 +66,6 @@ class Letterbox:
     def picture(self, image: Image, resampling: Resampling = Resampling.BILINEAR) -> Image:
         """The frame with the RGB image in it, grey where there is none."""
         height, width = self.inner
-        framed = new_image("RGB", self.frame[::-1], _GREY)
+        framed = new_image("RGB", self.frame[::-1], GREY)
         framed.paste(image.resize((width, height), resampling))
         return framed

@@ -72,7 +72,7 @@ def _front_matter(card: Mapping[str, Any]) -> str:
     accuracy = {
         "type": "accuracy",
         "name": "held-out accuracy, plain form",
-        "value": result["plain_accuracy"],
+        "value": result["plain_score"],
     }
     measured = {
         "task": {"type": "image-classification"},

@@ -29,7 +29,7 @@ from refold.export.metadata import (
 from refold.export.preparing import known_preprocessing
 from refold.models.classes import check_class_names
 from refold.training.pictures import read_image
-from refold.training.task import ClassificationTask
+from refold.training.tasks.classification import likeliest
 
 _BATCH = 32
 # Values of prepared images that are kept at once: a gigabyte, and where a file may take any number a quarter of it.
@@ -119,8 +119,8 @@ class ImagePredictor:
         if self.output == "probabilities" and len(rows):
             check_probabilities(rows, self.title)
         logits = rows.log() if self.output == "probabilities" else rows
-        likeliest = iter(ClassificationTask(self.class_names).likeliest(logits, top))
-        return [next(likeliest) if is_finite else None for is_finite in finite.tolist()]
+        rows_of_classes = iter(likeliest(logits, top, self.class_names))
+        return [next(rows_of_classes) if is_finite else None for is_finite in finite.tolist()]
 
     def _outputs(self, batch: Tensor) -> Tensor:
         count = len(batch)

@@ -60,7 +60,7 @@ from refold.training.settings import (
 from refold.training.split import same_split, write_split
 from refold.training.starting import build_network, fit_in_memory, preprocessing_for, ready
 from refold.training.survey import draw_sample
-from refold.training.task import task_of
+from refold.training.tasks import task_of
 from refold.training.teaching import open_teaching
 from refold.unfolding import unfold
 
@@ -279,12 +279,14 @@ def _module(
     recipe = settings.recipe.recipe
     if settings.channels_last:
         net = net.to(memory_format=torch.channels_last)
+    task = task_of(images, recipe)
+    task.check_network(net, settings.network)
     module = TrainingModule(
         net,
         recipe,
         images,
         preprocessing,
-        task_of(images, recipe),
+        task,
         seed=settings.seed,
         workers=settings.workers,
         accumulate=settings.accumulate,
@@ -292,7 +294,7 @@ def _module(
         sync_batch_norm=settings.sync_batch_norm,
         channels_last=settings.channels_last,
         compile=settings.compile,
-        teaching=open_teaching(settings, net, images, preprocessing, console),
+        teaching=open_teaching(settings, net, images, preprocessing, task, console),
     )
     # Lightning makes it double only after it has read the weights to go on from.
     return module.double() if settings.precision == "64-true" else module

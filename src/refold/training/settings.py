@@ -160,17 +160,18 @@ class QuickstartOptions:
 
 @dataclass(frozen=True)
 class Result:
-    """What a run gave: the best epoch, held-out accuracies (shares) of each form, the proof and the files.
+    """What a run gave: the best epoch, the held-out scores (shares) of each form, the proof and the files.
 
-    ``same_answers`` counts the held-out images that the plain form answers as the training form does,
-    ``onnx_same_answers`` those that the exported file does.
+    ``score`` is what they are called. ``same_answers`` counts the held-out images that the plain form answers as the
+    training form does, ``onnx_same_answers`` those that the exported file does.
     """
 
     best: dict[str, Any]
     epochs: int
-    training_accuracy: float
-    plain_accuracy: float
-    onnx_accuracy: float
+    score: str
+    training_score: float
+    plain_score: float
+    onnx_score: float
     same_answers: int
     onnx_same_answers: int
     held_out_images: int

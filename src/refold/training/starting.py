@@ -171,6 +171,8 @@ def ready(
 
 def fit_in_memory(images: LabelledImages, recipe: Recipe, devices: int) -> bool:
     """Whether as many processes as there are ``devices`` can each keep all images in memory."""
+    if images.keeps_size:
+        return False
     total = len(images.training) + len(images.held_out)
     return total * 4 * _largest_side(recipe) ** 2 * devices <= _LARGEST_MEMORY
 
