@@ -20,7 +20,7 @@ from refold.training.images import Images, LabelledImages
 from refold.training.module import TrainingModule, _warm_up_power, make_optimizer
 from refold.training.recipe import load_recipe
 from refold.training.run import Settings, train
-from refold.training.task import task_of
+from refold.training.tasks import task_of
 
 PREPROCESSING = {
     "input_size": [3, 8, 8], "interpolation": "bicubic", "mean": [0.5] * 3, "std": [0.5] * 3, "crop_pct": 1.0,

@@ -17,7 +17,7 @@ WEIGHTS = ("trained", "average")
 def draw_curves(
     path: PathLike, title: str, rows: Sequence[Mapping[str, Any]], score: str, score_title: str
 ) -> None:
-    """Draw losses, the held-out ``score``, in words ``score_title``, and the learning rate over the epochs, from the rows of the history.
+    """Draw losses, the held-out ``score`` and the learning rate over the epochs, from the rows of the history.
 
     Raises `InputError` where ``path`` cannot be written.
     """
