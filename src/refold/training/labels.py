@@ -127,9 +127,13 @@ class MaskFile:
             table[value] = place
         return torch.from_numpy(table[values])
 
-    def numbers(self) -> Counter[int]:
+    def found(self) -> dict[int, int]:
+        """How many pixels have which value."""
         values, counts = np.unique(self.values(), return_counts=True)
-        pairs = zip(values.tolist(), counts.tolist(), strict=True)
+        return dict(zip(values.tolist(), counts.tolist(), strict=True))
+
+    def numbers(self) -> Counter[int]:
+        pairs = self.found().items()
         return Counter({self.classes[value]: count for value, count in pairs if value in self.classes})
 
     def fingerprint(self) -> str:
