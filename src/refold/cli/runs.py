@@ -43,6 +43,9 @@ DryRun = Annotated[
     ),
 ]
 
+# What a network of no name is made of, for a task that needs a head.
+_HEADS = {"detect": "dense/", "segment": "lraspp/"}
+
 Overwrite = Annotated[
     bool, typer.Option("--overwrite", help="Replace the run that is in the folder already.")
 ]
@@ -120,9 +123,13 @@ def _train(
     from refold.training.run import default_output, expect, train
 
     told, shown = _plain(given.values), console_of(quiet)
+    if "network" not in given.stated and told["task"] in _HEADS:
+        told["network"] = _HEADS[told["task"]] + told["network"]
     data, output = told.pop("data"), told.pop("output")
     from_weights = told["pretrained"] or told["checkpoint"] or weights_file(told["network"])
-    name = told.pop("recipe") or fitting_recipe(data, from_weights=bool(from_weights))
+    name = told.pop("recipe") or fitting_recipe(
+        data, from_weights=bool(from_weights), network=told["network"]
+    )
     recipe = load_recipe(name, parse_overrides(overrides or []), told["network"])
     settings = Settings(Path(output or default_output(command)), data or "", recipe=recipe, **told)
     if dry_run:
@@ -167,17 +174,22 @@ def check_data(
         Path | None, typer.Option("--output", "-o", help="Also draw a sample of each class (.png).")
     ] = None,
     seed: Annotated[int, typer.Option("--seed", min=0, help="The seed that a run would have.")] = 0,
+    task: Annotated[
+        str | None, typer.Option("--task", help="classify, detect or segment, where the data leave it open.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Show what a training would learn from: images a class, their sizes, what is left out and why."""
     from refold.files import check_writable
     from refold.training.data import open_data
     from refold.training.progress import tell
+    from refold.training.settings import check_task
     from refold.training.survey import draw_sample, render_survey, sizes_in_words, survey
 
     if output is not None:
         check_writable(output)
-    images = open_data(data, seed)
+    check_task(task)
+    images = open_data(data, seed, task)
     found = survey(images, error_console)
     if output is not None:
         draw_sample(images, output)

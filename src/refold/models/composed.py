@@ -123,7 +123,9 @@ def build_composed(
         **theirs,
     )
     network = head.build(backbone, num_classes, **own)
-    known = dict(getattr(backbone.features, "pretrained_cfg", None) or {})
+    known = getattr(backbone.features, "pretrained_cfg", None) or {}
+    if isinstance(known, dict):
+        known.pop("state_dict", None)  # weights that were given stand in their layers now
     channels = known.get("input_size", (3,))[0] if "in_chans" not in theirs else theirs["in_chans"]
     # What its images look like is the backbone's, their size the head's.
     network.pretrained_cfg = {  # type: ignore[assignment]  # a plain attribute, as timm sets them

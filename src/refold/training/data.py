@@ -10,11 +10,13 @@ from PIL import Image
 from torchvision.datasets import CIFAR10, CIFAR100
 
 from refold.errors import InputError
+from refold.models.composed import is_composed, task_of
 from refold.training.digits import bundled_digits, digit_scenes
 from refold.training.folders import class_folders
 from refold.training.images import Images, LabelledImages
 from refold.training.labelled import open_labelled
 from refold.training.pictures import SUFFIXES, sizes_of
+from refold.training.recipe import list_recipes
 
 # Short sides, in pixels, up to which pictures count as small; a few dozen of the first are looked at.
 _SMALL = 64
@@ -56,11 +58,18 @@ def open_data(data: str, seed: int = 0, task: str | None = None) -> LabelledImag
     return class_folders(root, seed)
 
 
-def fitting_recipe(data: str | None, *, from_weights: bool) -> str:
+def fitting_recipe(data: str | None, *, from_weights: bool, network: str = "") -> str:
     """The recipe for images when none is named: by their size, and by whether training starts from weights.
 
-    Without ``data`` they are taken for photos.
+    Without ``data`` they are taken for photos. The ``network`` decides where it is a detector or a segmenter.
     """
+    head = network.partition("/")[0]
+    if is_composed(network) and task_of(network) != "classify":
+        return (
+            head
+            if head in list_recipes()
+            else {"detect": "dense", "segment": "segmentation"}[task_of(network)]
+        )
     if data is not None and _are_small(data):
         return "small_images"
     return "finetune" if from_weights else "photos"

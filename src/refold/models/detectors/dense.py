@@ -38,6 +38,7 @@ class DenseDetector(nn.Module):
     """
 
     output_kind: ClassVar[str] = "maps"
+    class_layers: ClassVar[tuple[str, ...]] = ("predict_many.", "predict_one.")
     strides: ClassVar[tuple[int, ...]] = (8, 16, 32)
 
     def __init__(

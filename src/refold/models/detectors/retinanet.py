@@ -30,6 +30,7 @@ class RetinaNet(nn.Module):
     """
 
     output_kind: ClassVar[str] = "maps"
+    class_layers: ClassVar[tuple[str, ...]] = ("class_head.",)
     strides: ClassVar[tuple[int, ...]] = (8, 16, 32, 64, 128)
     needs_suppression = True
     _scales = tuple(2 ** (index / 3) for index in range(3))

@@ -32,6 +32,7 @@ class YOLOv3(nn.Module):
     """
 
     output_kind: ClassVar[str] = "maps"
+    class_layers: ClassVar[tuple[str, ...]] = ("heads.",)
     strides: ClassVar[tuple[int, ...]] = (8, 16, 32)
     needs_suppression = True
     anchor_sizes: ClassVar[tuple[tuple[tuple[float, float], ...], ...]] = (

@@ -18,6 +18,7 @@ class Segmenter(nn.Module):
     """
 
     output_kind: ClassVar[str] = "segmentation"
+    class_layers: ClassVar[tuple[str, ...]] = ("head.score",)
 
     def __init__(self, backbone: Backbone, head: nn.Module, num_classes: int) -> None:
         super().__init__()

@@ -7,10 +7,10 @@ from refold.training.tasks.classification import ClassificationTask
 from refold.training.tasks.detection import DetectionTask
 from refold.training.tasks.segmentation import SegmentationTask
 
-__all__ = ["ClassificationTask", "DetectionTask", "Measures", "SegmentationTask", "Task", "task_of"]
+__all__ = ["ClassificationTask", "DetectionTask", "Measures", "SegmentationTask", "Task", "task_for"]
 
 
-def task_of(images: LabelledImages, recipe: Recipe) -> Task:
+def task_for(images: LabelledImages, recipe: Recipe) -> Task:
     """The task that the images are for."""
     if images.task == "detect":
         return DetectionTask(images.class_names)

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
-from refold.boxes import Detections, Letterbox
+from refold.boxes import Letterbox, detections
 from refold.boxes.comparing import difference
 from refold.boxes.detections import Detector
 from refold.boxes.losses import box_loss
@@ -22,10 +22,6 @@ from refold.training.labels import BoxLabels
 from refold.training.recipe import Recipe
 from refold.training.tasks.augmentation import changing, geometry, normalized, resampling
 from refold.training.tasks.base import Measures, Task
-
-# COCO's: nearly every box counts, at most a hundred an image.
-_THRESHOLD, _OVERLAP, _COUNT = 0.001, 0.6, 100
-
 
 class BoxTarget(NamedTuple):
     """What an image of a batch holds.
@@ -122,9 +118,7 @@ class DetectionTask(Task):
         return BoxMeasures()
 
     def answers(self, net: nn.Module, outputs: Any, batch: Batch) -> list[BoxAnswer]:
-        needs: Any = net.needs_suppression
-        boxes = Detections(net, _THRESHOLD, _OVERLAP if needs else None, _COUNT)
-        return _of_each_image(boxes.of_maps(outputs, batch.images.shape[-2:]), batch)
+        return _of_each_image(detections(net).of_maps(outputs, batch.images.shape[-2:]), batch)
 
     def answers_of_file(self, outputs: Sequence[Tensor], batch: Batch) -> list[BoxAnswer]:
         return _of_each_image(outputs, batch)
