@@ -37,6 +37,7 @@ def a_card(**others: Any) -> dict[str, Any]:
         },
         "epoch": {"epoch": 9},
         "versions": {"refold": "0.1.0", "torch": "2.15.0"},
+        "task": "classify",
         "class_names": ["ant", "b|e*e", "<b>cat</b>"],
         "preprocessing": PREPROCESSING,
         "result": {

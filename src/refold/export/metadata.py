@@ -104,9 +104,11 @@ def describe(
         "output": output,
     }
     inputs, outputs = ports
-    if len(inputs) == 1 and len(inputs[0].shape) == 4:
-        # The example says what the file takes, whatever the network was trained at.
-        left["input_size"] = inputs[0].shape[1:]
+    shape = inputs[0].shape if len(inputs) == 1 else []
+    if len(shape) == 4 and all(isinstance(side, int) for side in shape[1:]):
+        # The example says what the file takes, whatever the network was trained at; where any size will do, the
+        # network's own is the one to begin with.
+        left["input_size"] = shape[1:]
     if normalization is not None:
         mean, std = normalization
         left |= {"mean": [0.0] * len(mean), "std": [1 / pixel_range(normalization)] * len(std)}

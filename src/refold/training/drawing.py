@@ -56,12 +56,18 @@ def draw_mask(image: Image.Image, mask: Tensor, names: Sequence[str], *, ignored
         pixels.view(image.height, image.width, 3).permute(2, 0, 1), layers, 1 - _TRANSPARENCY, colours
     )
     picture = Image.fromarray(drawn.permute(1, 2, 0).contiguous().numpy())
-    canvas, side = ImageDraw.Draw(picture), max(image.size)
-    font = ImageFont.load_default(max(10, side // 45))
+    return draw_names(picture, [names[number] for number in numbers], numbers)
+
+
+def draw_names(image: Image.Image, names: Sequence[str], numbers: Sequence[int] | None = None) -> Image.Image:
+    """A copy of an RGB image with names one below the other in its upper left corner, each in a colour of its own."""
+    drawn = image.copy()
+    canvas = ImageDraw.Draw(drawn)
+    font = ImageFont.load_default(max(10, max(image.size) // 45))
     y = 2.0
-    for number in numbers:
-        left, top, right, bottom = canvas.textbbox((2, y), names[number], font=font)
+    for name, number in zip(names, range(len(names)) if numbers is None else numbers, strict=True):
+        left, top, right, bottom = canvas.textbbox((2, y), name, font=font)
         canvas.rectangle([left - 2, top - 2, right + 2, bottom + 2], fill=colour_of(number))
-        canvas.text((2, y), names[number], fill=(0, 0, 0), font=font)
+        canvas.text((2, y), name, fill=(0, 0, 0), font=font)
         y = bottom + 6
-    return picture
+    return drawn

@@ -7,9 +7,10 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
+from PIL import Image
 from timm.data import (
     DEFAULT_CROP_PCT,
     IMAGENET_DEFAULT_MEAN,
@@ -28,6 +29,7 @@ from refold.export.metadata import (
 )
 from refold.export.preparing import known_preprocessing
 from refold.models.classes import check_class_names
+from refold.training.drawing import draw_names
 from refold.training.pictures import read_image
 from refold.training.tasks.classification import likeliest
 
@@ -40,6 +42,8 @@ _MOST_VALUES = 2**28
 class Prediction:
     """The likeliest classes of one image with their probabilities, or why there are none."""
 
+    columns: ClassVar[tuple[str, ...]] = ("image", "rank", "class", "probability")
+
     image: str
     classes: list[tuple[str, float]]
     error: str | None = None
@@ -48,6 +52,19 @@ class Prediction:
         """The same as plain JSON-able values."""
         classes = [{"name": name, "probability": probability} for name, probability in self.classes]
         return {"image": self.image, "classes": classes, "error": self.error}
+
+    def line(self) -> str:
+        """The same in words."""
+        return f"{self.image}: {', '.join(f'{name} {probability:.1%}' for name, probability in self.classes)}"
+
+    def rows(self) -> list[tuple[object, ...]]:
+        """The same as rows of a table with ``columns``."""
+        return [(self.image, rank, n, f"{p:.6g}") for rank, (n, p) in enumerate(self.classes, start=1)]
+
+    def drawn(self, picture: Image.Image) -> dict[str, Image.Image]:
+        """The picture with the classes beside its upper edge."""
+        names = [f"{name} {probability:.0%}" for name, probability in self.classes]
+        return {".png": draw_names(picture, names)}
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
@@ -22,6 +23,7 @@ from refold.training.labels import BoxLabels
 from refold.training.recipe import Recipe
 from refold.training.tasks.augmentation import changing, geometry, normalized, resampling
 from refold.training.tasks.base import Measures, Task
+
 
 class BoxTarget(NamedTuple):
     """What an image of a batch holds.
@@ -155,7 +157,13 @@ class BoxMeasures(Measures):
         try:
             from torchmetrics.detection import MeanAveragePrecision
 
-            self.precision = MeanAveragePrecision(backend="faster_coco_eval")
+            # The thresholds are COCO's own, in float64: torchmetrics' are rounded, and a recall of exactly 0.6 misses
+            # that of 0.60000002.
+            self.precision = MeanAveragePrecision(
+                backend="faster_coco_eval",
+                iou_thresholds=np.linspace(0.5, 0.95, 10).tolist(),
+                rec_thresholds=np.linspace(0.0, 1.0, 101).tolist(),
+            )
         except (ImportError, ModuleNotFoundError) as error:
             raise InputError(
                 "Mean average precision needs the package faster-coco-eval; install it: pip install 'refold[detect]'."
