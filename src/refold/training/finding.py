@@ -140,30 +140,31 @@ class Finder:
 
         Raises `InputError` where the network cannot run on such images.
         """
-        known = self.preprocessing.known()
-        frame = (known["input_size"][1], known["input_size"][2])
-        finish, how = normalized(known), resampling(known)
         for path in images:
             try:
-                picture = read_image(path)
+                yield self.see(read_image(path), str(path))
             except InputError as error:
-                yield self._seen(path, str(error))
-                continue
-            fitted = Letterbox((picture.height, picture.width), frame)
-            outputs = self._outputs(finish(fitted.picture(picture, how))[None])
-            if any(not part.isfinite().all() for part in outputs if part.is_floating_point()):
-                yield self._seen(
-                    path, f"The image '{path}' has no prediction: {self.title} gives NaN or infinity."
-                )
-            elif self.gives_masks:
-                yield self._mask(path, outputs[0], fitted)
-            else:
-                yield self._boxes(path, outputs, fitted)
+                yield self._nothing(str(path), str(error))
 
-    def _seen(self, path: Path, error: str) -> Seen:
+    def see(self, picture: Image.Image, name: str = "") -> Seen:
+        """What is seen in an RGB image, which messages call ``name``."""
+        known = self.preprocessing.known()
+        _, height, width = known["input_size"]
+        fitted = Letterbox((picture.height, picture.width), (height, width))
+        image = normalized(known)(fitted.picture(picture, resampling(known)))
+        outputs = self._outputs(image[None])
+        if any(not part.isfinite().all() for part in outputs if part.is_floating_point()):
+            return self._nothing(
+                name, f"The image '{name}' has no prediction: {self.title} gives NaN or infinity for it."
+            )
+        return (
+            self._mask(name, outputs[0], fitted) if self.gives_masks else self._boxes(name, outputs, fitted)
+        )
+
+    def _nothing(self, name: str, error: str) -> Seen:
         if self.gives_masks:
-            return MaskPrediction(str(path), [], None, self.class_names or (), error)
-        return BoxPrediction(str(path), [], error)
+            return MaskPrediction(name, [], None, self.class_names or (), error)
+        return BoxPrediction(name, [], error)
 
     def _outputs(self, image: Tensor) -> Sequence[Tensor]:
         batch = image if self.batch is None else image.expand(self.batch, -1, -1, -1).contiguous()
@@ -182,7 +183,7 @@ class Finder:
         own = (image_index == 0) & (scores >= self.threshold)
         return [boxes[own], scores[own], labels[own]]
 
-    def _boxes(self, path: Path, outputs: Sequence[Tensor], fitted: Letterbox) -> BoxPrediction:
+    def _boxes(self, name: str, outputs: Sequence[Tensor], fitted: Letterbox) -> BoxPrediction:
         boxes, scores, labels = outputs
         order = scores.argsort(descending=True, stable=True)
         found = [
@@ -194,9 +195,9 @@ class Finder:
                 strict=True,
             )
         ]
-        return BoxPrediction(str(path), found)
+        return BoxPrediction(name, found)
 
-    def _mask(self, path: Path, logits: Tensor, fitted: Letterbox) -> MaskPrediction:
+    def _mask(self, name: str, logits: Tensor, fitted: Letterbox) -> MaskPrediction:
         height, width = fitted.inner
         inside = logits[:, :, :height, :width].float()
         if logits.shape[1] * fitted.size[0] * fitted.size[1] <= _LARGEST_MASK:
@@ -208,7 +209,7 @@ class Finder:
         order = counts.argsort(descending=True, stable=True).tolist()
         names = [self._name(number) for number in range(logits.shape[1])]
         shares = [(names[number], int(counts[number]) / mask.numel()) for number in order if counts[number]]
-        return MaskPrediction(str(path), shares, mask, names)
+        return MaskPrediction(name, shares, mask, names)
 
     def _name(self, number: int) -> str:
         return str(number) if self.class_names is None else self.class_names[number]

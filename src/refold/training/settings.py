@@ -164,11 +164,15 @@ class QuickstartOptions:
 
     output: Annotated[Path, Option("The run's folder.", short="-o", shown_default="runs/quickstart-TIME")]
     data: Annotated[Path | None, Option("Your own images, one folder a class, instead of the digits.")] = None
+    task: Annotated[
+        str | None,
+        Option("classify, or detect: scenes of digits, or your own images with boxes.", metavar="TASK"),
+    ] = None
     epochs: Annotated[int | None, Option("Passes over the images.", shown_default="what fits the data")] = (
         None
     )
     image_size: Annotated[
-        int | None, Option("Side of the images in pixels.", shown_default="48, and 96 for photos")
+        int | None, Option("Side of the images in pixels.", shown_default="48, and 96 for photos and scenes")
     ] = None
     seed: Seed = 0
     threads: Threads = 1

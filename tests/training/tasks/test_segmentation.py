@@ -1,4 +1,4 @@
-"""The task of naming the class of every pixel: masks on changed images, measures by loops, and a run from end to end."""
+"""The task of naming the class of every pixel: masks on changed images, measures by loops, a whole run."""
 
 import json
 from pathlib import Path

@@ -30,11 +30,11 @@ class DenseDetector(nn.Module):
     stride)`` a stride, the finest first: logits, then distances, in strides once softplus was applied.
 
     With ``one_to_one`` two sets of prediction layers are trained on the same features: the first learns several cells a
-    box, which is what features learn from, the second a single one, and it alone runs in evaluation, so that nothing
-    has to be suppressed. In training mode the maps of the first come first.
+    box, the second a single one, and it alone runs in evaluation, so that nothing has to be suppressed. In training
+    mode the maps of the first come first.
 
-    Source: FCOS, section 3, for the boxes; PP-PicoDet, section 3, for the light pyramid; YOLOv10, section 3.1, for the
-    second set.
+    Source: FCOS, section 3, for the boxes; PP-PicoDet, section 3, for the light pyramid; DATE (Chen et al.
+    2022), section 3, for the second set on shared features.
     """
 
     output_kind: ClassVar[str] = "maps"
@@ -95,9 +95,7 @@ class DenseDetector(nn.Module):
             return _applied(self.predict_many, features)
         if not self.training or isinstance(self.predict_many, nn.Identity):
             return _applied(self.predict_one, features)
-        # What a single cell learns must not pull at features that many cells share.
-        alone = _applied(self.predict_one, [feature.detach() for feature in features])
-        return _applied(self.predict_many, features) + alone
+        return _applied(self.predict_many, features) + _applied(self.predict_one, features)
 
     def decode(self, maps: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """Scores ``(batch, cells, num_classes)`` from 0 to 1, and boxes ``(batch, cells, 4)`` in pixels."""

@@ -7,7 +7,13 @@ from refold.training.tasks.classification import ClassificationTask
 from refold.training.tasks.detection import DetectionTask
 from refold.training.tasks.segmentation import SegmentationTask
 
-__all__ = ["ClassificationTask", "DetectionTask", "Measures", "SegmentationTask", "Task", "task_for"]
+__all__ = ["TASKS", "ClassificationTask", "DetectionTask", "Measures", "SegmentationTask", "Task", "task_for"]
+
+
+TASKS: dict[str, type[Task]] = {
+    kind.name: kind for kind in (ClassificationTask, DetectionTask, SegmentationTask)
+}
+"""The kinds of tasks by their names."""
 
 
 def task_for(images: LabelledImages, recipe: Recipe) -> Task:
