@@ -61,7 +61,8 @@ class Settings:
     data: Annotated[
         str,
         Option(
-            "digits, a folder with one folder of images a class, CIFAR as distributed, wds/FOLDER or hfds/NAME.",
+            "digits, a folder with one folder of images a class, with boxes (COCO, YOLO, VOC) or masks, CIFAR as "
+            "distributed, wds/FOLDER or hfds/NAME.",
             changeable=True,
         ),
     ]
