@@ -55,7 +55,22 @@ class _Plan:
 
 _PLANS = {
     "classify": _Plan("repghostnet_050", "small_images", 48, 96, 30_000, (3, 50)),
-    "detect": _Plan("dense/repghostnet_050", "dense", 96, 192, 20_000, (10, 60), {"batch_size": 16}),
+    # Few images and few epochs: small batches, quick steps and little change of the images.
+    "detect": _Plan(
+        "dense/repghostnet_050",
+        "dense",
+        96,
+        192,
+        20_000,
+        (10, 60),
+        {
+            "batch_size": 8,
+            "learning_rate": 0.02,
+            "weight_decay": 0.01,
+            "resize_range": (0.9, 1.1),
+            "color_jitter": 0.0,
+        },
+    ),
     "segment": _Plan("lraspp/repghostnet_050", "segmentation", 96, 192, 10_000, (10, 60)),
 }
 
