@@ -82,9 +82,10 @@ class BoxPrediction:
         return [(self.image, b.name, f"{b.score:.6g}", *(f"{v:.1f}" for v in b.box)) for b in self.boxes]
 
     def drawn(self, picture: Image.Image) -> dict[str, Image.Image]:
-        names = [f"{b.name} {b.score:.0%}" for b in self.boxes]
-        numbers = [b.number for b in self.boxes]
-        return {".png": draw_boxes(picture, [b.box for b in self.boxes], names, numbers)}
+        # The surest last, over the others.
+        boxes = self.boxes[::-1]
+        names = [f"{b.name} {b.score:.0%}" for b in boxes]
+        return {".png": draw_boxes(picture, [b.box for b in boxes], names, [b.number for b in boxes])}
 
 
 @dataclass(frozen=True)
