@@ -169,8 +169,8 @@ def summary(card: Mapping[str, Any], folder: Path) -> dict[str, Any]:
         "teacher": card["settings"]["teacher"] is not None,
         "precision": card["settings"]["precision"],
         "epochs": result["epochs"],
-        "training_accuracy": result["training_accuracy"],
-        "plain_accuracy": result["plain_accuracy"],
+        "training_accuracy": result["training_score"],
+        "plain_accuracy": result["plain_score"],
         "same_answers": result["same_answers"],
         "test_images": result["held_out_images"],
         "distance_float64": result["proof"]["distance_float64"],
@@ -222,7 +222,7 @@ def main() -> None:
             result = resume(settings.output, console) if begun else train(settings, console)
             assert result is not None
             console.print(
-                f"{time.strftime('%H:%M:%S')} {name}: {result.training_accuracy:.4f} {result.plain_accuracy:.4f}"
+                f"{time.strftime('%H:%M:%S')} {name}: {result.training_score:.4f} {result.plain_score:.4f}"
             )
         write_results(parsed.results, plan(data, parsed.output))
 

@@ -24,11 +24,12 @@ from rich.console import Console
 
 import refold
 from refold.files import make_folder, write_text, written_aside
-from refold.training.batches import held_out_loader, recipe_transforms
+from refold.training.batches import held_out_loader
 from refold.training.data import open_data
 from refold.training.distillation import divergence
 from refold.training.recipe import load_recipe
 from refold.training.run import Settings, resume, train
+from refold.training.tasks import ClassificationTask
 from refold.training.teacher import open_teacher
 
 NETWORK = "tf_efficientnet_lite0"
@@ -84,11 +85,12 @@ def before_training(settings: Settings, preprocessing: dict[str, Any]) -> tuple[
     """Held-out photos at the student's size: accuracies of teacher and untrained student, and their divergence."""
     images = open_data(settings.data)
     network = refold.load(settings.teacher or "")
-    teacher = open_teacher(network, "teacher", images.class_names, preprocessing)
-    _, measure = recipe_transforms(settings.recipe.recipe, preprocessing, images.mirror)
+    task = ClassificationTask(images.class_names)
+    teacher = open_teacher(network, "teacher", task, preprocessing, network)
+    _, measure = task.transforms(settings.recipe.recipe, preprocessing, images.mirror)
     answers, guesses, classes = [], [], []
     with torch.inference_mode():
-        for batch in held_out_loader(images.held_out, measure, 50, workers=0):
+        for batch in held_out_loader(images.held_out, measure, 50, workers=0, collate=task.collate):
             answers.append(teacher(batch.images))
             guesses.append(network(batch.images))
             classes.append(batch.targets)

@@ -27,7 +27,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
 from refold.training import run as running
-from refold.training.batches import recipe_transforms, training_loader
+from refold.training.batches import training_loader
 from refold.training.callbacks import Keeper, Unreadable
 from refold.training.data import open_data
 from refold.training.images import Images, LabelledImages
@@ -35,6 +35,7 @@ from refold.training.module import make_optimizer
 from refold.training.pictures import read_image
 from refold.training.recipe import Recipe, load_recipe, parse_overrides
 from refold.training.starting import build_network, preprocessing_for, ready
+from refold.training.tasks.classification import OfImage, recipe_transforms
 
 Times = tuple[float, float]
 """Seconds of the clock and of the processor."""
@@ -125,7 +126,7 @@ def refold_epochs(arguments: argparse.Namespace, resolved: Any, folder: Path) ->
 def loader_speed(net: nn.Module, recipe: Recipe, images: LabelledImages, workers: int) -> float:
     """Images a second that the loader alone prepares, after its workers have started."""
     augment, _ = recipe_transforms(recipe, preprocessing_for(net, recipe), images.mirror)
-    loader = training_loader(images.training, augment, recipe.batch_size, seed=0, workers=workers)
+    loader = training_loader(images.training, OfImage(augment), recipe.batch_size, seed=0, workers=workers)
     batches = iter(loader)
     next(batches)
     start, count = time.perf_counter(), 0

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from refold.bench import benchmark
     from refold.bench.objective import Latency
     from refold.bench.papers import list_papers, paper
+    from refold.boxes import detections
     from refold.checkpoints import load, save
     from refold.entrance import fold, verify
     from refold.folding import FoldReport, Proof
@@ -43,6 +44,7 @@ __all__ = [
     "UnknownModel",
     "benchmark",
     "create_model",
+    "detections",
     "export",
     "fold",
     "list_models",
@@ -60,6 +62,7 @@ __all__ = [
 # Loaded when first used: torch and timm take seconds to import, and `refold --help` needs neither.
 _HOME = {
     "benchmark": "refold.bench.runner",
+    "detections": "refold.boxes",
     **dict.fromkeys(("list_papers", "paper"), "refold.bench.papers"),
     **dict.fromkeys(("load", "save"), "refold.checkpoints"),
     "Latency": "refold.bench.objective",

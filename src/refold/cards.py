@@ -23,7 +23,7 @@ from refold.models.registry import declared_arguments
 Form = Literal["training", "plain"]
 FORMS: tuple[Form, ...] = ("training", "plain")
 
-_NAME = r"^[A-Za-z0-9_][A-Za-z0-9_.\-]*$"
+_NAME = r"^([a-z0-9]+/)?[A-Za-z0-9_][A-Za-z0-9_.\-]*$"
 _LONGEST_TEXT, _LONGEST_LIST, _MOST_CLASSES, _LARGEST = 200, 10_000, 1_000_000, 10**7
 _DEEPEST = 4
 # Keywords of timm that its constructors do not declare, and those that nearly all have.

@@ -6,13 +6,15 @@ import csv
 import dataclasses
 import json
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import ImageOps
+from PIL.Image import new as new_image
 from rich.console import Console
 from rich.table import Table
 
@@ -20,31 +22,66 @@ from refold.bench import measure_latency, torch_threads
 from refold.bench.chart import training_and_comparison_chart
 from refold.checkpoints import example_input, load, read_card
 from refold.export import Contents, get_engine
-from refold.files import write_text
+from refold.files import write_text, written_aside
 from refold.folding import Cost, count
 from refold.training import run as training
 from refold.training.data import fitting_recipe, open_data
+from refold.training.finding import network_finder
+from refold.training.images import LabelledImages
+from refold.training.pictures import read_image
 from refold.training.recipe import load_recipe
-from refold.training.settings import HISTORY, ONNX, PLAIN, REPORT, TRAINING, QuickstartOptions
+from refold.training.settings import HISTORY, ONNX, PLAIN, REPORT, TRAINING, QuickstartOptions, check_task
+from refold.training.tasks import TASKS
 
-NETWORK = "repghostnet_050"
 ENGINE = "onnxruntime"
-RECIPE = "small_images"
-# Enough to show the way in minutes; `refold train` takes photos at their usual size.
-_SIDE, _SIDE_OF_PHOTOS = 48, 96
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What is trained for a task: a network, by a recipe with values of its own.
+
+    By default as many epochs as show the network about ``images_shown`` images, within bounds. The sides are enough to
+    show the way in minutes; `refold train` takes photos at their usual size.
+    """
+
+    network: str
+    recipe: str
+    side: int
+    side_of_photos: int
+    images_shown: int
+    epochs: tuple[int, int]
+    values: Mapping[str, Any] = field(default_factory=dict)
+
+
+_PLANS = {
+    "classify": _Plan("repghostnet_050", "small_images", 48, 96, 30_000, (3, 50)),
+    # Few images and few epochs: small batches, quick steps and little change of the images.
+    "detect": _Plan(
+        "dense/repghostnet_050",
+        "dense",
+        96,
+        192,
+        20_000,
+        (10, 60),
+        {
+            "batch_size": 8,
+            "learning_rate": 0.02,
+            "weight_decay": 0.01,
+            "resize_range": (0.9, 1.1),
+            "color_jitter": 0.0,
+        },
+    ),
+    "segment": _Plan("lraspp/repghostnet_050", "segmentation", 96, 192, 10_000, (10, 60)),
+}
 
 TRAINING_FORM, PLAIN_FORM, IN_ENGINE = "training form", "plain", "plain in ONNX Runtime"
-
-# By default as many epochs as show the network about this many images.
-_IMAGES_SHOWN = 30_000
-_FEWEST_EPOCHS, _MOST_EPOCHS = 3, 50
 
 
 @dataclass(frozen=True)
 class ComparedForm:
     """One form of the network: what it answers and what it costs for one image, latency in milliseconds."""
 
-    accuracy: float
+    score: float
     same_answers: int
     parameters: int
     macs: int
@@ -66,6 +103,7 @@ class QuickstartResult:
     class_names: list[str]
     training_images: int
     held_out_images: int
+    score: str
     seed: int
     seconds: float
     history: list[dict[str, float]]
@@ -82,26 +120,40 @@ def run(settings: QuickstartOptions, console: Console) -> QuickstartResult:
     """
     begin = time.perf_counter()
     data = "digits" if settings.data is None else str(settings.data)
+    check_task(settings.task)
     # Once more when training begins: to know how many there are takes no time.
-    images = open_data(data, settings.seed)
-    seen = round(_IMAGES_SHOWN / len(images.training))
-    epochs = min(_MOST_EPOCHS, max(_FEWEST_EPOCHS, seen)) if settings.epochs is None else settings.epochs
-    is_small = fitting_recipe(data, from_weights=False) == RECIPE
-    side = settings.image_size or (_SIDE if is_small else _SIDE_OF_PHOTOS)
-    recipe = load_recipe(RECIPE, {"epochs": epochs, "image_size": side})
+    images = open_data(data, settings.seed, settings.task)
+    plan = _PLANS[images.task]
+    fewest, most = plan.epochs
+    seen = min(most, max(fewest, round(plan.images_shown / len(images.training))))
+    epochs = seen if settings.epochs is None else settings.epochs
+    is_small = fitting_recipe(data, from_weights=False) == "small_images"
+    side = settings.image_size or (plan.side if is_small else plan.side_of_photos)
+    recipe = load_recipe(plan.recipe, {**plan.values, "epochs": epochs, "image_size": side})
     told = training.Settings(
-        settings.output, data, NETWORK, recipe, seed=settings.seed, threads=settings.threads, keep="last"
+        settings.output,
+        data,
+        plan.network,
+        recipe,
+        task=images.task,
+        seed=settings.seed,
+        threads=settings.threads,
+        keep="last",
     )
     trained = training.train(told, console)
     assert trained is not None  # this process is the only one
     with torch_threads(settings.threads):
-        return _compare(settings, trained, images.title, begin, console)
+        return _compare(settings, trained, images, begin, console)
 
 
 def _compare(
-    settings: QuickstartOptions, trained: training.Result, title: str, begin: float, console: Console
+    settings: QuickstartOptions,
+    trained: training.Result,
+    images: LabelledImages,
+    begin: float,
+    console: Console,
 ) -> QuickstartResult:
-    folder = settings.output
+    folder, network = settings.output, _PLANS[images.task].network
     files = {
         "training form": folder / TRAINING,
         "plain form": folder / PLAIN,
@@ -110,20 +162,23 @@ def _compare(
         "results": folder / "results.json",
         "chart": folder / "chart.png",
     }
+    if images.keeps_size:
+        files["found"] = folder / "found.png"
     net, plain = load(folder / TRAINING, form="training"), load(folder / PLAIN, form="plain")
     card = read_card(folder / TRAINING)
     assert card is not None
     with console.status("Comparing the three, in turn"):
         columns = _columns(net, plain, folder / ONNX, trained)
     result = QuickstartResult(
-        data=title,
-        network=NETWORK,
+        data=images.title,
+        network=network,
         class_names=card.class_names or [],
         training_images=card.provenance["data"]["training_images"],
         held_out_images=trained.held_out_images,
+        score=trained.score,
         seed=settings.seed,
         seconds=time.perf_counter() - begin,
-        history=_history(folder / HISTORY),
+        history=_history(folder / HISTORY, f"held_out_{TASKS[images.task].score}"),
         columns=columns,
         proof=trained.proof,
         export_difference=trained.export_difference,
@@ -131,6 +186,9 @@ def _compare(
     )
     write_text(files["results"], json.dumps(dataclasses.asdict(result), indent=2))
     _draw(result, files["chart"])
+    if images.keeps_size:
+        with console.status("Drawing what was found"):
+            _draw_found(plain, images, files["found"])
     return result
 
 
@@ -152,13 +210,13 @@ def _columns(net: Any, plain: Any, onnx_file: Path, trained: training.Result) ->
         IN_ENGINE: engine.contents(onnx_file),
     }
     answers = {
-        TRAINING_FORM: (trained.training_accuracy, trained.held_out_images),
-        PLAIN_FORM: (trained.plain_accuracy, trained.same_answers),
-        IN_ENGINE: (trained.onnx_accuracy, trained.onnx_same_answers),
+        TRAINING_FORM: (trained.training_score, trained.held_out_images),
+        PLAIN_FORM: (trained.plain_score, trained.same_answers),
+        IN_ENGINE: (trained.onnx_score, trained.onnx_same_answers),
     }
     return {
         name: ComparedForm(
-            accuracy=answers[name][0],
+            score=answers[name][0],
             same_answers=answers[name][1],
             parameters=cost.parameters or 0,
             macs=cost.macs or 0,
@@ -169,12 +227,10 @@ def _columns(net: Any, plain: Any, onnx_file: Path, trained: training.Result) ->
     }
 
 
-def _history(path: Path) -> list[dict[str, float]]:
+def _history(path: Path, score: str) -> list[dict[str, float]]:
     with path.open(encoding="utf-8") as lines:
-        return [
-            {"loss": float(row["loss"]), "accuracy": float(row["held_out_accuracy"])}
-            for row in csv.DictReader(lines)
-        ]
+        rows = list(csv.DictReader(lines))
+    return [{"loss": float(row["loss"]), "score": float(row[score])} for row in rows]
 
 
 def render(result: QuickstartResult) -> Table:
@@ -192,8 +248,8 @@ def render(result: QuickstartResult) -> Table:
     def row(title: str, show: Callable[[ComparedForm], Any]) -> None:
         table.add_row(title, *(str(show(column)) for column in columns.values()))
 
-    row("held-out accuracy", lambda c: f"{c.accuracy:.2%}")
-    row("top-1 agreement", lambda c: f"{c.same_answers:,} of {result.held_out_images:,}")
+    row(f"held-out {result.score}", lambda c: f"{c.score:.2%}")
+    row("same answers", lambda c: f"{c.same_answers:,} of {result.held_out_images:,}")
     row("parameters", lambda c: f"{c.parameters:,}")
     row("MACs", lambda c: f"{c.macs:,}")
     row("operators", lambda c: f"{c.operator_count:,}")
@@ -217,7 +273,8 @@ def _draw(result: QuickstartResult, path: Path) -> None:
         path,
         title=f"{result.network}, {result.data}",
         losses=[epoch["loss"] for epoch in result.history],
-        accuracies=[epoch["accuracy"] for epoch in result.history],
+        scores=[epoch["score"] for epoch in result.history],
+        score_title=result.score,
         comparison={
             "parameters (M)": {name: column.parameters / 1e6 for name, column in columns},
             "MACs (M)": {name: column.macs / 1e6 for name, column in columns},
@@ -225,3 +282,18 @@ def _draw(result: QuickstartResult, path: Path) -> None:
             "latency (ms)": {name: column.latency for name, column in columns},
         },
     )
+
+
+def _draw_found(plain: Any, images: LabelledImages, path: Path) -> None:
+    """Draw what the plain form finds in the first held-out images."""
+    columns, side = 4, 320
+    finder = network_finder(plain, PLAIN_FORM, 0.3)
+    pictures = [read_image(source) for source in images.held_out.sources[: 3 * columns]]
+    # Small ones are enlarged, so that names can be read.
+    pictures = [ImageOps.contain(picture, (side, side)) for picture in pictures]
+    sheet = new_image("RGB", (columns * side, -(-len(pictures) // columns) * side), (255, 255, 255))
+    for number, picture in enumerate(pictures):
+        drawn = finder.see(picture).drawn(picture)[".png"]
+        sheet.paste(drawn, (number % columns * side, number // columns * side))
+    with written_aside(path) as aside:
+        sheet.save(aside, format="png")

@@ -13,7 +13,8 @@ def test_chart_is_a_png_with_the_colours_of_all_forms(tmp_path: Path) -> None:
         path,
         title="a network",
         losses=[2.0, 1.0],
-        accuracies=[0.5, 0.9],
+        scores=[0.5, 0.9],
+        score_title="accuracy",
         comparison={
             "operators": {"training form": 300.0, "plain": 150.0},
             "zero": {"training form": 0, "plain": 0},

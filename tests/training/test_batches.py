@@ -11,14 +11,14 @@ from PIL import Image
 from refold.training.batches import (
     EpochBatches,
     SeededImages,
-    collate_classes,
+    collate,
     held_out_loader,
-    recipe_transforms,
     reseed,
     training_loader,
 )
 from refold.training.images import Images
 from refold.training.recipe import load_recipe
+from refold.training.tasks.classification import OfImage, recipe_transforms
 
 PREPROCESSING = {
     "input_size": [3, 16, 16], "interpolation": "bicubic", "mean": [0.5] * 3, "std": [0.5] * 3, "crop_pct": 1.0,
@@ -49,8 +49,8 @@ def test_processes_share_the_batches_of_one() -> None:
         orders.append(indices)
     assert orders[0] != orders[1]
     seen = [key for rank in range(2) for b in held_out_loader(
-        pictures(7), lambda image: torch.zeros(1), 2, workers=0, rank=rank, processes=2
-    ) for key in b.targets.tolist()]  # fmt: skip
+        pictures(7), lambda image, target: (torch.zeros(1), target), 2, workers=0, rank=rank, processes=2
+    ) for key in b.targets]  # fmt: skip
     assert sorted(seen) == list(range(7))
 
 
@@ -58,7 +58,7 @@ def test_processes_share_the_batches_of_one() -> None:
 def test_chance_comes_from_the_key_and_leaves_the_generators_alone(workers: int) -> None:
     recipe = load_recipe("ghostnetv3", {"image_size": 16, "random_erasing": 0.5, "color_jitter": 0.3}).recipe
     augment, _ = recipe_transforms(recipe, PREPROCESSING, mirror=True)
-    images = SeededImages(pictures(), augment, seed=1)
+    images = SeededImages(pictures(), OfImage(augment), seed=1)
     states = random.getstate(), torch.get_rng_state()
     first = images[0, 3][0]
     assert random.getstate() == states[0]
@@ -71,9 +71,9 @@ def test_chance_comes_from_the_key_and_leaves_the_generators_alone(workers: int)
     whole = images.__getitems__([(0, 2), (0, 3)])
     assert torch.equal(first, whole[1][0])  # type: ignore[arg-type]
     assert random.getstate() == states_after
-    loader = training_loader(pictures(), augment, 5, seed=1, workers=workers)
+    loader = training_loader(pictures(), OfImage(augment), 5, seed=1, workers=workers)
     for batch in loader:
-        for image, target in zip(batch.images, batch.targets.tolist(), strict=True):
+        for image, target in zip(batch.images, batch.targets, strict=True):
             assert torch.equal(image, images[0, target][0])  # type: ignore[arg-type]
     reseed(1, 2)
     numbers = torch.rand(2), np.random.rand(), random.random()
@@ -85,12 +85,12 @@ def test_chance_comes_from_the_key_and_leaves_the_generators_alone(workers: int)
 def test_unreadable_images_travel_as_messages(tmp_path: Path) -> None:
     (tmp_path / "broken.png").write_bytes(b"no image")
     images = Images([*pictures(2).sources, tmp_path / "broken.png"], [0, 1, 2])
-    dataset = SeededImages(images, lambda image: torch.zeros(3, 4, 4), seed=0)
-    batch = collate_classes([dataset[0, index] for index in range(3)])
-    assert (batch.images.shape, batch.targets.tolist()) == ((2, 3, 4, 4), [0, 1])
+    dataset = SeededImages(images, OfImage(lambda image: torch.zeros(3, 4, 4)), seed=0)
+    batch = collate([dataset[0, index] for index in range(3)])
+    assert (batch.images.shape, batch.targets) == ((2, 3, 4, 4), [0, 1])
     assert len(batch.unreadable) == 1
     assert "broken.png" in batch.unreadable[0]
-    assert len(collate_classes([dataset[0, 2]]).images) == 0
+    assert len(collate([dataset[0, 2]]).images) == 0
 
 
 def test_the_padded_crop_is_that_of_he_et_al() -> None:

@@ -9,7 +9,8 @@ import pytest
 from torchvision.datasets import CIFAR10, CIFAR100
 
 from refold.errors import InputError
-from refold.training.data import bundled_digits, open_data
+from refold.training.data import open_data
+from refold.training.digits import bundled_digits
 from refold.training.folders import class_folders
 from refold.training.images import Images
 from refold.training.pictures import read_image

@@ -20,7 +20,7 @@ from refold.training.images import Images, LabelledImages
 from refold.training.module import TrainingModule, _warm_up_power, make_optimizer
 from refold.training.recipe import load_recipe
 from refold.training.run import Settings, train
-from refold.training.task import task_of
+from refold.training.tasks import task_for
 
 PREPROCESSING = {
     "input_size": [3, 8, 8], "interpolation": "bicubic", "mean": [0.5] * 3, "std": [0.5] * 3, "crop_pct": 1.0,
@@ -36,7 +36,7 @@ def module() -> Callable[..., TrainingModule]:
         net = nn.Sequential(nn.Conv2d(3, 2, 3), nn.BatchNorm2d(2), nn.Flatten(), nn.LazyLinear(2))
         net(torch.zeros(2, 3, 8, 8))
         recipe = load_recipe(name, {"image_size": 8, **overrides}).recipe
-        return TrainingModule(net, recipe, labelled, PREPROCESSING, task_of(labelled, recipe), seed=0)
+        return TrainingModule(net, recipe, labelled, PREPROCESSING, task_for(labelled, recipe), seed=0)
 
     return make
 

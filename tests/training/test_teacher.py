@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 import refold
 from refold.errors import InputError
+from refold.training.tasks import ClassificationTask
 from refold.training.teacher import Teacher, open_teacher, teacher_network
 
 STUDENT = {"input_size": [3, 16, 16], "mean": [0.5] * 3, "std": [0.5] * 3}
@@ -47,15 +48,15 @@ def test_a_teacher_has_the_classes_of_the_data(tmp_path: Path) -> None:
     net = refold.create_model("repghostnet_050", num_classes=3)
     refold.save(net, tmp_path / "t.safetensors", class_names=["a", "b", "c"], preprocessing=STUDENT)
     network = teacher_network(str(tmp_path / "t.safetensors"))
-    straight = open_teacher(network, "t", ["a", "b", "c"], STUDENT)
-    turned = open_teacher(network, "t", ["c", "a", "b"], STUDENT)
+    straight = open_teacher(network, "t", ClassificationTask(["a", "b", "c"]), STUDENT, network)
+    turned = open_teacher(network, "t", ClassificationTask(["c", "a", "b"]), STUDENT, network)
     images = torch.randn(2, 3, 16, 16)
     assert torch.equal(turned(images), straight(images)[:, [2, 0, 1]])
     assert straight.size == (16, 16)
     with pytest.raises(InputError, match="knows other classes than the data: 'c'"):
-        open_teacher(network, "t", ["a", "b", "d"], STUDENT)
+        open_teacher(network, "t", ClassificationTask(["a", "b", "d"]), STUDENT, network)
     unnamed = refold.create_model("repghostnet_050", num_classes=4)
     with pytest.raises(InputError, match="knows 4 classes and the data has 3"):
-        open_teacher(unnamed, "u", ["a", "b", "c"], STUDENT)
+        open_teacher(unnamed, "u", ClassificationTask(["a", "b", "c"]), STUDENT, unnamed)
     with pytest.raises(InputError, match="is a checkpoint already"):
         teacher_network("t.safetensors", tmp_path / "t.safetensors")

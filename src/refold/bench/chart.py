@@ -19,31 +19,32 @@ def training_and_comparison_chart(
     *,
     title: str,
     losses: Sequence[float],
-    accuracies: Sequence[float],
+    scores: Sequence[float],
+    score_title: str,
     comparison: Mapping[str, Mapping[str, float]],
 ) -> None:
     """Draw the training curve beside bars that compare forms of one network, and write it as PNG.
 
-    ``losses`` and ``accuracies`` (shares) have one value an epoch. ``comparison`` maps a quantity, with
-    its unit, to the value of each form; every quantity is drawn relative to its first form.
+    ``losses`` and ``scores`` (shares, called ``score_title``) have one value an epoch. ``comparison`` maps a quantity,
+    with its unit, to the value of each form; every quantity is drawn relative to its first form.
     Raises `InputError` where ``path`` cannot be written.
     """
     figure = Figure(figsize=(13, 5), layout="constrained")
     FigureCanvasAgg(figure)
     curve, bars = figure.subplots(1, 2, width_ratios=(1, 1.6))
     figure.suptitle(title, fontsize=13)
-    _draw_curve(curve, losses, accuracies)
+    _draw_curve(curve, losses, scores, f"held-out {score_title}")
     _draw_bars(bars, comparison)
     with written_aside(path) as aside:
         figure.savefig(aside, format="png", dpi=150)
 
 
-def _draw_curve(axes: Axes, losses: Sequence[float], accuracies: Sequence[float]) -> None:
+def _draw_curve(axes: Axes, losses: Sequence[float], scores: Sequence[float], title: str) -> None:
     epochs = range(1, len(losses) + 1)
-    (accuracy_line,) = axes.plot(
-        epochs, [100 * share for share in accuracies], color=_COLOURS[1], marker="o", markersize=3
+    (score_line,) = axes.plot(
+        epochs, [100 * share for share in scores], color=_COLOURS[1], marker="o", markersize=3
     )
-    axes.set(xlabel="epoch", ylabel="held-out accuracy (%)", ylim=(0, 103), title="Training")
+    axes.set(xlabel="epoch", ylabel=f"{title} (%)", ylim=(0, 103), title="Training")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)
     loss_axes = axes.twinx()
@@ -51,14 +52,14 @@ def _draw_curve(axes: Axes, losses: Sequence[float], accuracies: Sequence[float]
     loss_axes.set_ylabel("training loss")
     loss_axes.set_ylim(bottom=0)
     axes.annotate(
-        f"{100 * accuracies[-1]:.2f}%",
-        (len(losses), 100 * accuracies[-1]),
+        f"{100 * scores[-1]:.2f}%",
+        (len(losses), 100 * scores[-1]),
         xytext=(-4, -16),
         textcoords="offset points",
         ha="right",
         color=_COLOURS[1],
     )
-    axes.legend([accuracy_line, loss_line], ["held-out accuracy", "training loss"], loc="center right")
+    axes.legend([score_line, loss_line], [title, "training loss"], loc="center right")
 
 
 def _draw_bars(axes: Axes, comparison: Mapping[str, Mapping[str, float]]) -> None:

@@ -67,6 +67,15 @@ def export_command(
     ] = None,
     std: Annotated[str | None, typer.Option("--std", help="The standard deviation to go with it.")] = None,
     softmax: Annotated[bool, typer.Option("--softmax", help="Give probabilities, not logits.")] = False,
+    detections: Annotated[
+        bool,
+        typer.Option(
+            "--detections", help="A detector's boxes, scores, labels and image_index, not its maps."
+        ),
+    ] = False,
+    dynamic_size: Annotated[
+        bool, typer.Option("--dynamic-size", help="Take images of any height and width.")
+    ] = False,
     class_names: Annotated[
         Path | None, typer.Option("--class-names", help="A text file of class names, one a line.")
     ] = None,
@@ -95,6 +104,8 @@ def export_command(
         normalize=normalize if normalization is None else normalization,
         softmax=softmax,
         class_names=names,
+        detections=detections,
+        dynamic_size=dynamic_size,
         fold=not keep_branches,
     )
     if as_json:

@@ -30,7 +30,8 @@ from refold.errors import InputError, printable
 from refold.training.settings import PLAIN, TRAINING, QuickstartOptions, Settings
 
 if TYPE_CHECKING:
-    from refold.training.predicting import ImagePredictor, Prediction
+    from refold.training.finding import Finder, Seen
+    from refold.training.predicting import ImagePredictor
 
 Overrides = Annotated[
     list[str] | None,
@@ -42,6 +43,9 @@ DryRun = Annotated[
         "--dry-run", help="Print the resolved recipe, and with --data the time and memory it takes."
     ),
 ]
+
+# What a network of no name is made of, for a task that needs a head.
+_HEADS = {"detect": "dense/", "segment": "lraspp/"}
 
 Overwrite = Annotated[
     bool, typer.Option("--overwrite", help="Replace the run that is in the folder already.")
@@ -120,9 +124,13 @@ def _train(
     from refold.training.run import default_output, expect, train
 
     told, shown = _plain(given.values), console_of(quiet)
+    if "network" not in given.stated and told["task"] in _HEADS:
+        told["network"] = _HEADS[told["task"]] + told["network"]
     data, output = told.pop("data"), told.pop("output")
     from_weights = told["pretrained"] or told["checkpoint"] or weights_file(told["network"])
-    name = told.pop("recipe") or fitting_recipe(data, from_weights=bool(from_weights))
+    name = told.pop("recipe") or fitting_recipe(
+        data, from_weights=bool(from_weights), network=told["network"]
+    )
     recipe = load_recipe(name, parse_overrides(overrides or []), told["network"])
     settings = Settings(Path(output or default_output(command)), data or "", recipe=recipe, **told)
     if dry_run:
@@ -167,17 +175,22 @@ def check_data(
         Path | None, typer.Option("--output", "-o", help="Also draw a sample of each class (.png).")
     ] = None,
     seed: Annotated[int, typer.Option("--seed", min=0, help="The seed that a run would have.")] = 0,
+    task: Annotated[
+        str | None, typer.Option("--task", help="classify, detect or segment, where the data leave it open.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Show what a training would learn from: images a class, their sizes, what is left out and why."""
     from refold.files import check_writable
     from refold.training.data import open_data
     from refold.training.progress import tell
+    from refold.training.settings import check_task
     from refold.training.survey import draw_sample, render_survey, sizes_in_words, survey
 
     if output is not None:
         check_writable(output)
-    images = open_data(data, seed)
+    check_task(task)
+    images = open_data(data, seed, task)
     found = survey(images, error_console)
     if output is not None:
         draw_sample(images, output)
@@ -212,19 +225,26 @@ def predict(
         ),
     ],
     images: Annotated[list[Path], typer.Argument(metavar="IMAGE", help="Image files, and folders of them.")],
-    top: Annotated[int, typer.Option("--top", min=1, help="How many classes.")] = 5,
+    top: Annotated[int, typer.Option("--top", min=1, help="How many classes of a classifier.")] = 5,
+    threshold: Annotated[
+        float, typer.Option("--threshold", min=0, max=1, help="The least score of a detector's box.")
+    ] = 0.3,
+    draw: Annotated[
+        Path | None, typer.Option("--draw", help="Draw the answers on copies of the images in this folder.")
+    ] = None,
     checkpoint: Checkpoint = None,
     num_classes: NumClasses = None,
     model_args: ModelArguments = None,
     as_json: AsJson = False,
     as_csv: Annotated[
-        bool, typer.Option("--csv", help="Print CSV: image, rank, class, probability.")
+        bool, typer.Option("--csv", help="Print CSV: a line a class, or a box with its corners.")
     ] = False,
 ) -> None:
-    """Name the likeliest classes of images; a model name without --checkpoint takes its published weights.
+    """Say what is in images: classes, boxes or masks; a model name without --checkpoint takes its published weights.
 
     The exit code is 2 if an image has no prediction.
     """
+    from refold.training.finding import Finder
     from refold.training.pictures import LeftOut, find_images
 
     if as_json and as_csv:
@@ -233,9 +253,13 @@ def predict(
     files = find_images(images, left_out)
     for note in left_out.notes():
         say(note)
-    predictor = _predictor(target, checkpoint, num_classes, model_args)
+    predictor = _predictor(target, checkpoint, num_classes, model_args, threshold)
+    seen: Iterator[Seen]
+    seen = predictor.predict(files) if isinstance(predictor, Finder) else predictor.predict(files, top)
+    if draw is not None:
+        seen = _drawing(seen, draw)
     write = _print_json if as_json else _print_csv if as_csv else _print_lines
-    failed = write(predictor.predict(files, top))
+    failed = write(seen)
     for note in predictor.notes:
         say(note)
     if failed:
@@ -243,10 +267,15 @@ def predict(
 
 
 def _predictor(
-    target: str, checkpoint: Path | None, num_classes: int | None, model_args: list[str] | None
-) -> ImagePredictor:
+    target: str,
+    checkpoint: Path | None,
+    num_classes: int | None,
+    model_args: list[str] | None,
+    threshold: float,
+) -> ImagePredictor | Finder:
     from refold.export.engines import engine_of
-    from refold.training.exported import exported_classifier
+    from refold.training.exported import exported_predictor
+    from refold.training.finding import network_finder
     from refold.training.predicting import network_classifier
 
     path = Path(target)
@@ -256,11 +285,33 @@ def _predictor(
             f"'{target}' has its weights and classes; leave --checkpoint and --num-classes out, or name a model."
         )
     if is_exported:
-        return exported_classifier(path)
+        return exported_predictor(path, threshold)
     if path.is_dir():
         target = str(_network_of_run(path))
     net = network_from(target, checkpoint, num_classes, model_args, form="plain", pretrained=None)
+    if getattr(net, "output_kind", None) is not None:
+        return network_finder(net, target, threshold)
     return network_classifier(net, target)
+
+
+def _drawing(seen: Iterator[Seen], folder: Path) -> Iterator[Seen]:
+    """Draw what is seen in each image on a copy of it, on the way through."""
+    from refold.files import make_folder, written_aside
+    from refold.training.pictures import read_image
+
+    make_folder(folder)
+    used: set[str] = set()
+    for each in seen:
+        if each.error is None:
+            stem, number = Path(each.image).stem, 1
+            while stem in used:  # images of the same name in two folders
+                number += 1
+                stem = f"{Path(each.image).stem}-{number}"
+            used.add(stem)
+            for suffix, picture in each.drawn(read_image(Path(each.image))).items():
+                with written_aside(folder / f"{stem}{suffix}") as aside:
+                    picture.save(aside, format="png")
+        yield each
 
 
 def _network_of_run(folder: Path) -> Path:
@@ -280,37 +331,36 @@ def _network_of_run(folder: Path) -> Path:
     return training
 
 
-def _print_json(predictions: Iterator[Prediction]) -> int:
+def _print_json(predictions: Iterator[Seen]) -> int:
     """Print all, and return how many images have none."""
     found = list(predictions)
     print(json.dumps([prediction.to_dict() for prediction in found], indent=2))
     return sum(prediction.error is not None for prediction in found)
 
 
-def _print_csv(predictions: Iterator[Prediction]) -> int:
-    """Print one line a class, and return how many images have none."""
+def _print_csv(predictions: Iterator[Seen]) -> int:
+    """Print one line a class or box, and return how many images have none."""
     failed = 0
     table = csv.writer(sys.stdout, lineterminator="\n")
-    table.writerow(("image", "rank", "class", "probability"))
-    for prediction in predictions:
+    for number, prediction in enumerate(predictions):
+        if number == 0:
+            table.writerow(prediction.columns)
         failed += _print_error(prediction)
-        for rank, (name, probability) in enumerate(prediction.classes, start=1):
-            table.writerow((printable(prediction.image), rank, printable(name), f"{probability:.6g}"))
+        table.writerows([printable(cell) for cell in row] for row in prediction.rows())
     return failed
 
 
-def _print_lines(predictions: Iterator[Prediction]) -> int:
+def _print_lines(predictions: Iterator[Seen]) -> int:
     """Print one line an image, and return how many have none."""
     failed = 0
     for prediction in predictions:
         failed += _print_error(prediction)
         if prediction.error is None:
-            shown = ", ".join(f"{name} {probability:.1%}" for name, probability in prediction.classes)
-            print(printable(f"{prediction.image}: {shown}"))
+            print(printable(prediction.line()))
     return failed
 
 
-def _print_error(prediction: Prediction) -> bool:
+def _print_error(prediction: Seen) -> bool:
     if prediction.error is not None:
         print(f"refold: {printable(prediction.error)}", file=sys.stderr)
     return prediction.error is not None

@@ -43,6 +43,8 @@ def export(
     normalize: bool | Normalization = False,
     softmax: bool = False,
     class_names: Sequence[str] | None = None,
+    detections: bool = False,
+    dynamic_size: bool = False,
     fold: bool = True,
     tolerance: float | None = None,
 ) -> ExportReport:
@@ -53,8 +55,11 @@ def export(
     ``half`` asks for float16 weights, and float16 arithmetic where the engine has it; inputs and outputs stay as they
     are.
     ``normalize`` bakes in (x - mean) / std, True meaning the mean and std that the model's checkpoint or
-    ``pretrained_cfg`` names, and ``softmax`` a softmax over axis 1. The file carries class names
-    (those of the checkpoint unless given) and preprocessing where its format has room for them.
+    ``pretrained_cfg`` names, and ``softmax`` a softmax over axis 1. With ``detections`` a detector's file gives
+    ``boxes``, ``scores``, ``labels`` and ``image_index`` in place of its maps, as `refold.detections` does; give such
+    a module as model for other thresholds. ``dynamic_size`` leaves height and width of the images free.
+    The file carries class names (those of the checkpoint unless given) and preprocessing where its format has room
+    for them.
 
     The file is run in the engine on the example's own and on random inputs, with ``dynamic_batch`` at several
     batch sizes, and may differ from PyTorch by ``tolerance`` times the spread of the output (1e-3 for float32,
@@ -72,14 +77,19 @@ def export(
         ('plain', True)
     """
     with naming_packages("refold.export"):
+        from refold.boxes import OUTPUTS, Detections
+        from refold.boxes import detections as with_boxes
         from refold.export.checked import export_checked
         from refold.export.preparing import called_with_tensors
 
+    if detections and not isinstance(model, Detections):
+        model = with_boxes(model)
+    outputs = OUTPUTS if isinstance(model, Detections) else ()
     model, inputs = called_with_tensors(model, example_input)
     precision: Precision = FLOAT16 if half else FLOAT32
     return export_checked(
         model,
-        Request(inputs, Path(path), dynamic_batch, precision),
+        Request(inputs, Path(path), dynamic_batch, dynamic_size, outputs, precision),
         engine=engine,
         normalize=normalize,
         softmax=softmax,

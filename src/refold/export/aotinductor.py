@@ -14,7 +14,7 @@ from refold.errors import InputError, first_line
 from refold.export.comparing import tensors_in
 from refold.export.converting import quiet
 from refold.export.engines import Contents, Session
-from refold.export.preparing import in_precision, with_batch_axis
+from refold.export.preparing import in_precision, with_free_axes
 from refold.export.request import Request
 
 
@@ -29,7 +29,7 @@ def write(model: nn.Module, request: Request) -> Sequence[str]:
             f"AOTInductor needs a C++ compiler and finds no '{compiler}'; install one, or set CXX."
         )
     model = in_precision(model, request.precision)
-    inputs, shapes = with_batch_axis(model, request)
+    inputs, shapes = with_free_axes(model, request)
     try:
         with quiet(), torch.no_grad():
             program = torch.export.export(model, inputs, dynamic_shapes=shapes)

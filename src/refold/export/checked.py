@@ -9,9 +9,10 @@ from dataclasses import replace
 import torch
 from torch import nn
 
+from refold.boxes import Detections
 from refold.errors import InputError, NotEquivalent
-from refold.export.comparing import Case, compare, make_cases, outputs_of, spread_of
-from refold.export.engines import FORMATS, CannotRun, get_engine
+from refold.export.comparing import Case, compare, compare_boxes, make_cases, outputs_of, spread_of
+from refold.export.engines import FORMATS, CannotRun, Format, get_engine
 from refold.export.metadata import OutputKind, are_probabilities, describe, ports_of
 from refold.export.placing import check_destination, files_of, placed_together
 from refold.export.preparing import choose_normalization, known_preprocessing, prepare
@@ -41,6 +42,7 @@ def export_checked(
     start()
     kind = FORMATS[engine]
     check_destination(request.path, kind)
+    _check_free_shapes(request, kind)
     preprocessing = known_preprocessing(model)
     normalization = choose_normalization(normalize, preprocessing)
     # In another layout than this one, converters write transpositions into the file, or files that are wrong.
@@ -48,11 +50,12 @@ def export_checked(
     form = "plain" if folding or hasattr(model, "fold_report") else "training"
     if folding and not hasattr(model, "fold_report"):
         device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-        model = fold(model, tuple(tensor.to(device) for tensor in inputs))
+        there = tuple(tensor.to(device) for tensor in inputs)
+        model = model.of(fold(model.detector, there)) if isinstance(model, Detections) else fold(model, there)
     # The user's module keeps its mode and device.
     network = copy.deepcopy(model).cpu().eval()
     ready = prepare(network, inputs, normalization, softmax=softmax)
-    cases = make_cases(ready, inputs, dynamic_batch=request.dynamic_batch)
+    cases = make_cases(ready, replace(request, inputs=inputs))
     metadata = describe(
         model,
         preprocessing,
@@ -60,16 +63,22 @@ def export_checked(
         normalization,
         output=_kind_of_output(network, inputs, cases, softmax=softmax),
         form=form,
-        ports=ports_of(inputs, cases[0].expected, dynamic_batch=request.dynamic_batch),
+        ports=ports_of(replace(request, inputs=inputs), cases[0].expected),
     )
     allowed = _default_tolerance(cases, request.precision) if tolerance is None else tolerance
     with placed_together(request.path, kind) as aside:
         notes = list(backend.write(ready, replace(request, inputs=inputs, path=aside, metadata=metadata)))
         contents = backend.contents(aside)
         try:
-            trials = compare(run_apart(engine, aside, [case.arguments for case in cases]), cases)
+            results = run_apart(engine, aside, [case.arguments for case in cases])
+            boxes = bool(request.outputs)
+            trials = compare_boxes(results, cases, request.precision) if boxes else compare(results, cases)
         except CannotRun as error:
             trials, notes = [], [*notes, str(error)]
+        if request.outputs and not any(len(case.expected[0]) for case in cases):
+            notes.append(
+                "No image had a box above the threshold: that there is none is all that was compared."
+            )
         report = ExportReport(
             path=str(request.path),
             engine=engine,
@@ -91,6 +100,17 @@ def export_checked(
     return report
 
 
+def _check_free_shapes(request: Request, kind: Format) -> None:
+    wanted = (
+        "Images of any size" if request.dynamic_size else "Boxes, of which each image has another number,"
+    )
+    if (request.dynamic_size or request.outputs) and not kind.free_shapes:
+        able = [form.title for form in FORMATS.values() if form.free_shapes]
+        raise InputError(
+            f"{wanted} cannot be written for {kind.title}; export for {' or '.join(able)}, or the maps at one size."
+        )
+
+
 def _checked_names(model: nn.Module, class_names: Sequence[str] | None, case: Case) -> Sequence[str] | None:
     """The class names given, or those of the checkpoint; raises `InputError` where there is not one a class."""
     if isinstance(class_names, str) or any(not isinstance(name, str) for name in class_names or ()):
@@ -105,7 +125,14 @@ def _checked_names(model: nn.Module, class_names: Sequence[str] | None, case: Ca
 
 
 def _kind_of_output(network: nn.Module, inputs: Inputs, cases: list[Case], *, softmax: bool) -> OutputKind:
-    """Whether the file gives probabilities; raises `InputError` where a softmax would follow upon another."""
+    """What the file gives; raises `InputError` where a softmax would follow upon another or upon no logits."""
+    known: OutputKind | None = getattr(network, "output_kind", None)
+    if known is not None:
+        if softmax and known != "segmentation":
+            raise InputError(
+                f"{type(network).__name__} gives {known}, not logits of classes; leave softmax out."
+            )
+        return known
     outputs = (
         outputs_of(network, inputs) if softmax else [case.expected[0] for case in cases if case.expected]
     )

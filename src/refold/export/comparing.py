@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from refold.boxes.comparing import difference
 from refold.errors import InputError, first_line
+from refold.export.request import FLOAT16, Precision, Request
 
 
 @dataclass(frozen=True)
@@ -42,13 +44,14 @@ class Case:
         return self.arguments[0].shape[0] if self.arguments[0].dim() else 1
 
 
-def make_cases(model: nn.Module, arguments: tuple[Tensor, ...], *, dynamic_batch: bool) -> list[Case]:
-    """The example itself, random inputs of its shape and, with a dynamic batch, other batch sizes.
+def make_cases(model: nn.Module, request: Request) -> list[Case]:
+    """The example itself, random inputs of its shape and, where they are free, other batches and heights and widths.
 
     Raises `InputError` where the model cannot run on one of them, or gives values for it that are not finite.
     """
+    arguments = request.inputs
     batch = arguments[0].shape[0] if arguments[0].dim() else 0
-    sizes = [batch, 1, batch + 2] if dynamic_batch else [batch]
+    sizes = [batch, 1, batch + 2] if request.dynamic_batch else [batch]
     generator = torch.Generator().manual_seed(0)
     trials = [("the example", arguments)]
     for size in sizes:
@@ -56,10 +59,26 @@ def make_cases(model: nn.Module, arguments: tuple[Tensor, ...], *, dynamic_batch
         trials.append(("normal", inputs))
     spread_out = tuple(_like(argument, sizes[-1], generator, uniform=True) for argument in arguments)
     trials.append(("uniform from 0 to 1", spread_out))
+    for extra in _OTHER_SIZES if request.dynamic_size else ():
+        larger = tuple(_like(_grown(argument, *extra), batch, generator) for argument in arguments)
+        trials.append(
+            (" and ".join(f"{a.shape[-2]} x {a.shape[-1]}" for a in larger if a.dim() == 4), larger)
+        )
     cases = [Case(name, inputs, outputs_of(model, inputs)) for name, inputs in trials]
     for case in cases:
         _check_finite(case)
     return cases
+
+
+# Networks that need sides of a multiple of 32 get them.
+_OTHER_SIZES = ((32, 0), (0, 64), (64, 32))
+
+
+def _grown(argument: Tensor, height: int, width: int) -> Tensor:
+    """A tensor of the example's shape, larger where it is an image."""
+    if argument.dim() != 4:
+        return argument
+    return argument.new_empty(*argument.shape[:2], argument.shape[2] + height, argument.shape[3] + width)
 
 
 def _check_finite(case: Case) -> None:
@@ -99,6 +118,17 @@ def _trial(case: Case, results: list[Tensor], spreads: list[float]) -> Trial:
         if first.dim() == 2 and first.shape[1] > 1:
             same = int((first.argmax(dim=1) == results[0].argmax(dim=1)).sum())
     return Trial(case.inputs, case.batch_size, _worst(absolute), _worst(relative), same)
+
+
+def compare_boxes(results: list[list[Tensor]], cases: list[Case], precision: Precision) -> list[Trial]:
+    """Boxes of an engine beside PyTorch's, as sets: the difference is that of scores, infinite where one is missing."""
+    trials = []
+    overlap, score = (0.9, 2e-2) if precision == FLOAT16 else (0.99, 1e-4)
+    for case, found in zip(cases, results, strict=True):
+        between = difference(case.expected, found, overlap=overlap, score=score)
+        worst = float("inf") if between.unmatched else between.scores
+        trials.append(Trial(case.inputs, case.batch_size, worst, worst, None))
+    return trials
 
 
 def _worst(values: list[float]) -> float:

@@ -15,7 +15,7 @@ from refold.errors import InputError, first_line
 from refold.export.converting import muted
 from refold.export.engines import CannotRun, Contents, Session
 from refold.export.metadata import PortKind, port_names
-from refold.export.preparing import with_batch_axis
+from refold.export.preparing import with_free_axes
 from refold.export.request import FLOAT16, Request
 
 with muted():
@@ -29,7 +29,7 @@ LARGEST_BATCH = 32
 def write(model: nn.Module, request: Request) -> Sequence[str]:
     """Write one package for iOS 16, macOS 13 and newer; raises `InputError` where it cannot be converted."""
     largest = max([LARGEST_BATCH, *(len(tensor) + 2 for tensor in request.inputs if tensor.dim())])
-    inputs, shapes = with_batch_axis(model, request, most=largest)
+    inputs, shapes = with_free_axes(model, request, most=largest)
     precision = coremltools.precision
     try:
         with muted():

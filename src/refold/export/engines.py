@@ -24,8 +24,9 @@ class Format:
     """What is known of an engine without importing it.
 
     ``module`` has the functions of `Engine`; ``needs`` are the modules it imports, ``install`` what to give to
-    pip for them, ``otherwise`` what to do where that is not possible. ``ends_its_process`` says that the
-    engine may end the process that it runs in: on a damaged file, or beside other libraries.
+    pip for them, ``otherwise`` what to do where that is not possible. ``free_shapes`` says that its files take images
+    of any size and may give any number of boxes, ``ends_its_process`` that the engine may end the process that it runs
+    in: on a damaged file, or beside other libraries.
     """
 
     title: str
@@ -35,13 +36,18 @@ class Format:
     install: str
     is_folder: bool = False
     otherwise: str = ""
+    free_shapes: bool = False
     ends_its_process: bool = False
 
 
 # The name on the left is what the user types.
 FORMATS = {
-    "onnxruntime": Format("ONNX Runtime", "refold.export.onnxruntime", ".onnx", ("onnxruntime",), "refold"),
-    "openvino": Format("OpenVINO", "refold.export.openvino", ".xml", ("openvino",), "'refold[openvino]'"),
+    "onnxruntime": Format(
+        "ONNX Runtime", "refold.export.onnxruntime", ".onnx", ("onnxruntime",), "refold", free_shapes=True
+    ),
+    "openvino": Format(
+        "OpenVINO", "refold.export.openvino", ".xml", ("openvino",), "'refold[openvino]'", free_shapes=True
+    ),
     "ncnn": Format(
         "ncnn", "refold.export.ncnn", ".param", ("ncnn", "pnnx"), "'refold[ncnn]'", ends_its_process=True
     ),

@@ -13,7 +13,7 @@ from refold.errors import InputError, first_line
 from refold.export.comparing import tensors_in
 from refold.export.converting import quiet
 from refold.export.engines import Contents, Session
-from refold.export.preparing import in_precision, with_batch_axis
+from refold.export.preparing import in_precision, with_free_axes
 from refold.export.request import Request
 
 # Memory is planned ahead for the largest batch.
@@ -27,7 +27,7 @@ def write(model: nn.Module, request: Request) -> Sequence[str]:
     """
     model = in_precision(model, request.precision)
     largest = max([LARGEST_BATCH, *(len(tensor) + 2 for tensor in request.inputs if tensor.dim())])
-    inputs, shapes = with_batch_axis(model, request, most=largest)
+    inputs, shapes = with_free_axes(model, request, most=largest)
     try:
         with quiet(), torch.no_grad():
             from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner

@@ -12,9 +12,9 @@ from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, TypeAdapter, Val
 from torch import Tensor, nn
 
 from refold.errors import InputError
-from refold.export.request import Inputs, Normalization
+from refold.export.request import Normalization, Request
 
-OutputKind = Literal["logits", "probabilities"]
+OutputKind = Literal["logits", "probabilities", "maps", "detections", "segmentation"]
 PortKind = Literal["image", "output"]
 
 # What two roundings to float16 may add up to, over a thousand classes.
@@ -44,13 +44,13 @@ class Preprocessing(BaseModel):
 
 
 class Port(BaseModel):
-    """An input or an output: its name, its dtype and its shape, in which a free batch is called "batch".
+    """An input or an output: its name, its dtype and its shape, in which free axes have names.
 
     ``layout`` tells the order of an image's axes; there is one only.
     """
 
     name: str
-    shape: list[int | Literal["batch"]]
+    shape: list[int | Literal["batch", "height", "width", "boxes"]]
     dtype: str
     layout: Literal["NCHW"] | None = None
 
@@ -70,7 +70,7 @@ class Description(BaseModel):
     def batch(self) -> int | None:
         """The number of images that a call must have; None where any will do, one where the file does not say."""
         size = self.inputs[0].shape[0] if self.inputs and self.inputs[0].shape else 1
-        return None if size == "batch" else size
+        return size if isinstance(size, int) else None
 
 
 _TEXTS = ("producer", "architecture", "output")
@@ -104,9 +104,11 @@ def describe(
         "output": output,
     }
     inputs, outputs = ports
-    if len(inputs) == 1 and len(inputs[0].shape) == 4:
-        # The example says what the file takes, whatever the network was trained at.
-        left["input_size"] = inputs[0].shape[1:]
+    shape = inputs[0].shape if len(inputs) == 1 else []
+    if len(shape) == 4 and all(isinstance(side, int) for side in shape[1:]):
+        # The example says what the file takes, whatever the network was trained at; where any size will do, the
+        # network's own is the one to begin with.
+        left["input_size"] = shape[1:]
     if normalization is not None:
         mean, std = normalization
         left |= {"mean": [0.0] * len(mean), "std": [1 / pixel_range(normalization)] * len(std)}
@@ -134,24 +136,28 @@ def port_names(kind: PortKind, count: int) -> list[str]:
     return [f"{'input' if kind == 'image' else kind}_{index}" for index in range(count)]
 
 
-def ports_of(
-    inputs: Inputs, outputs: Sequence[Tensor], *, dynamic_batch: bool
-) -> tuple[list[Port], list[Port]]:
+def ports_of(request: Request, outputs: Sequence[Tensor]) -> tuple[list[Port], list[Port]]:
     """The inputs and the outputs of a network, by its example and what it gave for it."""
 
-    def port(name: str, tensor: Tensor) -> Port:
-        shape: list[int | Literal["batch"]] = list(tensor.shape)
+    def port(name: str, tensor: Tensor, free: Mapping[int, str]) -> Port:
         return Port(
             name=name,
-            shape=["batch", *shape[1:]] if dynamic_batch and shape else shape,
+            shape=cast(Any, [free.get(axis, side) for axis, side in enumerate(tensor.shape)]),
             dtype=str(tensor.dtype).removeprefix("torch."),
-            layout="NCHW" if len(shape) == 4 else None,
+            layout="NCHW" if tensor.dim() == 4 else None,
         )
 
-    def ports(kind: PortKind, tensors: Sequence[Tensor]) -> list[Port]:
-        return [port(*pair) for pair in zip(port_names(kind, len(tensors)), tensors, strict=True)]
-
-    return ports("image", inputs), ports("output", outputs)
+    given, made = port_names("image", len(request.inputs)), port_names("output", len(outputs))
+    return (
+        [
+            port(name, value, request.free_axes(value))
+            for name, value in zip(given, request.inputs, strict=True)
+        ],
+        [
+            port(name, value, {0: "boxes"} if request.outputs else request.free_axes(value))
+            for name, value in zip(request.outputs or made, outputs, strict=True)
+        ],
+    )
 
 
 def read_description(metadata: Mapping[str, Any], path: Path) -> Description:

@@ -16,7 +16,7 @@ from refold.errors import InputError, first_line
 from refold.export.converting import quiet
 from refold.export.metadata import port_names
 from refold.export.older_torch import translations, without_statistics
-from refold.export.preparing import in_precision, with_batch_axis
+from refold.export.preparing import in_precision, with_free_axes
 from refold.export.request import FLOAT32, Inputs, Precision, Request
 from refold.onnx_files import is_onnx_network
 
@@ -35,7 +35,7 @@ def write_onnx(model: nn.Module, request: Request, *, opset_version: int | None 
     if is_onnx_network(model):
         _write_own_graph(model, request)
         return
-    inputs, shapes = with_batch_axis(model, request)
+    inputs, shapes = with_free_axes(model, request)
     path = request.path
     try:
         with quiet():
@@ -50,12 +50,13 @@ def write_onnx(model: nn.Module, request: Request, *, opset_version: int | None 
                 custom_translation_table=translations(),
             )
             outputs = program.model.graph.outputs
-            for output, name in zip(outputs, port_names("output", len(outputs)), strict=True):
+            names = request.outputs or port_names("output", len(outputs))
+            for output, name in zip(outputs, names, strict=True):
                 output.name = name
             program.save(path, external_data=False)
         written = onnx.load(str(path))
-        _check_shapes(written.graph.input, inputs, dynamic_batch=request.dynamic_batch)
-        _name_batch(written.graph)
+        _check_shapes(written.graph.input, inputs, request)
+        _name_free_axes(written.graph, request)
         without_statistics(written.graph)
         onnx.helper.set_model_props(written, dict(request.metadata))
         onnx.checker.check_model(written, full_check=True)
@@ -63,7 +64,7 @@ def write_onnx(model: nn.Module, request: Request, *, opset_version: int | None 
     except (OSError, InputError):
         raise
     except Exception as error:
-        hint = "; a fixed batch size (dynamic_batch=False) may help" if request.dynamic_batch else ""
+        hint = f"; {_ADVICE} may help" if request.dynamic_batch or request.dynamic_size else ""
         raise InputError(
             f"{type(model).__name__} cannot be converted to ONNX: {first_line(error)}{hint}."
         ) from error
@@ -79,19 +80,22 @@ def _write_own_graph(model: Any, request: Request) -> None:
     save_model(graph, request.path)
 
 
-def _check_shapes(written: Sequence[Any], inputs: Inputs, *, dynamic_batch: bool) -> None:
+_ADVICE = "a fixed batch and size (dynamic_batch=False, dynamic_size=False)"
+
+
+def _check_shapes(written: Sequence[Any], inputs: Inputs, request: Request) -> None:
     """Raise `InputError` where a file takes other shapes than were asked for; PyTorch may fall back to fixed ones."""
     for value, tensor in zip(written, inputs, strict=True):
         axes = value.type.tensor_type.shape.dim
         found: list[int | str] = [axis.dim_param or axis.dim_value for axis in axes]
-        free = dynamic_batch and tensor.dim() > 0
         asked: list[int | str] = list(tensor.shape)
-        if free:
-            asked[0] = found[0] if found and isinstance(found[0], str) else "any"
+        free = request.free_axes(tensor)
+        for axis in free:
+            asked[axis] = found[axis] if axis < len(found) and isinstance(found[axis], str) else "any"
         if found != asked:
             raise InputError(
                 f"The input '{value.name}' should be {_shape(asked)} and was written as {_shape(found)}"
-                + ("; a fixed batch size (dynamic_batch=False) may help." if free else ".")
+                + (f"; {_ADVICE} may help." if free else ".")
             )
 
 
@@ -99,18 +103,16 @@ def _shape(axes: Sequence[int | str]) -> str:
     return " x ".join(str(axis) for axis in axes)
 
 
-def _name_batch(graph: Any) -> None:
-    """Name the free first axis ``batch``, which PyTorch before 2.9 calls as it likes."""
-    values = [*graph.input, *graph.output, *graph.value_info]
-    free = {value.type.tensor_type.shape.dim[0].dim_param for value in graph.input if _has_axes(value)}
-    for value in values:
+def _name_free_axes(graph: Any, request: Request) -> None:
+    """Name the free axes ``batch``, ``height`` and ``width``, which PyTorch calls as it likes."""
+    names: dict[str, str] = {}
+    for value, tensor in zip(graph.input, request.inputs, strict=True):
+        axes = value.type.tensor_type.shape.dim
+        names |= {axes[axis].dim_param: name for axis, name in request.free_axes(tensor).items()}
+    for value in [*graph.input, *graph.output, *graph.value_info]:
         for axis in value.type.tensor_type.shape.dim:
-            if axis.dim_param and axis.dim_param in free:
-                axis.dim_param = "batch"
-
-
-def _has_axes(value: Any) -> bool:
-    return len(value.type.tensor_type.shape.dim) > 0
+            if axis.dim_param in names:
+                axis.dim_param = names[axis.dim_param]
 
 
 @contextmanager

@@ -194,17 +194,36 @@ def choose_normalization(
 _MOST = 2**31 - 1
 
 
-def with_batch_axis(
+def with_free_axes(
     model: nn.Module, request: Request, most: int = _MOST
 ) -> tuple[Inputs, tuple[Any, ...] | None]:
     """Inputs and ``dynamic_shapes`` for `torch.export`.
 
-    With a dynamic batch they leave the first axis of every input free, up to ``most``; else no shapes are given.
+    With a dynamic batch they leave the first axis of every input free, up to ``most``, with a dynamic size height and
+    width of every image; without both no shapes are given.
     """
+    if request.dynamic_size:
+        free = [request.free_axes(tensor) for tensor in request.inputs]
+        inputs = tuple(_larger(*pair) for pair in zip(request.inputs, free, strict=True))
+        shapes: tuple[Any, ...] = tuple(dict.fromkeys(axes, torch.export.Dim.AUTO) or None for axes in free)
+        return inputs, (shapes,) if isinstance(model, (HalfInside, Called)) else shapes
     if not request.dynamic_batch:
         return request.inputs, None
     batch = torch.export.Dim("batch", min=1, max=most)
     # An axis that has one element in the example would be taken for a constant.
     inputs = tuple(torch.cat([tensor, tensor]) if tensor.dim() else tensor for tensor in request.inputs)
-    shapes: tuple[Any, ...] = tuple({0: batch} if tensor.dim() else None for tensor in inputs)
+    shapes = tuple({0: batch} if tensor.dim() else None for tensor in inputs)
     return inputs, (shapes,) if isinstance(model, (HalfInside, Called)) else shapes
+
+
+# No map of a pyramid down to a stride of 128 has an axis of one element, which would be taken for a constant, and none
+# is as high as it is wide.
+_TRACED = {"batch": 2, "height": 320, "width": 448}
+
+
+def _larger(tensor: Tensor, free: Mapping[int, str]) -> Tensor:
+    """An example in which the free axes show that they are."""
+    shape = [
+        max(side, _TRACED[free[axis]]) if axis in free else side for axis, side in enumerate(tensor.shape)
+    ]
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(tensor.dtype)

@@ -162,10 +162,25 @@ class Attempt:
         known, planned = self._plan
         if not simplify or rewrites is not known:
             planned = changes_of(self.planner, rewrites, simplify=simplify)
-        self.changes = planned
+        self.changes = [*self._without_training_only(), *planned]
         model = shared_copy(self.original).eval()
         self.model = model = apply(model, self.changes)
         self.answers, self.cost = run_counted(model, self.planner.recording.arguments)
+
+    def _without_training_only(self) -> list[Change]:
+        """Leave out what modules call their ``training_only`` parts, where it did not run."""
+        ran = {str(node.target) for node in self.planner.graph.nodes if node.op == "call_module"}
+        parts = [
+            f"{path}.{name}".lstrip(".")
+            for path, module in self.original.named_modules()
+            for name in getattr(module, "training_only", ())
+            if next(module.get_submodule(name).parameters(), None) is not None
+        ]
+        unused = [part for part in parts if not any(f"{name}.".startswith(f"{part}.") for name in ran)]
+        if unused:
+            note = f"left out, since it runs in training only: {', '.join(unused)}"
+            self.notes += [note] if note not in self.notes else []
+        return [Change(part, layer=nn.Identity()) for part in unused]
 
     def _running(self, rewrites: list[Rewrite]) -> list[Rewrite]:
         """As many rewrites as leave a network that runs: code around a folded block may ask for what is gone."""

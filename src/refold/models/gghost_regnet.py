@@ -1,6 +1,7 @@
 """G-Ghost-RegNetX: RegNetX whose deeper stages are G-Ghost stages."""
 
 from functools import partial
+from itertools import pairwise
 from typing import ClassVar, NamedTuple
 
 from torch import nn
@@ -11,11 +12,15 @@ from refold.models.layouts import CheckpointLayout
 
 
 class RegNetTable(NamedTuple):
-    """The blocks and the channels of each stage, and the channels of a group."""
+    """The blocks and the channels of each stage, and the channels of a group.
+
+    ``ghost`` False is RegNetX itself.
+    """
 
     depths: tuple[int, int, int, int]
     channels: tuple[int, int, int, int]
     group_width: int
+    ghost: bool = True
 
 
 NETWORKS = {
@@ -31,6 +36,8 @@ NETWORKS = {
     "gghost_regnetx_120": RegNetTable((2, 5, 11, 1), (224, 448, 896, 2240), 112),
     "gghost_regnetx_160": RegNetTable((2, 6, 13, 1), (256, 512, 896, 2048), 128),
     "gghost_regnetx_320": RegNetTable((2, 7, 13, 1), (336, 672, 1344, 2520), 168),
+    # What the papers compare with at three quarters of the width; timm has the others.
+    "regnetx_032_075": RegNetTable((2, 6, 15, 2), (72, 144, 324, 756), 36, ghost=False),
 }
 
 _STEM_CHANNELS = 32
@@ -61,7 +68,7 @@ _OFFICIAL = CheckpointLayout(
 
 
 class GGhostRegNet(ImageClassifier):
-    """RegNetX with a G-Ghost stage for every stage of more than two blocks.
+    """RegNetX with a G-Ghost stage for every stage of more than two blocks, or RegNetX as it is.
 
     The thin path and the cheap 1x1 convolution read different channels of the first block, and the last block has
     all channels. ``mix=False`` leaves the averages of the other blocks out of the ghost channels; with them, training
@@ -89,7 +96,8 @@ class GGhostRegNet(ImageClassifier):
         stages, channels = [], _STEM_CHANNELS
         features = {"stem": channels}
         for stage, (depth, out_channels) in enumerate(zip(table.depths, table.channels, strict=True)):
-            stages.append(_stage(channels, out_channels, depth, table.group_width, mix))
+            build = partial(_stage, mix=mix) if table.ghost else _plain_stage
+            stages.append(build(channels, out_channels, depth, table.group_width))
             channels = out_channels
             features[f"stages.{stage}"] = channels
         super().__init__(
@@ -104,7 +112,7 @@ class GGhostRegNet(ImageClassifier):
         self.apply(initialise)
 
 
-def _stage(in_channels: int, channels: int, depth: int, group_width: int, mix: bool) -> nn.Sequential:
+def _stage(in_channels: int, channels: int, depth: int, group_width: int, *, mix: bool) -> nn.Sequential:
     thin_width = int(group_width * _THIN_GROUPS)
     thin_channels = int(channels * _THIN_CHANNELS / thin_width) * thin_width
     return gghost_stage(
@@ -117,6 +125,17 @@ def _stage(in_channels: int, channels: int, depth: int, group_width: int, mix: b
         thin_block=partial(ResidualBottleneck, groups=thin_channels // thin_width),
         mix=2 if mix else 0,
         split=True,
+    )
+
+
+def _plain_stage(in_channels: int, channels: int, depth: int, group_width: int) -> nn.Sequential:
+    groups = channels // min(channels, group_width)
+    widths = [in_channels] + [channels] * depth
+    return nn.Sequential(
+        *(
+            ResidualBottleneck(before, after, stride=1 if index else 2, groups=groups)
+            for index, (before, after) in enumerate(pairwise(widths))
+        )
     )
 
 

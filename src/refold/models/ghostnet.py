@@ -50,7 +50,13 @@ GHOST_ROWS = (
 )
 
 # The width of each network.
-NETWORKS = {"ghostnet_050": 0.5, "ghostnet_100": 1.0, "ghostnet_130": 1.3, "ghostnet_170": 1.7}
+NETWORKS = {
+    "ghostnet_050": 0.5,
+    "ghostnet_100": 1.0,
+    "ghostnet_110": 1.1,
+    "ghostnet_130": 1.3,
+    "ghostnet_170": 1.7,
+}
 
 GHOST_RENAMES = (
     (r"^conv_stem\.", "stem.conv."),

@@ -43,6 +43,7 @@ from refold.models import (
 from refold.models.cghost_cifar import GhostCifarResNet, GhostVGG
 from refold.models.cghost_nets import InvertedNet
 from refold.models.classifier import ImageClassifier
+from refold.models.composed import HEADS, build_composed, head_named, is_composed
 from refold.models.gghost_regnet import GGhostRegNet
 from refold.models.gghost_resnet import GGhostCifarResNet, GGhostResNet
 from refold.models.gghostnet import GGhostNet
@@ -107,7 +108,8 @@ default_cfgs: dict[str, PretrainedCfg] = {
 def list_models(pattern: str | Iterable[str] = "", include_timm: bool = False) -> list[str]:
     """The sorted names of refold's networks, and with ``include_timm`` of timm's too.
 
-    ``pattern`` is a shell-style wildcard such as ``repghost*``, or several; empty for all.
+    ``pattern`` is a shell-style wildcard such as ``repghost*``, or several; empty for all. One with a slash, such as
+    ``dense/repghost*``, asks for detectors and segmenters by head and backbone.
 
     Examples:
         >>> import refold
@@ -118,13 +120,17 @@ def list_models(pattern: str | Iterable[str] = "", include_timm: bool = False) -
     if include_timm:
         names.update(name for name in timm.list_models() if not name.startswith(TIMM_PREFIX))
     patterns = [pattern] if isinstance(pattern, str) else list(pattern)
+    if any("/" in each for each in patterns):
+        names |= {f"{head}/{name}" for head in HEADS for name in names}
     return sorted(name for name in names if any(fnmatch.fnmatch(name, each or "*") for each in patterns))
 
 
 def create_model(name: str, pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """Build a network by name, in training form: refold's where it has one, else timm's.
 
-    A name with a tag, such as ``repvgg_a0.rvgg_in1k``, is always timm's. The keywords are timm's:
+    ``HEAD/BACKBONE`` is a detector (dense, retinanet, yolov3) or a segmenter (lraspp, deeplab, fpn) on any of them;
+    ``pretrained`` is its backbone's then, and the keywords are the head's (`refold.models.composed.HEADS`) or the
+    backbone's. A name with a tag, such as ``repvgg_a0.rvgg_in1k``, is always timm's. The keywords are timm's:
     ``num_classes``, ``in_chans``, ``drop_rate``, ``global_pool``, ``features_only``, ``out_indices``,
     ``output_stride``, ``pretrained_cfg_overlay`` ...; one that is None counts as not given. ``pretrained`` loads the
     published weights. The network remembers how it was built in ``architecture``, a dictionary of
@@ -143,6 +149,8 @@ def create_model(name: str, pretrained: bool = False, **kwargs: Any) -> nn.Modul
     """
     kwargs = {key: value for key, value in kwargs.items() if value is not None}
     architecture = _architecture(name, kwargs)
+    if is_composed(name):
+        return _remembering(build_composed(name, create_model, pretrained=pretrained, **kwargs), architecture)
     is_own = name in _NETWORKS
     if not is_own:
         _check_timm_name(name)
@@ -157,6 +165,10 @@ def create_model(name: str, pretrained: bool = False, **kwargs: Any) -> nn.Modul
         if not pretrained or isinstance(error, TypeError):
             raise  # not the weights' fault
         raise loading_failure(name, error) from error
+    return _remembering(network, architecture)
+
+
+def _remembering(network: nn.Module, architecture: dict[str, Any] | None) -> nn.Module:
     if architecture is not None:
         network.architecture = architecture  # type: ignore[assignment]  # a plain attribute, as timm sets them
     return network
@@ -218,6 +230,8 @@ def declared_arguments(name: str) -> frozenset[str]:
 
     Raises ``UnknownModel`` where nobody has the name.
     """
+    if is_composed(name):
+        return head_named(name).arguments | declared_arguments(name.partition("/")[2])
     if name in _NETWORKS:
         network: type = _NETWORKS[name][0]
     else:

@@ -7,7 +7,7 @@ import hashlib
 import json
 import re
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader
 
 from refold.errors import InputError
 from refold.files import make_folder, written_aside
-from refold.training.batches import Batch, Collate, SeededImages, chance_in
+from refold.training.batches import Batch, Collate, SeededImages, Transform
 from refold.training.images import Images
 from refold.training.pictures import Source
 from refold.training.progress import progress
@@ -45,7 +45,7 @@ class Questions:
 
     images: Images
     classes: int
-    prepare: Callable[[Image.Image], Tensor]
+    prepare: Transform
     collate: Collate
     preprocessing: dict[str, Any]
     recipe: Recipe
@@ -73,11 +73,11 @@ class TeacherCache:
 
     A file belongs to one teacher, with its weights, and one preparation of the images; in it answers are found by what
     an image holds. So another teacher, another image size and changed images are asked anew, and nothing else is.
-    Raises `InputError` where the recipe changes images from epoch to epoch, or asks for the teacher's features.
+    ``changing`` are the values of the recipe that change images from epoch to epoch.
+    Raises `InputError` where there are such, or the recipe asks for the teacher's features.
     """
 
-    def __init__(self, folder: Path, recipe: Recipe, mirror: bool, console: Console) -> None:
-        changing = chance_in(recipe, mirror)
+    def __init__(self, folder: Path, recipe: Recipe, changing: Sequence[str], console: Console) -> None:
         if changing:
             raise InputError(
                 f"The teacher's answers cannot be kept: {', '.join(changing)} of the recipe make each epoch's images "

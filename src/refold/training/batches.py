@@ -10,35 +10,34 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from PIL import Image
-from timm.data import create_transform
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
-from torchvision import transforms as torchvision_transforms
 
 from refold.errors import InputError
 from refold.training.images import Images
 from refold.training.pictures import read_image
-from refold.training.recipe import Recipe
 
 Key = tuple[int, int]
 """An epoch, and the index of an image."""
 
 
 class Batch(NamedTuple):
-    """Images ``(n, 3, height, width)`` float32, classes ``(n,)`` int64, and what could not be read.
+    """Images ``(n, 3, height, width)`` float32, their targets as their task has them, and what could not be read.
 
     ``indices`` ``(n,)`` int64 are the places of the images among all.
     """
 
     images: Tensor
-    targets: Tensor
+    targets: Any
     unreadable: list[str]
     indices: Tensor
 
 
-Example = tuple[Tensor | None, int, str, int]
-"""An image, or None for one that could not be read; its class; the message of what could not be read; its place."""
+Example = tuple[Tensor | None, Any, str, int]
+"""An image, or None for one that could not be read; its target; the message of what could not be read; its place."""
 
+Transform = Callable[[Image.Image, Any], tuple[Tensor, Any]]
+"""From an image and its target to a prepared one; raises `InputError` where a target does not belong to its image."""
 
 Collate = Callable[[Sequence[Example]], Batch]
 
@@ -49,7 +48,7 @@ class SeededImages(Dataset[Example]):
     An unreadable image is None, with the message that names it.
     """
 
-    def __init__(self, images: Images, transform: Callable[[Image.Image], Tensor], seed: int) -> None:
+    def __init__(self, images: Images, transform: Transform, seed: int) -> None:
         self.images = images
         self.transform = transform
         self.seed = seed
@@ -71,10 +70,11 @@ class SeededImages(Dataset[Example]):
         target = self.images.targets[index]
         try:
             image = read_image(self.images.sources[index])
+            reseed(self.seed, epoch, index)
+            prepared, target = self.transform(image, target)
         except InputError as error:
             return None, target, str(error), index
-        reseed(self.seed, epoch, index)
-        return self.transform(image), target, "", index
+        return prepared, target, "", index
 
 
 class EpochBatches(Sampler[list[Key]]):
@@ -111,13 +111,13 @@ class EpochBatches(Sampler[list[Key]]):
             yield [(self.epoch, index) for index in batch[self.rank :: self.processes]]
 
 
-def collate_classes(examples: Sequence[Example]) -> Batch:
-    """Stack the images that could be read, and the numbers of their classes."""
+def collate(examples: Sequence[Example]) -> Batch:
+    """Stack the images that could be read, beside a list of their targets."""
     images = [example[0] for example in examples if example[0] is not None]
     readable = [example for example in examples if example[0] is not None]
     return Batch(
         torch.stack(images) if images else torch.empty(0, 3, 1, 1),
-        torch.tensor([target for _, target, _, _ in readable], dtype=torch.int64),
+        [target for _, target, _, _ in readable],
         [message for image, _, message, _ in examples if image is None],
         torch.tensor([index for _, _, _, index in readable], dtype=torch.int64),
     )
@@ -125,14 +125,14 @@ def collate_classes(examples: Sequence[Example]) -> Batch:
 
 def training_loader(
     images: Images,
-    transform: Callable[[Image.Image], Tensor],
+    transform: Transform,
     batch_size: int,
     *,
     seed: int,
     workers: int,
     rank: int = 0,
     processes: int = 1,
-    collate: Collate = collate_classes,
+    collate: Collate = collate,
 ) -> DataLoader[Any]:
     """Shuffled and augmented batches of `SeededImages`; ``batch_size`` counts all processes.
 
@@ -149,13 +149,13 @@ def training_loader(
 
 def held_out_loader(
     images: Images,
-    transform: Callable[[Image.Image], Tensor],
+    transform: Transform,
     batch_size: int,
     *,
     workers: int,
     rank: int = 0,
     processes: int = 1,
-    collate: Collate = collate_classes,
+    collate: Collate = collate,
 ) -> DataLoader[Any]:
     """All held-out images in order, each once over all processes; ``collate`` is that of `training_loader`."""
     keys = [(0, index) for index in range(rank, len(images), processes)]
@@ -167,64 +167,6 @@ def held_out_loader(
         num_workers=workers,
         persistent_workers=workers > 0,
     )
-
-
-def recipe_transforms(
-    recipe: Recipe, preprocessing: dict[str, Any], mirror: bool
-) -> tuple[Callable[[Image.Image], Tensor], Callable[[Image.Image], Tensor]]:
-    """timm's transforms for training, as the recipe says, and for measuring, as the preprocessing says.
-
-    ``mirror`` False keeps images from being mirrored whatever the recipe says.
-    """
-    shared: dict[str, Any] = {
-        "input_size": tuple(preprocessing["input_size"]),
-        "interpolation": preprocessing["interpolation"],
-        "mean": tuple(preprocessing["mean"]),
-        "std": tuple(preprocessing["std"]),
-    }
-    flip = recipe.horizontal_flip if mirror else 0.0
-    first, second, last = create_transform(
-        is_training=True,
-        separate=True,
-        scale=recipe.crop_scale,
-        ratio=recipe.crop_ratio,
-        hflip=flip,
-        color_jitter=recipe.color_jitter or None,
-        auto_augment=recipe.auto_augment,
-        re_prob=recipe.random_erasing,
-        re_mode="pixel",
-        **shared,
-    )
-    if recipe.crop_padding is not None:
-        first = torchvision_transforms.Compose(
-            [
-                torchvision_transforms.Resize((recipe.image_size, recipe.image_size)),
-                torchvision_transforms.RandomCrop(recipe.image_size, padding=recipe.crop_padding),
-                torchvision_transforms.RandomHorizontalFlip(flip),
-            ]
-        )
-    training = torchvision_transforms.Compose([first, second, last])
-    measuring = create_transform(is_training=False, crop_pct=preprocessing["crop_pct"], **shared)
-    return training, measuring
-
-
-def chance_in(recipe: Recipe, mirror: bool) -> list[str]:
-    """The recipe's values that make an image another one in each epoch; none, and it is always the same.
-
-    ``mirror`` is that of `recipe_transforms`.
-    """
-    cut = recipe.crop_padding
-    crops = cut is None and (recipe.crop_scale != (1.0, 1.0) or recipe.crop_ratio != (1.0, 1.0))
-    found = {
-        "crop_padding": cut,
-        "crop_scale, crop_ratio": crops,
-        "horizontal_flip": mirror and recipe.horizontal_flip,
-        **{
-            key: getattr(recipe, key)
-            for key in ("color_jitter", "auto_augment", "random_erasing", "mixup", "cutmix")
-        },
-    }
-    return [key for key, value in found.items() if value]
 
 
 @contextmanager

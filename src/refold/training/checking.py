@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import re
-from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,13 +14,13 @@ from torch import nn
 
 from refold.errors import InputError, RecipeError, RefoldError, first_line
 from refold.targets import weights_file
-from refold.training.batches import recipe_transforms
 from refold.training.images import LabelledImages
 from refold.training.module import make_optimizer
 from refold.training.pictures import sizes_of
 from refold.training.progress import tell
 from refold.training.recipe import Recipe
 from refold.training.settings import STATE, Settings
+from refold.training.tasks.classification import recipe_transforms
 
 # A network that takes an image of this side takes a larger one, too, only later.
 _LARGEST_TRIED = 512
@@ -105,8 +104,10 @@ def describe_start(
 ) -> None:
     """Say what is trained, what it starts from, on what, and how."""
     _, height, width = preprocessing["input_size"]
-    recipe, names, counts = settings.recipe.recipe, images.class_names, Counter(images.training.targets)
-    shown = ", ".join(f"{name} {counts[index]:,}" for index, name in enumerate(names[:_NAMED]))
+    recipe, names, counts = settings.recipe.recipe, images.class_names, images.count_training()
+    shown = ", ".join(
+        f"{name} {counts[index]:,}" if counts else name for index, name in enumerate(names[:_NAMED])
+    )
     sizes = sizes_of(images.training.sources[:: max(1, len(images.training) // _LOOKED_AT)])
     usual = " x ".join(map(str, sizes.most_common(1)[0][0])) if sizes else "unknown"
     epochs = "1 epoch" if recipe.epochs == 1 else f"{recipe.epochs} epochs"

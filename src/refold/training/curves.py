@@ -11,8 +11,12 @@ from matplotlib.ticker import MaxNLocator
 
 from refold.files import PathLike, written_aside
 
+WEIGHTS = ("trained", "average")
 
-def draw_curves(path: PathLike, title: str, rows: Sequence[Mapping[str, Any]], score: str) -> None:
+
+def draw_curves(
+    path: PathLike, title: str, rows: Sequence[Mapping[str, Any]], score: str, score_title: str
+) -> None:
     """Draw losses, the held-out ``score`` and the learning rate over the epochs, from the rows of the history.
 
     Raises `InputError` where ``path`` cannot be written.
@@ -24,12 +28,14 @@ def draw_curves(path: PathLike, title: str, rows: Sequence[Mapping[str, Any]], s
     keys = list(rows[0])
     panels = {
         "loss": [key for key in keys if key == "loss" or key.startswith("held_out_loss_")],
-        f"held-out {score} (%)": [key for key in keys if key.startswith(f"held_out_{score}_")],
+        f"held-out {score_title} (%)": [
+            key for key in keys if key in {f"held_out_{score}_{weights}" for weights in WEIGHTS}
+        ],
         "learning rate": ["learning_rate"],
     }
     for axes, (label, shown) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
         for key in shown:
-            factor = 100 if score in key else 1
+            factor = 100 if label.endswith("(%)") else 1
             name = "training" if key == "loss" else key.rpartition("_")[2] + " weights, held out"
             axes.plot(epochs, [factor * row[key] for row in rows], label=name, marker=".", linewidth=1.2)
         axes.set(xlabel="epoch", ylabel=label)

@@ -6,15 +6,17 @@ import os
 from itertools import islice
 from pathlib import Path
 
-import numpy as np
 from PIL import Image
-from sklearn.datasets import load_digits
 from torchvision.datasets import CIFAR10, CIFAR100
 
 from refold.errors import InputError
+from refold.models.composed import is_composed, task_of
+from refold.training.digits import bundled_digits, digit_scenes
 from refold.training.folders import class_folders
-from refold.training.images import Images, LabelledImages, hold_out_share
-from refold.training.pictures import SUFFIXES, Source, sizes_of
+from refold.training.images import Images, LabelledImages
+from refold.training.labelled import open_labelled
+from refold.training.pictures import SUFFIXES, sizes_of
+from refold.training.recipe import list_recipes
 
 # Short sides, in pixels, up to which pictures count as small; a few dozen of the first are looked at.
 _SMALL = 64
@@ -26,25 +28,16 @@ _CIFAR_FOLDERS = {dataset.base_folder: dataset for dataset in (CIFAR10, CIFAR100
 READER_PREFIXES = ("hfds", "hfids", "wds")
 
 
-def bundled_digits(seed: int = 0) -> LabelledImages:
-    """The 1,797 handwritten digits (8 x 8, grey) that scikit-learn bundles, a fifth of each held out."""
-    digits = load_digits()
-    pictures = (digits.images * (255 / 16)).round().astype(np.uint8)
-    sources: list[Source] = [Image.fromarray(picture).convert("RGB") for picture in pictures]
-    names = [str(name) for name in digits.target_names]
-    return hold_out_share(
-        "handwritten digits (scikit-learn)", names, sources, digits.target.tolist(), seed, mirror=False
-    )
-
-
-def open_data(data: str, seed: int = 0) -> LabelledImages:
+def open_data(data: str, seed: int = 0, task: str | None = None) -> LabelledImages:
     """The images that ``data`` names: "digits", a folder of CIFAR as distributed, or class folders.
 
+    Images with boxes (COCO's JSON, YOLO's text files, Pascal VOC's XML) and with masks are recognised by what lies in
+    the folder; ``task`` ("classify", "detect" or "segment") says which where that is not clear.
     With one of timm's prefixes, ``hfds/``, ``hfids/`` or ``wds/``, they are those of `readers.open_reader`.
     Raises `InputError` where they cannot be used.
     """
     if data == "digits":
-        return bundled_digits(seed)
+        return digit_scenes(seed) if task == "detect" else bundled_digits(seed)
     if data.partition("/")[0] in READER_PREFIXES and "/" in data:
         from refold.training.readers import open_reader  # needs what not everybody has
 
@@ -53,14 +46,30 @@ def open_data(data: str, seed: int = 0) -> LabelledImages:
     for folder, dataset in _CIFAR_FOLDERS.items():
         if root.name == folder or (root / folder).is_dir():
             return _cifar(root.parent if root.name == folder else root, dataset)
+    labelled = None if task == "classify" else open_labelled(root, seed, task)
+    if labelled is not None:
+        return labelled
+    if task not in (None, "classify"):
+        kinds = {
+            "detect": "boxes: COCO's JSON, YOLO's labels with a data.yaml, or Pascal VOC's Annotations",
+            "segment": "masks: folders of images and masks, or Pascal VOC's SegmentationClass",
+        }
+        raise InputError(f"'{data}' holds no {kinds[task]}.")
     return class_folders(root, seed)
 
 
-def fitting_recipe(data: str | None, *, from_weights: bool) -> str:
+def fitting_recipe(data: str | None, *, from_weights: bool, network: str = "") -> str:
     """The recipe for images when none is named: by their size, and by whether training starts from weights.
 
-    Without ``data`` they are taken for photos.
+    Without ``data`` they are taken for photos. The ``network`` decides where it is a detector or a segmenter.
     """
+    head = network.partition("/")[0]
+    if is_composed(network) and task_of(network) != "classify":
+        return (
+            head
+            if head in list_recipes()
+            else {"detect": "dense", "segment": "segmentation"}[task_of(network)]
+        )
     if data is not None and _are_small(data):
         return "small_images"
     return "finetune" if from_weights else "photos"

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from refold.errors import InputError
+from refold.models.backbone import Backbone
 
 
 def divergence(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
@@ -28,11 +29,9 @@ def divergence(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Te
     return temperature**2 * loss
 
 
-def distillation_loss(
-    cross_entropy: Tensor, student: Tensor, teacher: Tensor, alpha: float, temperature: float
-) -> Tensor:
-    """(1 − α) cross-entropy + α divergence (GhostNetV3, eq. 3)."""
-    return (1 - alpha) * cross_entropy + alpha * divergence(student, teacher, temperature)
+def distillation_loss(loss: Tensor, divergence: Tensor, alpha: float) -> Tensor:
+    """(1 − α) loss + α divergence (GhostNetV3, eq. 3)."""
+    return (1 - alpha) * loss + alpha * divergence
 
 
 def feature_loss(student: Tensor, teacher: Tensor) -> Tensor:
@@ -58,10 +57,10 @@ def _relative_distances(features: Tensor) -> Tensor:
 class FeatureLosses(nn.Module):
     """The recipe's feature and relation losses, of what the classifiers of student and teacher read.
 
-    Where the two widths differ, a linear ``projection`` of the student's features learns along; it is no part of the
-    student. ``attach`` comes once the networks are those that train; then each call gives the loss of the last batch
-    that both have seen.
-    Raises `InputError` where a network has no linear classifier to look before.
+    Of detectors and segmenters they are the last maps of the backbones. Where the two widths differ, a linear
+    ``projection`` of the student's features learns along; it is no part of the student. ``attach`` comes once the
+    networks are those that train; then each call gives the loss of the last batch that both have seen. Raises
+    `InputError` where a network has no linear classifier to look before.
     """
 
     def __init__(
@@ -70,18 +69,26 @@ class FeatureLosses(nn.Module):
         super().__init__()
         self.feature_weight = feature_weight
         self.relation_weight = relation_weight
-        widths = [_linear_classifier(net).in_features for net in (student, teacher)]
+        widths = [_feature_width(net) for net in (student, teacher)]
         same = widths[0] == widths[1] or not feature_weight
         self.projection = nn.Identity() if same else nn.Linear(widths[0], widths[1], bias=False)
         self._seen: dict[str, Tensor] = {}
 
     def attach(self, student: nn.Module, teacher: nn.Module) -> None:
-        """Look at what passes into the classifiers from now on."""
+        """Look at what passes into the classifiers, or out of the backbones, from now on."""
         for name, net in (("student", student), ("teacher", teacher)):
-            _linear_classifier(net).register_forward_pre_hook(partial(self._look, name))
+            backbone = getattr(net, "backbone", None)
+            if isinstance(backbone, Backbone):
+                backbone.register_forward_hook(partial(self._look_at_maps, name))
+            else:
+                _linear_classifier(net).register_forward_pre_hook(partial(self._look, name))
 
     def _look(self, name: str, classifier: nn.Module, inputs: tuple[Tensor]) -> None:
         self._seen[name] = inputs[0]
+
+    def _look_at_maps(self, name: str, backbone: nn.Module, inputs: Any, maps: list[Tensor]) -> None:
+        # A row of channels for each place; those of all images together are the features of the batch.
+        self._seen[name] = maps[-1].flatten(2).transpose(1, 2)
 
     def forward(self) -> Tensor:
         student, teacher = self._seen.pop("student"), self._seen.pop("teacher")
@@ -89,8 +96,15 @@ class FeatureLosses(nn.Module):
         if self.feature_weight:
             loss = loss + self.feature_weight * feature_loss(self.projection(student), teacher)
         if self.relation_weight:
-            loss = loss + self.relation_weight * relation_loss(student, teacher)
+            # Of maps, the mean of an image.
+            means = (value.mean(1) if value.dim() == 3 else value for value in (student, teacher))
+            loss = loss + self.relation_weight * relation_loss(*means)
         return loss
+
+
+def _feature_width(net: nn.Module) -> int:
+    backbone = getattr(net, "backbone", None)
+    return backbone.channels[-1] if isinstance(backbone, Backbone) else _linear_classifier(net).in_features
 
 
 def _linear_classifier(net: nn.Module) -> nn.Linear:

@@ -11,6 +11,7 @@ from typing import Any
 
 import psutil
 import torch
+from lightning.fabric.utilities import move_data_to_device
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
@@ -166,11 +167,19 @@ def _batch(
     batch: Batch = next(iter(loader))
     seconds = (time.perf_counter() - start) * size / part
     repeats = -(-size // len(batch.images))
-    return batch._replace(
-        images=batch.images.repeat(repeats, 1, 1, 1)[:size].to(device),
-        targets=batch.targets.repeat(repeats)[:size].to(device),
-        indices=batch.indices.repeat(repeats)[:size],
-    ), seconds
+    repeated = Batch(
+        batch.images.repeat(repeats, 1, 1, 1)[:size],
+        _repeated(batch.targets, repeats, size),
+        batch.unreadable,
+        batch.indices.repeat(repeats)[:size],
+    )
+    return move_data_to_device(repeated, device), seconds
+
+
+def _repeated(targets: Any, repeats: int, size: int) -> Any:
+    if isinstance(targets, Tensor):
+        return targets.repeat(repeats, *[1] * (targets.dim() - 1))[:size]
+    return (targets * repeats)[:size]
 
 
 def _validate(
@@ -187,8 +196,7 @@ def _validate(
         batches = held_out_loader(sample.held_out, module.measure, 32, workers=0, collate=module.task.collate)
         for number, batch in enumerate(batches):
             if len(batch.images):
-                on_device = batch._replace(images=batch.images.to(device), targets=batch.targets.to(device))
-                module.validation_step(on_device, number)
+                module.validation_step(move_data_to_device(batch, device), number)
                 count += len(batch.images)
     return (_now(device) - start) / max(count, 1)
 

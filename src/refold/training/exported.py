@@ -10,6 +10,7 @@ from torch import Tensor
 from refold.errors import InputError
 from refold.export.metadata import Description, Preprocessing
 from refold.export.opening import ExportedFile, open_exported
+from refold.training.finding import Finder
 from refold.training.predicting import ImagePredictor, completed, named_classes
 from refold.training.settings import CARD
 
@@ -49,6 +50,35 @@ def exported_classifier(path: Path, threads: int | None = None) -> ImagePredicto
     ).probed()
 
 
+def exported_predictor(path: Path, threshold: float, threads: int | None = None) -> ImagePredictor | Finder:
+    """A predictor of an exported classifier, detector or segmenter, by what the file says that it gives.
+
+    Raises `InputError` where `exported_classifier` does, and for a detector that was exported without its boxes.
+    """
+    file = open_exported(path, threads=threads)
+    kind = file.description.output
+    if kind == "maps":
+        raise InputError(
+            f"'{path}' gives the maps of a detector, not boxes; export it again with --detections."
+        )
+    if kind not in ("detections", "segmentation"):
+        return exported_classifier(path, threads)
+    title, notes = f"'{path}'", list[str]()
+    description = _filled(file.description, path, notes)
+    if description.preprocessing is None:
+        raise InputError(f"{title} does not say how its images are prepared; export the network again.")
+    return Finder(
+        title,
+        file.run,
+        completed(_of_its_size(description, description.preprocessing, title), title, notes),
+        description.class_names,
+        kind == "segmentation",
+        threshold,
+        description.batch,
+        notes,
+    )
+
+
 def _filled(description: Description, path: Path, notes: list[str]) -> Description:
     """The description with what the card of a run beside the file says and the file does not."""
     card = path.with_name(CARD)
@@ -83,6 +113,8 @@ def _of_its_size(description: Description, preprocessing: Preprocessing, title: 
     if port is None or len(port.shape) != 4:
         return preprocessing
     size = tuple(port.shape[1:])
+    if any(isinstance(side, str) for side in size):
+        return preprocessing  # any will do
     if preprocessing.input_size not in (None, size):
         raise InputError(
             f"{title} takes images of {size}, but says that they are prepared as {preprocessing.input_size} "

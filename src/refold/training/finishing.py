@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
 
@@ -52,26 +53,26 @@ def finish(
     save(plain, folder / PLAIN)
     write_text(folder / REPORT, plain.fold_report.to_json())
     save_picture(plain.fold_report, folder / PICTURE, title=settings.network)
+    task = module.task
     with console.status("Exporting to ONNX, and running the file against PyTorch"):
-        exported = export(plain, folder / ONNX, example)
+        exported = export(plain, folder / ONNX, example, **task.export_options)
     with console.status("Asking each form about the held-out images"):
         session = get_engine("onnxruntime").open(folder / ONNX, threads=settings.threads)
-        reference, truth = _network_answers(net, module)
-        plain_answers, _ = _network_answers(plain, module)
-        onnx_answers, _ = _answers(lambda batch: session(batch)[0], module)
-    draw_curves(folder / CURVES, f"{settings.network}, {images.title}", keeper.rows, module.task.score)
+        compared = _compared(module, [net, plain], session)
+    curves = f"{settings.network}, {images.title}"
+    draw_curves(folder / CURVES, curves, keeper.rows, task.score, task.score_title)
     assert keeper.best is not None
-    score_of = module.task.score_of
     names = [MODEL_CARD, TRAINING, PLAIN, ONNX, REPORT, PICTURE, CARD, HISTORY, CURVES]
     result = Result(
         best=keeper.best,
         epochs=len(keeper.rows),
-        training_accuracy=score_of(reference, truth),
-        plain_accuracy=score_of(plain_answers, truth),
-        onnx_accuracy=score_of(onnx_answers, truth),
-        same_answers=int((plain_answers == reference).sum()),
-        onnx_same_answers=int((onnx_answers == reference).sum()),
-        held_out_images=len(truth),
+        score=task.score_title,
+        training_score=compared.scores[0],
+        plain_score=compared.scores[1],
+        onnx_score=compared.scores[2],
+        same_answers=compared.same[1],
+        onnx_same_answers=compared.same[2],
+        held_out_images=compared.images,
         unreadable=list(unreadable.messages),
         proof=plain.fold_report.proof.to_dict(),
         export_difference=exported.max_difference,
@@ -79,6 +80,7 @@ def finish(
     )
     card = {
         **provenance(settings, images, keeper.best, unreadable),
+        "task": task.name,
         "class_names": images.class_names,
         "preprocessing": module.preprocessing,
         "result": dataclasses.asdict(result),
@@ -105,23 +107,38 @@ def provenance(
     }
 
 
-def _network_answers(net: nn.Module, module: TrainingModule) -> tuple[Tensor, Tensor]:
-    device = module.trainer.strategy.root_device
-    net.eval().to(device)
-    answers = _answers(lambda batch: net(batch.to(device)), module)
-    net.cpu()
-    return answers
+@dataclass(frozen=True)
+class _Compared:
+    """The scores of the forms, and about how many images each answers as the first does."""
+
+    scores: list[float]
+    same: list[int]
+    images: int
 
 
-def _answers(run: Callable[[Tensor], Tensor], module: TrainingModule) -> tuple[Tensor, Tensor]:
-    """The answers about the held-out images and what would be right, as the task has them."""
-    answers, truth = [], []
+def _compared(
+    module: TrainingModule, nets: Sequence[nn.Module], session: Callable[..., list[Tensor]]
+) -> _Compared:
+    """Ask networks, and then an exported file, about the held-out images."""
+    device, task = module.trainer.strategy.root_device, module.task
+    for net in nets:
+        net.eval().to(device)
+    measures = [task.measures().to(device) for _ in (*nets, session)]
+    same, images = [0] * len(measures), 0
     batches = held_out_loader(
-        module.images.held_out, module.measure, 128, workers=module.workers, collate=module.task.collate
+        module.images.held_out, module.measure, 64, workers=module.workers, collate=task.collate
     )
     with torch.inference_mode():
         for batch in batches:
-            if len(batch.images):
-                answers.append(module.task.answers(run(batch.images)).cpu())
-                truth.append(batch.targets)
-    return torch.cat(answers), torch.cat(truth)
+            if not len(batch.images):
+                continue
+            outputs = [net(batch.images.to(device)) for net in nets]
+            answers = [task.answers(net, found, batch) for net, found in zip(nets, outputs, strict=True)]
+            answers.append(task.answers_of_file(session(batch.images), batch))
+            for index, found in enumerate(answers):
+                measures[index].update(found, batch.targets)
+                same[index] += sum(map(task.same, found, answers[0]))
+            images += len(batch.images)
+    for net in nets:
+        net.cpu()
+    return _Compared([each.compute()[task.score] for each in measures], same, images)

@@ -15,9 +15,9 @@ from refold.training.images import Images, LabelledImages, hold_out_share
 from refold.training.pictures import SUFFIXES, LeftOut, Source, find_pictures, is_no_data
 
 # What the folders of a split are called, bare of case, separators and of "set", "data", "images" or "split" behind.
-_TRAINING = ("train", "training", "trn")
-_VALIDATION = ("val", "valid", "validation", "eval", "evaluation", "dev", "development", "heldout", "holdout")
-_TEST = ("test", "testing", "tst")
+TRAINING = ("train", "training", "trn")
+VALIDATION = ("val", "valid", "validation", "eval", "evaluation", "dev", "development", "heldout", "holdout")
+TEST = ("test", "testing", "tst")
 _BEHIND = re.compile(r"(sets?|data|images?|imgs?|split|samples?)$")
 # Folders between a class and its images that say nothing of classes.
 _PLAIN = {
@@ -75,8 +75,8 @@ def _split_of(root: Path) -> tuple[Path, Path | None, list[str]]:
     """The folder to train on, the one to measure on if there is one, and what is to be said of the choice."""
     folders = _folders(root)
     training, validation, test = (
-        [folder for folder in folders if _bare(folder.name) in names]
-        for names in (_TRAINING, _VALIDATION, _TEST)
+        [folder for folder in folders if bare_name(folder.name) in names]
+        for names in (TRAINING, VALIDATION, TEST)
     )
     if not training and (validation or test) and all(map(_holds_classes, validation + test)):
         names = [f"'{folder.name}'" for folder in validation + test]
@@ -103,7 +103,8 @@ def _split_of(root: Path) -> tuple[Path, Path | None, list[str]]:
     return training[0], held_out, notes
 
 
-def _bare(name: str) -> str:
+def bare_name(name: str) -> str:
+    """The name of a folder without case, separators, numbers, and "set", "data" or "images" behind."""
     letters = re.sub(r"[^a-z]", "", name.lower())
     return _BEHIND.sub("", letters) or letters
 
@@ -184,8 +185,8 @@ def _check_classes(root: Path, folders: list[Path]) -> None:
             "of images a class, or with 'train' and 'val' that hold them."
         )
     for folder, names in zip(folders, inside, strict=True):
-        bare = {_bare(name) for name in names}
-        if bare & {*_TRAINING} and bare & {*_VALIDATION, *_TEST}:
+        bare = {bare_name(name) for name in names}
+        if bare & {*TRAINING} and bare & {*VALIDATION, *TEST}:
             raise InputError(
                 f"The class folder '{folder}' holds a split of its own ({some(sorted(names))}); give a folder with "
                 "'train' and 'val' that hold one folder of images a class."

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 from sklearn.model_selection import train_test_split
@@ -15,14 +16,15 @@ from refold.errors import InputError
 from refold.training.pictures import Source, read_image
 
 HELD_OUT_SHARE = 0.2
+LABELLED = "#"
 
 
 @dataclass(frozen=True)
 class Images:
-    """Images, each in memory, a file or inside something larger, with the index of its class."""
+    """Images, each in memory, a file or inside something larger, with the index of its class or its labels."""
 
     sources: Sequence[Source]
-    targets: Sequence[int]
+    targets: Sequence[Any]
 
     def __len__(self) -> int:
         return len(self.sources)
@@ -32,9 +34,10 @@ class Images:
 class LabelledImages:
     """Training images and held-out images of the same classes.
 
-    ``mirror`` says whether a mirrored image still belongs to its class. ``notes`` are sentences on what was left out or
-    guessed; ``root`` is the folder that the images lie in, if they do; ``is_drawn`` says that the held-out images were
-    drawn by a seed.
+    ``task`` is what they are for, by the name of a `refold.training.tasks.Task`: with "classify" each has a class, else
+    `labels.Labels`. ``mirror`` says whether a mirrored image still belongs to its class. ``notes`` are sentences on
+    what was left out or guessed; ``root`` is the folder that the images lie in, if they do; ``is_drawn`` says that the
+    held-out images were drawn by a seed.
     """
 
     title: str
@@ -45,6 +48,28 @@ class LabelledImages:
     notes: tuple[str, ...] = ()
     root: Path | None = None
     is_drawn: bool = False
+    task: str = "classify"
+
+    @property
+    def keeps_size(self) -> bool:
+        """Whether what belongs to an image is for the size that it has."""
+        return self.task != "classify"
+
+    def count_training(self) -> Counter[int]:
+        """In how many training images each class occurs, where that is known without reading files."""
+        counts: Counter[int] = Counter()
+        for target in self.training.targets:
+            if isinstance(target, int) or target.is_in_memory:
+                counts.update(self.classes_of(target).keys())
+        return counts
+
+    def label_of(self, target: Any) -> str:
+        """The name of a class, or `LABELLED` and the fingerprint of labels."""
+        return self.class_names[target] if isinstance(target, int) else LABELLED + target.fingerprint()
+
+    def classes_of(self, target: Any) -> Counter[int]:
+        """How often each class occurs in an image."""
+        return Counter([target]) if isinstance(target, int) else target.numbers()
 
 
 def hold_out_share(
@@ -85,7 +110,41 @@ def hold_out_share(
     )
 
 
-def _pick(sources: Sequence[Source], targets: Sequence[int], indices: Iterable[int]) -> Images:
+def hold_out_labelled(
+    title: str,
+    class_names: list[str],
+    sources: Sequence[Source],
+    targets: Sequence[Any],
+    seed: int,
+    *,
+    task: str,
+    notes: Sequence[str] = (),
+    root: Path | None = None,
+) -> LabelledImages:
+    """Hold out a fifth of images with labels, one at least, chosen by the seed.
+
+    Raises `InputError` where there are fewer than two.
+    """
+    if len(sources) < 2:
+        raise InputError(
+            f"'{title}' has {len(sources)} images with labels; at least two are needed, one of them to hold out."
+        )
+    count = max(1, round(HELD_OUT_SHARE * len(sources)))
+    training, held_out = train_test_split(range(len(sources)), test_size=count, random_state=seed)
+    return LabelledImages(
+        title,
+        class_names,
+        training=_pick(sources, targets, training),
+        held_out=_pick(sources, targets, held_out),
+        mirror=True,
+        notes=tuple(notes),
+        root=root,
+        is_drawn=True,
+        task=task,
+    )
+
+
+def _pick(sources: Sequence[Source], targets: Sequence[Any], indices: Iterable[int]) -> Images:
     chosen = sorted(indices)
     return Images([sources[index] for index in chosen], [targets[index] for index in chosen])
 
@@ -110,7 +169,7 @@ def read_into_memory(
             return error
 
     pictures: list[Source] = []
-    targets: list[int] = []
+    targets: list[Any] = []
     with ThreadPoolExecutor() as pool:
         try:
             for picture, target in zip(pool.map(read, images.sources), images.targets, strict=True):

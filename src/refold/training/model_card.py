@@ -6,7 +6,7 @@ import json
 import math
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -36,11 +36,26 @@ _FILES = {
     HISTORY: "losses, accuracies and learning rate of each epoch",
     CURVES: "the same, drawn",
 }
+
+
+class _Kind(NamedTuple):
+    """What a card says of a task: its page, and its names on the hub."""
+
+    template: str
+    pipeline: str
+    metric: str
+
+
+_KINDS = {
+    "classify": _Kind("model_card.md.jinja", "image-classification", "accuracy"),
+    "detect": _Kind("detection_card.md.jinja", "object-detection", "mean_average_precision"),
+    "segment": _Kind("segmentation_card.md.jinja", "image-segmentation", "mean_iou"),
+}
 _ORIGINS = {"checkpoint": "started from", "teacher": "teacher"}
 
 
 def model_card(card: Mapping[str, Any]) -> str:
-    """The page for the ``card.json`` of a run that trained a network to name classes, from nothing but that."""
+    """The page for the ``card.json`` of a run, from nothing but that."""
     environment = Environment(
         loader=PackageLoader("refold.training"),
         undefined=StrictUndefined,
@@ -52,7 +67,7 @@ def model_card(card: Mapping[str, Any]) -> str:
     preprocessing, settings = card["preprocessing"], card["settings"]
     _, height, width = preprocessing["input_size"]
     (image,), (output,) = port_names("image", 1), port_names("output", 1)
-    return environment.get_template("model_card.md.jinja").render(
+    return environment.get_template(_KINDS[card["task"]].template).render(
         card,
         front=_front_matter(card),
         height=height,
@@ -69,21 +84,22 @@ def model_card(card: Mapping[str, Any]) -> str:
 
 def _front_matter(card: Mapping[str, Any]) -> str:
     network, data, result = card["settings"]["network"], card["data"]["title"], card["result"]
-    accuracy = {
-        "type": "accuracy",
-        "name": "held-out accuracy, plain form",
-        "value": result["plain_accuracy"],
+    kind = _KINDS[card["task"]]
+    score = {
+        "type": kind.metric,
+        "name": f"held-out {result['score']}, plain form",
+        "value": result["plain_score"],
     }
     measured = {
-        "task": {"type": "image-classification"},
+        "task": {"type": kind.pipeline},
         "dataset": {"type": "imagefolder", "name": data},
-        "metrics": [accuracy],
+        "metrics": [score],
     }
     front = {
         "library_name": "refold",
-        "pipeline_tag": "image-classification",
-        "tags": ["image-classification", "refold", "onnx"],
-        "metrics": ["accuracy"],
+        "pipeline_tag": kind.pipeline,
+        "tags": [kind.pipeline, "refold", "onnx"],
+        "metrics": [kind.metric],
         "model-index": [{"name": network, "results": [measured]}],
     }
     text: str = yaml.safe_dump(front, sort_keys=False, allow_unicode=True)

@@ -13,17 +13,18 @@ from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.distributed import all_reduce
+from torch.utils._pytree import tree_map
 from torch.utils.data import DataLoader
 
 from refold.blocks.parallel.synchronised import synchronise_norms
 from refold.errors import InputError, RecipeError
 from refold.training.answers import Questions
-from refold.training.batches import Batch, held_out_loader, recipe_transforms, reseed, training_loader
+from refold.training.batches import Batch, held_out_loader, reseed, training_loader
 from refold.training.distillation import FeatureLosses
 from refold.training.images import LabelledImages
 from refold.training.measures import MeanLoss
 from refold.training.recipe import Recipe
-from refold.training.task import Task
+from refold.training.tasks import Task
 from refold.training.teaching import Teaching
 
 TRAINED, AVERAGE = "trained", "average"
@@ -80,7 +81,7 @@ class TrainingModule(LightningModule):
         # A step that is not whole, at the end of an epoch, is left out.
         self.steps = len(images.training) // self.step_images
         self.batches = self.steps * accumulate
-        self.augment, self.measure = recipe_transforms(recipe, preprocessing, images.mirror)
+        self.augment, self.measure = task.transforms(recipe, preprocessing, images.mirror)
         self.average: ModelEmaV3 | None = None
         if recipe.ema_decay is not None:
             power = _warm_up_power(recipe.ema_decay, self.steps * recipe.epochs)
@@ -89,6 +90,7 @@ class TrainingModule(LightningModule):
             ).requires_grad_(False)
         self.training_loss = MeanLoss()
         names = [TRAINED] if self.average is None else [TRAINED, AVERAGE]
+        self.held_out_losses: Any = nn.ModuleDict({name: MeanLoss() for name in names})
         self.held_out_measures: Any = nn.ModuleDict({name: task.measures() for name in names})
         self.divergences: Any = nn.ModuleDict()
         self.feature_losses: FeatureLosses | None = None
@@ -175,9 +177,9 @@ class TrainingModule(LightningModule):
         images, targets = self.task.mix(images, targets)
         images = images.contiguous(memory_format=self.memory_format)
         outputs = self.net(images)
-        loss = self.task.loss(outputs, targets)
+        loss = self.task.loss(self.net, outputs, targets)
         if self.teaching is not None:
-            loss = self.teaching.loss(loss, outputs, images, batch.indices)
+            loss = self.teaching.loss(loss, self.net, outputs, images, batch.indices)
         if self.device.type == "cpu":  # elsewhere looking at each loss would make the device wait
             self.check(float(loss.detach()))
         self.training_loss.update(loss.detach(), len(images))
@@ -200,23 +202,27 @@ class TrainingModule(LightningModule):
         if not len(batch.images):
             return
         for name in self.held_out_measures:
-            outputs = self.network(name)(batch.images).float()
-            self.held_out_measures[name].update(outputs, batch.targets)
+            net, count = self.network(name), len(batch.images)
+            outputs = tree_map(torch.Tensor.float, net(batch.images))
+            self.held_out_losses[name].update(self.task.held_out_loss(net, outputs, batch.targets), count)
+            self.held_out_measures[name].update(self.task.answers(net, outputs, batch), batch.targets)
             if self.teaching is not None:
-                distance = self.teaching.divergence(outputs, batch.images, batch_idx)
-                self.divergences[name].update(distance, len(outputs))
+                distance = self.teaching.divergence(net, outputs, batch.images, batch_idx)
+                self.divergences[name].update(distance, count)
 
     def epoch_results(self) -> dict[str, float]:
         """What the epoch gave: losses and the task's measures by name; raises `InputError` for a bad loss."""
         results = {"loss": float(self.training_loss.compute())}
         self.check(results["loss"])
         for name, measures in self.held_out_measures.items():
+            results[f"held_out_loss_{name}"] = float(self.held_out_losses[name].compute())
             for measure, value in measures.compute().items():
                 results[f"held_out_{measure}_{name}"] = value
             if self.teaching is not None:
                 results[f"held_out_divergence_{name}"] = float(self.divergences[name].compute())
-        for metric in (self.training_loss, *self.held_out_measures.values(), *self.divergences.values()):
-            metric.reset()
+        for group in (self.held_out_losses, self.held_out_measures, self.divergences):
+            for metric in (self.training_loss, *group.values()):
+                metric.reset()
         self.check(results[f"held_out_loss_{TRAINED}"])
         return results
 

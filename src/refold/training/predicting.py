@@ -7,9 +7,10 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
+from PIL import Image
 from timm.data import (
     DEFAULT_CROP_PCT,
     IMAGENET_DEFAULT_MEAN,
@@ -28,8 +29,9 @@ from refold.export.metadata import (
 )
 from refold.export.preparing import known_preprocessing
 from refold.models.classes import check_class_names
+from refold.training.drawing import draw_names
 from refold.training.pictures import read_image
-from refold.training.task import ClassificationTask
+from refold.training.tasks.classification import likeliest
 
 _BATCH = 32
 # Values of prepared images that are kept at once: a gigabyte, and where a file may take any number a quarter of it.
@@ -40,6 +42,8 @@ _MOST_VALUES = 2**28
 class Prediction:
     """The likeliest classes of one image with their probabilities, or why there are none."""
 
+    columns: ClassVar[tuple[str, ...]] = ("image", "rank", "class", "probability")
+
     image: str
     classes: list[tuple[str, float]]
     error: str | None = None
@@ -48,6 +52,19 @@ class Prediction:
         """The same as plain JSON-able values."""
         classes = [{"name": name, "probability": probability} for name, probability in self.classes]
         return {"image": self.image, "classes": classes, "error": self.error}
+
+    def line(self) -> str:
+        """The same in words."""
+        return f"{self.image}: {', '.join(f'{name} {probability:.1%}' for name, probability in self.classes)}"
+
+    def rows(self) -> list[tuple[object, ...]]:
+        """The same as rows of a table with ``columns``."""
+        return [(self.image, rank, n, f"{p:.6g}") for rank, (n, p) in enumerate(self.classes, start=1)]
+
+    def drawn(self, picture: Image.Image) -> dict[str, Image.Image]:
+        """The picture with the classes beside its upper edge."""
+        names = [f"{name} {probability:.0%}" for name, probability in self.classes]
+        return {".png": draw_names(picture, names)}
 
 
 @dataclass(frozen=True)
@@ -119,8 +136,8 @@ class ImagePredictor:
         if self.output == "probabilities" and len(rows):
             check_probabilities(rows, self.title)
         logits = rows.log() if self.output == "probabilities" else rows
-        likeliest = iter(ClassificationTask(self.class_names).likeliest(logits, top))
-        return [next(likeliest) if is_finite else None for is_finite in finite.tolist()]
+        rows_of_classes = iter(likeliest(logits, top, self.class_names))
+        return [next(rows_of_classes) if is_finite else None for is_finite in finite.tolist()]
 
     def _outputs(self, batch: Tensor) -> Tensor:
         count = len(batch)

@@ -33,15 +33,15 @@ _TINY = 1e-9
 class Recipe:
     """Everything about a training run that decides what is learnt, apart from network, data and seed.
 
-    ``batch_size`` is the number of images that one optimiser step sees, over all processes and accumulated
-    batches. ``learning_rate`` is that of ``learning_rate_batch_size`` images; `scaled_learning_rate` is what a
-    run uses. Epochs count from 0; ``milestones`` are the epochs at which a "multistep" schedule multiplies the
-    rate by ``decay_rate``; "step" does so every ``decay_epochs``. ``dropout`` and ``drop_path`` None leave the
-    network's own value. ``crop_scale`` and ``crop_ratio`` are timm's random resized crop; ``crop_padding`` pixels
-    instead pad the resized image and cut the input size out of it at random. ``auto_augment`` is a policy in timm's
-    notation, such as "original" or
-    "rand-m9-mstd0.5". ``alpha`` and ``temperature`` count only with a teacher (GhostNetV3, eq. 3 and 4), as do
-    ``feature_weight`` and ``relation_weight``, those of two losses beside eq. 3 (`distillation.feature_loss` and
+    ``batch_size`` is the number of images that one optimiser step sees, over all processes and accumulated batches.
+    ``learning_rate`` is that of ``learning_rate_batch_size`` images; `scaled_learning_rate` is what a run uses. Epochs
+    count from 0; ``milestones`` are the epochs at which a "multistep" schedule multiplies the rate by ``decay_rate``;
+    "step" does so every ``decay_epochs``. ``dropout`` and ``drop_path`` None leave the network's own value.
+    ``crop_scale`` and ``crop_ratio`` are timm's random resized crop; ``crop_padding`` pixels instead pad the resized
+    image and cut the input size out of it at random; images with boxes or masks are fitted into the input size, scaled
+    by a factor from ``resize_range``, and cut or filled up. ``auto_augment`` is a policy in timm's notation, such as
+    "original" or "rand-m9-mstd0.5". ``alpha`` and ``temperature`` count only with a teacher (GhostNetV3, eq. 3 and 4),
+    as do ``feature_weight`` and ``relation_weight``, those of two losses beside eq. 3 (`distillation.feature_loss` and
     `distillation.relation_loss`).
     """
 
@@ -71,6 +71,7 @@ class Recipe:
     crop_scale: Annotated[tuple[float, float], Option(least=_TINY, most=1)] = (0.08, 1.0)
     crop_ratio: Annotated[tuple[float, float], Option(least=0.01, most=100)] = (0.75, 4 / 3)
     crop_padding: Annotated[int | None, Option(least=0, most=4096)] = None
+    resize_range: Annotated[tuple[float, float], Option(least=0.1, most=10)] = (1.0, 1.0)
     horizontal_flip: Share = 0.5
     color_jitter: Annotated[float, Option(least=0, most=10)] = 0.0
     auto_augment: str | None = None
@@ -331,7 +332,7 @@ def _bounds(option: Option) -> str:
 
 def _check_together(recipe: Recipe, name: str) -> None:
     """Raise `RecipeError` where values that are right alone are not together."""
-    for key in ("crop_scale", "crop_ratio"):
+    for key in ("crop_scale", "crop_ratio", "resize_range"):
         least, most = getattr(recipe, key)
         if least > most:
             raise RecipeError(

@@ -63,12 +63,12 @@ def render_result(result: Result, folder: Path) -> Table:
     best = result.best
     table.add_row("best epoch", f"{best['epoch']} of {result.epochs} ({best['weights']} weights)")
     table.add_row(
-        "held-out accuracy",
-        f"training form {result.training_accuracy:.2%}, plain {result.plain_accuracy:.2%}, "
-        f"ONNX {result.onnx_accuracy:.2%}",
+        f"held-out {result.score}",
+        f"training form {result.training_score:.2%}, plain {result.plain_score:.2%}, "
+        f"ONNX {result.onnx_score:.2%}",
     )
     table.add_row(
-        "top-1 agreement",
+        "same answers",
         f"plain {result.same_answers:,}, ONNX {result.onnx_same_answers:,} of {result.held_out_images:,}",
     )
     table.add_row("proof", f"distance in float64 {result.proof['distance_float64']:.1e}")

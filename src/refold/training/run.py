@@ -26,6 +26,7 @@ from refold.bench.latency import torch_threads
 from refold.checkpoints import example_input, save
 from refold.errors import InputError
 from refold.files import remove_leftovers, write_text
+from refold.models.composed import is_composed, task_of
 from refold.training.batches import reseed
 from refold.training.callbacks import EpochRow, Keeper, LiveProgress, Unreadable
 from refold.training.checking import check_recipe, check_size, describe_start
@@ -60,7 +61,7 @@ from refold.training.settings import (
 from refold.training.split import same_split, write_split
 from refold.training.starting import build_network, fit_in_memory, preprocessing_for, ready
 from refold.training.survey import draw_sample
-from refold.training.task import task_of
+from refold.training.tasks import task_for
 from refold.training.teaching import open_teaching
 from refold.unfolding import unfold
 
@@ -126,7 +127,7 @@ def expect(settings: Settings, console: Console) -> Estimate:
     settings.check()
     check_recipe(settings.recipe.recipe)
     here = Place(0, settings.devices, settings.nodes)
-    everything = open_data(settings.data, settings.seed)
+    everything = open_data(settings.data, settings.seed, _task(settings))
     in_memory = fit_in_memory(everything, settings.recipe.recipe, here.devices)
     sample = dataclasses.replace(
         everything,
@@ -158,6 +159,11 @@ def expect(settings: Settings, console: Console) -> Estimate:
                 images=round(_pixel_bytes(sample) * factor),
                 program=program,
             )
+
+
+def _task(settings: Settings) -> str | None:
+    """What the data must be for: as it is told, or as the head of the network says."""
+    return settings.task or (task_of(settings.network) if is_composed(settings.network) else None)
 
 
 def _some(images: Images, count: int) -> Images:
@@ -207,7 +213,7 @@ def _started(settings: Settings, quiet: bool, launcher: Launcher, beginning: Beg
 
 def _trained(settings: Settings, here: Place, console: Console, beginning: Beginning) -> Result | None:
     recipe = settings.recipe.recipe
-    images = open_data(settings.data, settings.seed)
+    images = open_data(settings.data, settings.seed, _task(settings))
     notes = list(images.notes)
     if beginning.resumes and (settings.output / SPLIT).is_file():
         images, changes = same_split(images, settings.output / SPLIT, changes_allowed=beginning.data_changed)
@@ -279,12 +285,14 @@ def _module(
     recipe = settings.recipe.recipe
     if settings.channels_last:
         net = net.to(memory_format=torch.channels_last)
+    task = task_for(images, recipe)
+    task.check_network(net, settings.network)
     module = TrainingModule(
         net,
         recipe,
         images,
         preprocessing,
-        task_of(images, recipe),
+        task,
         seed=settings.seed,
         workers=settings.workers,
         accumulate=settings.accumulate,
@@ -292,7 +300,7 @@ def _module(
         sync_batch_norm=settings.sync_batch_norm,
         channels_last=settings.channels_last,
         compile=settings.compile,
-        teaching=open_teaching(settings, net, images, preprocessing, console),
+        teaching=open_teaching(settings, net, images, preprocessing, task, console),
     )
     # Lightning makes it double only after it has read the weights to go on from.
     return module.double() if settings.precision == "64-true" else module

@@ -25,6 +25,7 @@ RUN_FILES = (
 )  # fmt: skip
 
 Keep = Literal["best", "last"]
+TASKS = ("classify", "detect", "segment")
 Strategy = Literal["auto", "ddp", "ddp_find_unused_parameters_true"]
 
 Seed = Annotated[int, Option("Seed of the weights, the split and the training.", least=0, most=2**32 - 1)]
@@ -34,27 +35,34 @@ Threads = Annotated[
 ]
 
 
+def check_task(task: str | None) -> None:
+    """Raise `InputError` where there is no task of a name."""
+    if task not in (None, *TASKS):
+        raise InputError(f"There is no task '{task}'; choose {', '.join(TASKS)}.")
+
+
 @dataclass(frozen=True)
 class Settings:
     """What a run may be told, beside its recipe; the options of `refold train` and `refold distill` are made of it.
 
     ``data`` is what `refold.training.data.open_data` understands, ``network`` what `refold.targets` does, which
-    ``model_args`` (KEY=VALUE) build. ``pretrained`` takes the network's published weights to start from,
-    ``checkpoint`` holds others,
-    ``unfold`` names a plan of `refold.unfold`, ``teacher`` a network or a checkpoint to learn from; ``teacher_cache``
-    is a folder that keeps its answers (`answers.TeacherCache`).
-    ``accelerator`` and ``precision`` are those of Lightning's Trainer, ``strategy`` its name for how ``devices`` on
-    each of ``nodes`` machines train together; under torchrun those two are what it started. ``sync_batch_norm``
-    takes batch statistics over all of them. ``compile`` runs the network through `torch.compile`. ``unreadable``
-    images may be left out before it is an error. ``keep`` says which epoch's network is the result: the one that did
-    best on the held-out images, or the last. ``tensorboard`` logs each epoch for TensorBoard as well.
+    ``model_args`` (KEY=VALUE) build. ``task`` says what the data are for where they leave it open. ``pretrained`` takes
+    the network's published weights to start from, ``checkpoint`` holds others, ``unfold`` names a plan of
+    `refold.unfold`, ``teacher`` a network or a checkpoint to learn from; ``teacher_cache`` is a folder that keeps its
+    answers (`answers.TeacherCache`). ``accelerator`` and ``precision`` are those of Lightning's Trainer, ``strategy``
+    its name for how ``devices`` on each of ``nodes`` machines train together; under torchrun those two are what it
+    started. ``sync_batch_norm`` takes batch statistics over all of them. ``compile`` runs the network through
+    `torch.compile`. ``unreadable`` images may be left out before it is an error. ``keep`` says which epoch's network is
+    the result: the one that did best on the held-out images, or the last. ``tensorboard`` logs each epoch for
+    TensorBoard as well.
     """
 
     output: Annotated[Path, Option("The run's folder.", short="-o", shown_default="runs/COMMAND-TIME")]
     data: Annotated[
         str,
         Option(
-            "digits, a folder with one folder of images a class, CIFAR as distributed, wds/FOLDER or hfds/NAME.",
+            "digits, a folder with one folder of images a class, with boxes (COCO, YOLO, VOC) or masks, CIFAR as "
+            "distributed, wds/FOLDER or hfds/NAME.",
             changeable=True,
         ),
     ]
@@ -71,6 +79,14 @@ class Settings:
     ]
     model_args: Annotated[
         list[str] | None, Option("An argument that builds the network; repeatable.", metavar="KEY=VALUE")
+    ] = None
+    task: Annotated[
+        str | None,
+        Option(
+            "classify, detect or segment.",
+            shown_default="what the network is for, and else the data",
+            metavar="TASK",
+        ),
     ] = None
     pretrained: Annotated[bool, Option("Start from the published weights of the network.")] = False
     checkpoint: Annotated[str | None, Option("Weights of the network to start from.", given_as=Path)] = None
@@ -128,6 +144,7 @@ class Settings:
             raise InputError(
                 f"There is no strategy '{self.strategy}' here; choose {', '.join(get_args(Strategy))}."
             )
+        check_task(self.task)
         if self.pretrained and self.checkpoint is not None:
             raise InputError(
                 "The weights to start from come from one place; give pretrained or a checkpoint."
@@ -148,11 +165,15 @@ class QuickstartOptions:
 
     output: Annotated[Path, Option("The run's folder.", short="-o", shown_default="runs/quickstart-TIME")]
     data: Annotated[Path | None, Option("Your own images, one folder a class, instead of the digits.")] = None
+    task: Annotated[
+        str | None,
+        Option("classify, or detect: scenes of digits, or your own images with boxes.", metavar="TASK"),
+    ] = None
     epochs: Annotated[int | None, Option("Passes over the images.", shown_default="what fits the data")] = (
         None
     )
     image_size: Annotated[
-        int | None, Option("Side of the images in pixels.", shown_default="48, and 96 for photos")
+        int | None, Option("Side of the images in pixels.", shown_default="48, and 96 for photos and scenes")
     ] = None
     seed: Seed = 0
     threads: Threads = 1
@@ -160,17 +181,18 @@ class QuickstartOptions:
 
 @dataclass(frozen=True)
 class Result:
-    """What a run gave: the best epoch, held-out accuracies (shares) of each form, the proof and the files.
+    """What a run gave: the best epoch, the held-out scores (shares) of each form, the proof and the files.
 
-    ``same_answers`` counts the held-out images that the plain form answers as the training form does,
-    ``onnx_same_answers`` those that the exported file does.
+    ``score`` is what they are called. ``same_answers`` counts the held-out images that the plain form answers as the
+    training form does, ``onnx_same_answers`` those that the exported file does.
     """
 
     best: dict[str, Any]
     epochs: int
-    training_accuracy: float
-    plain_accuracy: float
-    onnx_accuracy: float
+    score: str
+    training_score: float
+    plain_score: float
+    onnx_score: float
     same_answers: int
     onnx_same_answers: int
     held_out_images: int

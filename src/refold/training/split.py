@@ -7,13 +7,14 @@ import io
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
 from refold.errors import InputError
 from refold.files import write_text
 from refold.training.contents import digest_of
-from refold.training.images import Images, LabelledImages
+from refold.training.images import LABELLED, Images, LabelledImages
 from refold.training.pictures import Source
 
 _TRAINING, _HELD_OUT = "training", "held-out"
@@ -51,8 +52,9 @@ def same_split(
     before, now = _read(path), _entries(images)
     classes = sorted({entry.class_name for entry in before.values()})
     strangers = sorted(
-        {*classes} ^ {images.class_names[t] for t in (*images.training.targets, *images.held_out.targets)}
+        {*classes} ^ {images.label_of(t) for t in (*images.training.targets, *images.held_out.targets)}
     )
+    strangers = [name for name in strangers if not name.startswith(LABELLED)]
     if strangers:
         raise InputError(
             f"The classes of '{images.title}' are no longer those that the run began with: '{strangers[0]}' is only "
@@ -81,7 +83,7 @@ def _entries(images: LabelledImages) -> dict[str, _Entry]:
     for part, members in ((_TRAINING, images.training), (_HELD_OUT, images.held_out)):
         for index, (source, target) in enumerate(zip(members.sources, members.targets, strict=True)):
             name = _name(source, images.root, f"{part} {index}")
-            entries[name] = _Entry(part, images.class_names[target], digest_of(source))
+            entries[name] = _Entry(part, images.label_of(target), digest_of(source))
     return entries
 
 
@@ -113,10 +115,12 @@ def _read(path: Path) -> dict[str, _Entry]:
 
 def _changes(before: Mapping[str, _Entry], now: Mapping[str, _Entry]) -> list[str]:
     shared = [name for name in now if name in before]
+    relabelled = [name for name in shared if before[name].class_name != now[name].class_name]
     kinds = {
         "new": [name for name in now if name not in before],
         "gone": [name for name in before if name not in now],
-        "of another class": [name for name in shared if before[name].class_name != now[name].class_name],
+        "of another class": [name for name in relabelled if not before[name].class_name.startswith(LABELLED)],
+        "with other labels": [name for name in relabelled if before[name].class_name.startswith(LABELLED)],
         "of another content": [name for name in shared if before[name].digest != now[name].digest],
     }
     return [
@@ -129,7 +133,7 @@ def _changes(before: Mapping[str, _Entry], now: Mapping[str, _Entry]) -> list[st
 
 def _part(images: LabelledImages, parts: Mapping[str, str], wanted: str) -> Images:
     sources: list[Source] = []
-    targets: list[int] = []
+    targets: list[Any] = []
     for part, members in ((_TRAINING, images.training), (_HELD_OUT, images.held_out)):
         for index, (source, target) in enumerate(zip(members.sources, members.targets, strict=True)):
             if parts[_name(source, images.root, f"{part} {index}")] == wanted:

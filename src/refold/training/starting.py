@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +17,8 @@ from refold.checkpoints import class_count, read_card
 from refold.errors import CheckpointError, InputError, RecipeError
 from refold.files import PathLike
 from refold.models import create_model
+from refold.models.composed import is_composed
+from refold.models.loading import read_weights
 from refold.own_code import OwnNetwork, is_own_code, takes
 from refold.targets import Say, building, model_arguments, open_network, weights_file
 from refold.training.callbacks import Unreadable
@@ -46,6 +49,11 @@ def build_network(
     where the network has no such rate, and `InputError` where it has another number of classes.
     """
     arguments = model_arguments(model_args)
+    if checkpoint is not None and is_composed(target):
+        backbone = _backbone_weights(target, checkpoint)
+        if backbone is not None:
+            say(f"{checkpoint}: weights of the backbone alone; the head starts anew.")
+            return _untrained(target, classes, recipe, {**arguments, "pretrained": True, **backbone})
     is_file = weights_file(target) is not None
     source: Any = None
     if is_file or checkpoint is not None or pretrained:
@@ -77,6 +85,24 @@ def build_network(
     if card is not None and card.preprocessing is not None:
         net.pretrained_cfg = (getattr(net, "pretrained_cfg", None) or {}) | card.preprocessing
     return net
+
+
+def _backbone_weights(target: str, checkpoint: PathLike) -> dict[str, Any] | None:
+    """How the backbone of a detector or segmenter takes its weights from a classifier's checkpoint; None for others."""
+    file = weights_file(str(checkpoint)) or Path(checkpoint)
+    weights = read_weights(file)
+    if any(key.startswith("backbone.features.") for key in weights):
+        return None
+    card = read_card(file)
+    name = target.partition("/")[2]
+    if card is not None and card.architecture not in (None, name):
+        raise CheckpointError(f"'{checkpoint}' is of {card.title}, and the backbone of {target} is {name}.")
+    if card is not None and card.form == "plain":
+        raise CheckpointError(
+            f"'{checkpoint}' is in plain form, and training needs the training form; give that file."
+        )
+    known = (card.preprocessing if card is not None else None) or {}
+    return {"pretrained_cfg_overlay": {**known, "state_dict": weights}}
 
 
 def _untrained(target: str, classes: int, recipe: Recipe, given: Mapping[str, Any]) -> nn.Module:
@@ -171,6 +197,8 @@ def ready(
 
 def fit_in_memory(images: LabelledImages, recipe: Recipe, devices: int) -> bool:
     """Whether as many processes as there are ``devices`` can each keep all images in memory."""
+    if images.keeps_size:
+        return False
     total = len(images.training) + len(images.held_out)
     return total * 4 * _largest_side(recipe) ** 2 * devices <= _LARGEST_MEMORY
 
@@ -184,6 +212,9 @@ def _is_classifier(left: set[str], net: nn.Module, theirs: Mapping[str, torch.Te
     """Whether the tensors that are left without weights, if any, are those of the network's classifier."""
     if not left:
         return True
+    layers: tuple[str, ...] = getattr(net, "class_layers", ())
+    if layers:
+        return all(key.startswith(layers) for key in left)
     state: dict[str, torch.Tensor] = net.state_dict(keep_vars=True)
     get_classifier: Any = getattr(net, "get_classifier", None)
     classifier = None if get_classifier is None else get_classifier()

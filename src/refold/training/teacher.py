@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from refold.errors import CheckpointError, InputError
 from refold.files import PathLike
 from refold.targets import Say, open_network
+from refold.training.tasks import Task
 
 
 def teacher_network(name: str, checkpoint: PathLike | None = None, say: Say = lambda _: None) -> nn.Module:
@@ -70,27 +71,33 @@ class Teacher:
         return images
 
     @torch.no_grad()
-    def __call__(self, images: Tensor) -> Tensor:
-        """Logits ``(n, classes)`` in the student's order of classes."""
+    def __call__(self, images: Tensor) -> Any:
+        """What the network answers: logits ``(n, classes, ...)`` in the student's order of classes, or maps."""
         self.network.eval()
-        logits: Tensor = self.network(self.prepare(images))
-        return logits if self.class_order is None else logits[:, self.class_order]
+        outputs = self.network(self.prepare(images))
+        return outputs if self.class_order is None else outputs[:, self.class_order]
 
 
 def open_teacher(
-    network: nn.Module, title: str, class_names: Sequence[str], student_preprocessing: dict[str, Any]
+    network: nn.Module,
+    title: str,
+    task: Task,
+    student_preprocessing: dict[str, Any],
+    student: nn.Module,
 ) -> Teacher:
-    """A teacher for a student with these classes; its preprocessing is that of its card or timm's of its name.
+    """A teacher for a ``student`` of a task; its preprocessing is that of its card or timm's of its name.
 
-    Raises `InputError` where the teacher's classes are others.
+    Raises `InputError` where the teacher's classes are others, or it is for another task.
     """
+    class_names = task.class_names
     card = getattr(network, "card", None)
     preprocessing = dict(getattr(network, "pretrained_cfg", None) or {})
     if card is not None and card.preprocessing is not None:
         preprocessing |= card.preprocessing
     preprocessing.setdefault("mean", IMAGENET_DEFAULT_MEAN)
     preprocessing.setdefault("std", IMAGENET_DEFAULT_STD)
-    preprocessing.setdefault("input_size", student_preprocessing["input_size"])
+    if task.answers_have_places or "input_size" not in preprocessing:
+        preprocessing["input_size"] = student_preprocessing["input_size"]
     names = None if card is None else card.class_names
     if names is not None and sorted(names) != sorted(class_names):
         stranger = sorted(set(names) ^ set(class_names))[0]
@@ -104,13 +111,7 @@ def open_teacher(
         student_preprocessing,
         None if names is None or list(names) == list(class_names) else [names.index(n) for n in class_names],
     )
-    with torch.no_grad():
-        answered = network(torch.zeros(1, 3, *teacher.size)).shape[-1]
-    if answered != len(class_names):
-        raise InputError(
-            f"The teacher '{title}' knows {answered} classes and the data has {len(class_names)}; "
-            "give a teacher that was trained on the same classes."
-        )
+    task.check_teacher(teacher.network, teacher.class_order is not None, title, student, teacher.size)
     return teacher
 
 

@@ -9,13 +9,15 @@ from typing import Any
 import torch
 from rich.console import Console
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from refold.errors import InputError
 from refold.training.answers import Questions, TeacherCache
-from refold.training.distillation import FeatureLosses, distillation_loss, divergence
+from refold.training.distillation import FeatureLosses, distillation_loss
 from refold.training.images import LabelledImages
 from refold.training.recipe import Recipe
 from refold.training.settings import Settings
+from refold.training.tasks import Task
 from refold.training.teacher import Teacher, open_teacher, teacher_network
 
 
@@ -28,9 +30,15 @@ class Teaching:
     """
 
     def __init__(
-        self, teacher: Teacher, student: nn.Module, recipe: Recipe, cache: TeacherCache | None = None
+        self,
+        teacher: Teacher,
+        student: nn.Module,
+        recipe: Recipe,
+        task: Task,
+        cache: TeacherCache | None = None,
     ) -> None:
         self.teacher = teacher
+        self.task = task
         self.cache = cache
         self.feature_losses: FeatureLosses | None = None
         if recipe.feature_weight or recipe.relation_weight:
@@ -42,7 +50,7 @@ class Teaching:
             )
         self._alpha, self._temperature = recipe.alpha, recipe.temperature
         self._kept: Tensor | None = None
-        self._held_out: dict[int, Tensor] = {}
+        self._held_out: dict[int, Any] = {}
 
     def begin(self, student: nn.Module, questions: Questions) -> None:
         """Before the first step, once ``student`` is the network that trains."""
@@ -56,20 +64,22 @@ class Teaching:
         if self.feature_losses is not None:
             self.feature_losses.attach(student, self.teacher.network)
 
-    def loss(self, loss: Tensor, outputs: Tensor, images: Tensor, indices: Tensor) -> Tensor:
-        """A step's ``loss`` together with those of learning from the teacher.
+    def loss(self, loss: Tensor, net: nn.Module, outputs: Any, images: Tensor, indices: Tensor) -> Tensor:
+        """A step's ``loss`` together with those of learning from the teacher (GhostNetV3, eq. 3).
 
-        ``outputs`` are the student's for ``images``, ``indices`` their places among the training images.
+        ``outputs`` are those of the student ``net`` for ``images``, ``indices`` their places among the training images.
         """
-        answers = self.teacher(images) if self._kept is None else self._kept[indices.cpu()].to(outputs.device)
-        loss = distillation_loss(loss, outputs, answers, self._alpha, self._temperature)
+        answers = self.teacher(images) if self._kept is None else self._kept[indices.cpu()].to(images.device)
+        apart = self.task.divergence(net, outputs, answers, self._temperature)
+        loss = distillation_loss(loss, apart, self._alpha)
         return loss if self.feature_losses is None else loss + self.feature_losses()
 
-    def divergence(self, outputs: Tensor, images: Tensor, batch: int) -> Tensor:
+    def divergence(self, net: nn.Module, outputs: Any, images: Tensor, batch: int) -> Tensor:
         """How far outputs for a batch of held-out images are from the teacher's; it is asked about each batch once."""
         if batch not in self._held_out:  # these images are the same in every epoch
-            self._held_out[batch] = self.teacher(images).float().cpu()
-        return divergence(outputs, self._held_out[batch].to(outputs.device))
+            self._held_out[batch] = tree_map(lambda value: value.float().cpu(), self.teacher(images))
+        known = tree_map(lambda value: value.to(images.device), self._held_out[batch])
+        return self.task.divergence(net, outputs, known)
 
 
 def open_teaching(
@@ -77,6 +87,7 @@ def open_teaching(
     student: nn.Module,
     images: LabelledImages,
     preprocessing: dict[str, Any],
+    task: Task,
     console: Console,
 ) -> Teaching | None:
     """What the settings say of a teacher, None where they name none; ``preprocessing`` is the student's.
@@ -93,8 +104,11 @@ def open_teaching(
         return None
     say = partial(console.print, markup=False)
     network = teacher_network(settings.teacher, settings.teacher_checkpoint, say)
-    teacher = open_teacher(network, settings.teacher, images.class_names, preprocessing)
+    teacher = open_teacher(network, settings.teacher, task, preprocessing, student)
     cache = None
     if settings.teacher_cache is not None:
-        cache = TeacherCache(Path(settings.teacher_cache), recipe, images.mirror, console)
-    return Teaching(teacher, student, recipe, cache)
+        task.check_answers_can_be_kept()
+        cache = TeacherCache(
+            Path(settings.teacher_cache), recipe, task.chance(recipe, images.mirror), console
+        )
+    return Teaching(teacher, student, recipe, task, cache)

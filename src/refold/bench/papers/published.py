@@ -29,16 +29,31 @@ Quantity = Literal[
     "throughput",
     "top-1",
     "top-5",
+    "mAP",
+    "mAP of boxes",
+    "mAP of masks",
+    "mAP of small boxes",
+    "mAP of medium boxes",
+    "mAP of large boxes",
 ]
 # The forms that `refold.benchmark` knows; its module takes seconds to import.
 PaperForm = Literal["training", "plain", "shortcut-folded"]
 SIZES: tuple[Quantity, ...] = ("parameters", "macs", "activations", "winograd_multiplications")
 TIMES: tuple[Quantity, ...] = ("latency", "throughput")
-ACCURACIES: tuple[Quantity, ...] = ("top-1", "top-5")
+ACCURACIES: tuple[Quantity, ...] = (
+    "top-1",
+    "top-5",
+    "mAP",
+    "mAP of boxes",
+    "mAP of masks",
+    "mAP of small boxes",
+    "mAP of medium boxes",
+    "mAP of large boxes",
+)
 _UNITS = {"M": 10**6, "10M": 10**7, "B": 10**9}
 _UNITS_OF: dict[Quantity, tuple[str, ...]] = {
     **dict.fromkeys(SIZES, tuple(_UNITS)),
-    "latency": ("ms",),
+    "latency": ("ms", "s"),
     "throughput": ("images/s",),
     **dict.fromkeys(ACCURACIES, ("%",)),
 }

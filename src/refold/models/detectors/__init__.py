@@ -1,0 +1,1 @@
+"""Detectors: a head and any classifier as backbone, from images to maps."""
