@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from refold.folding import FoldReport, Proof, fold, verify
     from refold.hub import push
     from refold.models import create_model, list_models, load_checkpoint
+    from refold.quantization import QuantizationConfig, QuantizationReport, quantize
     from refold.unfolding import UnfoldReport, original_state_dict, unfold
 
 __all__ = [
@@ -37,6 +38,8 @@ __all__ = [
     "NotEquivalent",
     "NotFoldable",
     "Proof",
+    "QuantizationConfig",
+    "QuantizationReport",
     "RefoldError",
     "UnfoldReport",
     "UnknownModel",
@@ -51,6 +54,7 @@ __all__ = [
     "original_state_dict",
     "paper",
     "push",
+    "quantize",
     "save",
     "unfold",
     "verify",
@@ -63,6 +67,7 @@ _HOME = {
     **dict.fromkeys(("load", "save"), "refold.checkpoints"),
     "Latency": "refold.bench.objective",
     "push": "refold.hub",
+    **dict.fromkeys(("QuantizationConfig", "QuantizationReport", "quantize"), "refold.quantization"),
     **dict.fromkeys(("FoldReport", "Proof", "fold", "verify"), "refold.folding"),
     **dict.fromkeys(("create_model", "list_models", "load_checkpoint"), "refold.models"),
     **dict.fromkeys(("UnfoldReport", "original_state_dict", "unfold"), "refold.unfolding"),
