@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from refold.hub import push
     from refold.models import create_model, list_models, load_checkpoint
     from refold.quantization import QuantizationConfig, QuantizationReport, quantize
+    from refold.training.calibration import read_images
     from refold.unfolding import UnfoldReport, original_state_dict, unfold
 
 __all__ = [
@@ -55,6 +56,7 @@ __all__ = [
     "paper",
     "push",
     "quantize",
+    "read_images",
     "save",
     "unfold",
     "verify",
@@ -68,6 +70,7 @@ _HOME = {
     "Latency": "refold.bench.objective",
     "push": "refold.hub",
     **dict.fromkeys(("QuantizationConfig", "QuantizationReport", "quantize"), "refold.quantization"),
+    "read_images": "refold.training.calibration",
     **dict.fromkeys(("FoldReport", "Proof", "fold", "verify"), "refold.folding"),
     **dict.fromkeys(("create_model", "list_models", "load_checkpoint"), "refold.models"),
     **dict.fromkeys(("UnfoldReport", "original_state_dict", "unfold"), "refold.unfolding"),

@@ -27,8 +27,13 @@ _NO_NOISE = 60.0
 Session = Callable[[Array], list[Array]]
 
 
-def opened(path: Path, *, optimised: bool = True, threads: int | None = None, data: bytes | None = None) -> Session:
-    """A file in ONNX Runtime, or once without any optimisation, so that it computes in float; ``data`` is a file in memory."""
+def opened(
+    path: Path, *, optimised: bool = True, threads: int | None = None, data: bytes | None = None
+) -> Session:
+    """A file in ONNX Runtime, or once without any optimisation, so that it computes in float.
+
+    ``data`` is a file in memory.
+    """
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     if threads is not None:
@@ -57,7 +62,11 @@ def layer_reports(graph: Graph, distances: Sequence[Distance], bits: int) -> lis
         layout = layout_of(layer.node, weight.shape)
         rows = torch.from_numpy(layout.rows(weight.astype(np.float32))).flatten(0, 1)
         # A depthwise kernel adds in 32 bits.
-        pairs = rows.abs().amax(1) if layout.is_depthwise else Pairs.of(layout.columns, layout.channels).largest(rows)
+        pairs = (
+            rows.abs().amax(1)
+            if layout.is_depthwise
+            else Pairs.of(layout.columns, layout.channels).largest(rows)
+        )
         found.append(
             LayerReport(
                 layer.name,
@@ -138,4 +147,3 @@ def speed_of(float_run: Session, int8_run: Session, image: Array, *, threads: in
             if turn >= 5:
                 taken.append(1e3 * (time.perf_counter() - start))
     return Speed(median(times[0]), median(times[1]), threads, calls)
-

@@ -81,7 +81,7 @@ def layout_of(node: Any, shape: tuple[int, ...]) -> Layout:
 
 
 def products_of_columns(layout: Layout, parts: Iterable[Array], count: int) -> Tensor:
-    """The mean products of what the columns are multiplied with, ``[groups, columns, columns]``, over ``count`` parts."""
+    """The mean products of the inputs of the columns, ``[groups, columns, columns]``, over ``count`` parts."""
     total = torch.zeros(layout.groups, layout.columns, layout.columns)
     seen = 0
     generator = torch.Generator().manual_seed(0)

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 from refold.errors import InputError, first_line
-from refold.export import FLOAT32, FORMATS, get_engine
+from refold.export import FORMATS, get_engine
+from refold.export.request import FLOAT32
 from refold.quantization.checking import Session, opened
 from refold.quantization.config import QuantizationConfig
 

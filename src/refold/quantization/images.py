@@ -44,15 +44,16 @@ def checked_images(images: Any, title: str, notes: list[str], like: Tensor | Non
     if constant == len(images):
         raise InputError(f"{title} are of one colour each; give photos such as the network will see.")
     if constant:
-        notes.append(f"{constant} of {len(images)} images are of one colour each, which shows nothing of the ranges.")
+        notes.append(
+            f"{constant} of {len(images)} images are of one colour each, which shows nothing of the ranges."
+        )
     if len(images) < _FEW:
         notes.append(f"{len(images)} images are few to take ranges from; a few hundred make the file better.")
-    return images
+    checked: Tensor = images
+    return checked
 
 
-def checked_labels(
-    labels: Sequence[int] | Tensor | None, images: Tensor, notes: list[str]
-) -> Tensor | None:
+def checked_labels(labels: Sequence[int] | Tensor | None, images: Tensor, notes: list[str]) -> Tensor | None:
     """The classes of the images; raises `InputError` where there is not one whole number for each."""
     if labels is None:
         return None

@@ -8,6 +8,7 @@ sign whose sizes add up to at most 128 cannot get there, whatever the activation
 from __future__ import annotations
 
 from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -62,20 +63,23 @@ class Pairs:
 
 
 def scales_of(rows: Tensor, pairs: Pairs | None, bits: int, *, per_channel: bool) -> Tensor:
-    """The scale of each row of ``[rows, columns]`` so that its integers fit into ``bits`` bits and its pairs into 16."""
+    """The scale of each row of ``[rows, columns]`` with which integers fit into ``bits`` bits and pairs into 16."""
     largest = 2 ** (bits - 1) - 1
     scale = rows.abs().amax(dim=1) / largest
     if pairs is not None:
         # One less than the limit, for rounding can add one half to each of the two.
         scale = torch.maximum(scale, pairs.largest(rows) / (PAIR_LIMIT - 1))
     scale = scale.clamp_min(_SMALLEST)
-    return scale if per_channel else scale.max().expand(len(scale)).contiguous()
+    if not per_channel:
+        scale = torch.full_like(scale, float(scale.max()))
+    return scale
 
 
 def nearest(rows: Tensor, scale: Tensor, bits: int) -> Tensor:
     """The nearest integers of rows ``[rows, columns]``."""
     largest = 2 ** (bits - 1) - 1
-    return (rows / scale[:, None]).round().clamp(-largest, largest)
+    found: Tensor = (rows / scale[:, None]).round().clamp(-largest, largest)
+    return found
 
 
 def rounded_together(

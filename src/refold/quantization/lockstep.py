@@ -53,13 +53,16 @@ def decibels(wanted: Sequence[Array], found: Sequence[Array]) -> float:
 class Lockstep:
     """Walks the operators of a skeleton and fills in its scales, integers and biases."""
 
-    def __init__(self, skeleton: Graph, plain: Graph, images: list[Array], config: QuantizationConfig) -> None:
+    def __init__(
+        self, skeleton: Graph, plain: Graph, images: list[Array], config: QuantizationConfig
+    ) -> None:
         (self.input,) = skeleton.inputs
         self.skeleton, self.plain, self.config = skeleton, plain, config
         self.parts = len(images)
         self.float = Stream(plain, {self.input: images})
         self.int8 = Stream(skeleton, {self.input: images})
         self.ranges: dict[str, Range] = {}
+        self.weights: dict[str, tuple[Tensor, Tensor]] = {}
         self.result = Result()
 
     def run(self) -> Result:
@@ -94,7 +97,9 @@ class Lockstep:
         layout = layout_of(node, self.plain.constant(layer.name).shape)
         step = self._step(source)
         bias = self.plain.constant(self._bias_name(layer)) if layer.bias is not None else None
-        scale, integers = self._weight(layer, layout, step, bias)
+        if layer.name not in self.weights:  # layers may share one
+            self.weights[layer.name] = self._weight(layer, layout, step, bias)
+        scale, integers = self.weights[layer.name]
         weight = layout.weight((integers * scale[:, None]).numpy().astype(np.float32))
         answers = [self._answer(node, part, weight, bias) for part in self.int8.parts(source)]
         wanted = self.float.values(output)
@@ -116,14 +121,16 @@ class Lockstep:
     def _bias_name(self, layer: Layer) -> str:
         return str(layer.bias.input[0]).removesuffix("_quantized") if layer.bias is not None else ""
 
-    def _weight(
-        self, layer: Layer, layout: Layout, step: float, bias: Array | None
-    ) -> tuple[Tensor, Tensor]:
+    def _weight(self, layer: Layer, layout: Layout, step: float, bias: Array | None) -> tuple[Tensor, Tensor]:
         """The scales, one a row, and the integers, ``[rows, columns]``, of a layer."""
         config = self.config
         grouped = torch.from_numpy(layout.rows(self.plain.constant(layer.name).astype(np.float32)))
         rows = grouped.flatten(0, 1)
-        pairs = Pairs.of(layout.columns, layout.channels) if config.adds_in_pairs and not layout.is_depthwise else None
+        pairs = (
+            Pairs.of(layout.columns, layout.channels)
+            if config.adds_in_pairs and not layout.is_depthwise
+            else None
+        )
         scale = scales_of(rows, pairs, config.bits, per_channel=config.weights == "channel")
         if bias is not None:  # the bias is rounded to 32 bits in steps of this scale
             scale = torch.maximum(scale, torch.from_numpy(np.abs(bias) / (step * _LARGEST_BIAS)).to(scale))
@@ -161,8 +168,12 @@ class Lockstep:
         limit = 2**31 - 1
         whole = np.clip(np.rint(bias.astype(np.float64) / steps), -limit, limit).astype(np.int32)
         graph.set_constant(layer.bias.input[0], whole)
-        graph.set_constant(layer.bias.input[1], (steps[:1].squeeze() if one_scale else steps).astype(np.float32))
-        graph.set_constant(layer.bias.input[2], np.zeros(steps[:1].squeeze().shape if one_scale else steps.shape, np.int32))
+        graph.set_constant(
+            layer.bias.input[1], (steps[:1].squeeze() if one_scale else steps).astype(np.float32)
+        )
+        graph.set_constant(
+            layer.bias.input[2], np.zeros(steps[:1].squeeze().shape if one_scale else steps.shape, np.int32)
+        )
 
 
 def _within(answers: Sequence[Array], wanted: Sequence[Array]) -> list[Array]:

@@ -71,9 +71,13 @@ def quantize(
     target = check_destination(path, form)
     notes: list[str] = []
     if model.training:
-        notes.append("The network was in training mode; what was quantised is what it computes in evaluation mode.")
+        notes.append(
+            "The network was in training mode; what was quantised is what it computes in evaluation mode."
+        )
     images = checked_images(images, "The images", notes)
-    measured = images if held_out is None else checked_images(held_out, "The held-out images", [], like=images)
+    measured = (
+        images if held_out is None else checked_images(held_out, "The held-out images", [], like=images)
+    )
     if held_out is None:
         notes.append("The agreement was measured on the images that the ranges were taken from.")
     truth = checked_labels(labels, measured, notes)
@@ -155,13 +159,15 @@ class _Run:
         drop = self._drop()
         if drop > most:
             some = self._images[: max(1, _CHECKED // _PART)]
-            order = by_gain(self.graph, self.plain, some, checking.outputs_of(checking.opened(self._source), some))
+            order = by_gain(
+                self.graph, self.plain, some, checking.outputs_of(checking.opened(self._source), some)
+            )
             count = 1
             while drop > most:
                 if count >= len(order):
                     raise InputError(
-                        f"The answers lose {drop:.2f} percentage points, and {most:g} are not reached with any layer in "
-                        "int8; allow more, or give more images."
+                        f"The answers lose {drop:.2f} percentage points, and {most:g} are not reached with any "
+                        "layer in int8; allow more, or give more images."
                     )
                 self.in_float = list(dict.fromkeys([*self.in_float, *order[:count]]))
                 self._quantise()
@@ -169,7 +175,7 @@ class _Run:
         return self.result.notes
 
     def _quantise(self) -> None:
-        example = {value: self._images[0][:1] for value in self.plain.inputs}
+        example = dict.fromkeys(self.plain.inputs, self._images[0][:1])
         self.graph = write_skeleton(
             self._source,
             self._target,

@@ -27,14 +27,15 @@ class Range:
         """The range from ``low`` to ``high``, widened so that it holds zero, which borders are made of."""
         low, high = min(low, 0.0), max(high, 0.0)
         scale = float(np.float32(max((high - low) / STEPS, _SMALLEST)))
-        return Range(scale, int(round(-low / scale)))
+        return Range(scale, round(-low / scale))
 
     def integers(self, values: Array) -> Array:
         """The nearest integers, ties to even as the engines have it."""
         scaled = values / np.float32(self.scale)
         np.rint(scaled, out=scaled)
         scaled += self.zero_point
-        return np.clip(scaled, 0, STEPS, out=scaled).astype(np.uint8)
+        found: Array = np.clip(scaled, 0, STEPS, out=scaled).astype(np.uint8)
+        return found
 
     def floats(self, integers: Array) -> Array:
         """What the integers stand for, in float32."""

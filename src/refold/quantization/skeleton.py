@@ -82,6 +82,8 @@ class Graph:
         makers = [self.maker.get(name) for name in node.input]
         if len(makers) < 2 or makers[1] is None or not self.is_weight(makers[1]):
             return None
+        if makers[0] is None or makers[0].op_type != DEQUANTIZE:
+            return None
         bias = makers[2] if len(makers) > 2 and makers[2] is not None and self.is_weight(makers[2]) else None
         return Layer(node, makers[1], bias)
 
