@@ -65,7 +65,7 @@ class Pairs:
 def scales_of(rows: Tensor, pairs: Pairs | None, bits: int, *, per_channel: bool) -> Tensor:
     """The scale of each row of ``[rows, columns]`` with which integers fit into ``bits`` bits and pairs into 16."""
     largest = 2 ** (bits - 1) - 1
-    scale = rows.abs().amax(dim=1) / largest
+    scale: Tensor = rows.abs().amax(dim=1) / largest
     if pairs is not None:
         # One less than the limit, for rounding can add one half to each of the two.
         scale = torch.maximum(scale, pairs.largest(rows) / (PAIR_LIMIT - 1))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from math import log10
 from typing import Any
@@ -43,10 +43,12 @@ class Result:
     notes: list[str] = field(default_factory=list)
 
 
-def decibels(wanted: Sequence[Array], found: Sequence[Array]) -> float:
+def decibels(wanted: Iterable[Array], found: Iterable[Array]) -> float:
     """The ratio of signal to the noise of quantisation, 10·log10; infinite where they are equal."""
-    signal = sum(squared(part) for part in wanted)
-    noise = sum(squared(a - b) for a, b in zip(wanted, found, strict=True))
+    signal = noise = 0.0
+    for expected, given in zip(wanted, found, strict=True):
+        signal += squared(expected)
+        noise += squared(expected - given)
     return float("inf") if not noise else -float("inf") if not signal else 10 * log10(signal / noise)
 
 
@@ -105,13 +107,15 @@ class Lockstep:
         wanted = self.float.values(output)
         if bias is not None and self.config.correct_bias:
             missed = _missing_bias(answers, wanted, axis=1 if layout.kind == "Conv" else -1)
-            answers, bias = _added(answers, missed, layout), bias + missed
+            _add(answers, missed, layout)
+            bias = bias + missed
         self._store(layer, layout, integers, scale, step, bias)
         self.int8.hold(output, answers)
         self.int8.operators.forget(node)
         self.int8.release(node)
-        shown = _within(answers, wanted)
-        self.result.distances.append(Distance(layer.name, node.op_type, decibels(wanted, shown)))
+        self.result.distances.append(
+            Distance(layer.name, node.op_type, decibels(wanted, _within(answers, wanted)))
+        )
 
     def _step(self, source: str) -> float:
         """The scale of what a layer reads."""
@@ -176,10 +180,10 @@ class Lockstep:
         )
 
 
-def _within(answers: Sequence[Array], wanted: Sequence[Array]) -> list[Array]:
+def _within(answers: Sequence[Array], wanted: Sequence[Array]) -> Iterator[Array]:
     """Answers cut to the range of what is wanted, as an activation that was taken into the rounding does it."""
     low, high = min(float(p.min()) for p in wanted), max(float(p.max()) for p in wanted)
-    return [np.clip(part, low, high) for part in answers]
+    return (np.clip(part, low, high) for part in answers)
 
 
 def _missing_bias(answers: Sequence[Array], wanted: Sequence[Array], axis: int) -> Array:
@@ -202,6 +206,8 @@ def _by_channel(part: Array, axis: int) -> Array:
     return np.moveaxis(part, axis, 0).reshape(part.shape[axis], -1)
 
 
-def _added(answers: Sequence[Array], bias: Array, layout: Layout) -> list[Array]:
+def _add(answers: Sequence[Array], bias: Array, layout: Layout) -> None:
+    """Add a bias to answers where they are."""
     shape = (1, -1, *(1,) * (answers[0].ndim - 2)) if layout.kind == "Conv" else (-1,)
-    return [part + bias.reshape(shape) for part in answers]
+    for part in answers:
+        part += bias.reshape(shape)

@@ -6,8 +6,10 @@ import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from difflib import get_close_matches
+from math import prod
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import onnx
 from torch import Tensor, nn
@@ -17,6 +19,8 @@ from refold.export import FORMATS, export
 from refold.export.placing import check_destination, files_of, placed_together
 from refold.files import PathLike
 from refold.folding import fold
+from refold.folding.fold import apply_passes
+from refold.folding.streams import rotated_streams
 from refold.quantization import checking
 from refold.quantization.config import QuantizationConfig
 from refold.quantization.engines import engine_for
@@ -30,6 +34,8 @@ from refold.quantization.skeleton import LAYERS, Array, Graph, write_skeleton
 _PART = 20
 # Photos on which the engine is held to float arithmetic.
 _CHECKED = 64
+# Values of one activation in both streams, five bytes each.
+_MOST_VALUES = 120_000_000
 
 
 def quantize(
@@ -85,7 +91,7 @@ def quantize(
         folder = Path(stack.enter_context(TemporaryDirectory()))
         aside = stack.enter_context(placed_together(target, form))
         source, int8 = folder / "float.onnx", folder / "int8.onnx"
-        plain = fold(model, images[:1]) if not hasattr(model, "fold_report") else model
+        plain, gauges = _plain(model, images[:1], config)
         export(plain, source, images[:1], class_names=class_names)
         run = _Run(source, int8, images, measured, truth, config)
         notes += run.until_within_drop()
@@ -114,8 +120,22 @@ def quantize(
             ),
             seconds=time.perf_counter() - began,
             in_float=list(run.in_float),
+            gauges=gauges,
             notes=notes,
         )
+
+
+def _plain(model: nn.Module, example: Tensor, config: QuantizationConfig) -> tuple[nn.Module, list[str]]:
+    """The plain network with its free choices made for integers, proved, and what they are."""
+    plain = model if hasattr(model, "fold_report") else fold(model, example)
+    if not config.rotate:
+        return plain, []
+    free = apply_passes(plain, example, [rotated_streams])
+    report: Any = free.fold_report
+    if not report.regions:
+        return plain, []
+    report.record = None  # a file of integers is not rebuilt from it
+    return free, [f"{region.path}: {region.layer}" for region in report.regions]
 
 
 class _Run:
@@ -130,12 +150,25 @@ class _Run:
         labels: Tensor | None,
         config: QuantizationConfig,
     ) -> None:
+        self.said: list[str] = []
         self._source, self._target, self._config, self._labels = source, target, config, labels
-        self._images = _parts(images)
         self.parts = _parts(measured)
         self.wanted = checking.outputs_of(checking.opened(source), self.parts)
         self.plain = Graph(onnx.load(str(source)))
+        self._images = _parts(self._that_fit(images))
         self.in_float: list[str] = self._named(config.in_float)
+
+    def _that_fit(self, images: Tensor) -> Tensor:
+        """As many of the images, evenly spread, as both streams can hold of the largest value in the network."""
+        graph = onnx.shape_inference.infer_shapes(self.plain.model).graph
+        sizes = [prod(axis.dim_value or 1 for axis in v.type.tensor_type.shape.dim) for v in graph.value_info]
+        most = max(1, _MOST_VALUES // max([1, *sizes]))
+        if len(images) <= most:
+            return images
+        self.said = [
+            f"The ranges were taken from {most} of {len(images)} images: more would take too much memory."
+        ]
+        return images[[int(index * len(images) / most) for index in range(most)]]
 
     def _named(self, wanted: Sequence[str]) -> list[str]:
         """The names of the weights of the layers that were named, by these or by the layers' paths."""
@@ -155,7 +188,7 @@ class _Run:
         self._quantise()
         most = self._config.max_drop
         if most is None:
-            return self.result.notes
+            return [*self.said, *self.result.notes]
         drop = self._drop()
         if drop > most:
             some = self._images[: max(1, _CHECKED // _PART)]
@@ -164,15 +197,15 @@ class _Run:
             )
             count = 1
             while drop > most:
-                if count >= len(order):
+                if len(self.in_float) >= len(order) - 1:
                     raise InputError(
                         f"The answers lose {drop:.2f} percentage points, and {most:g} are not reached with any "
                         "layer in int8; allow more, or give more images."
                     )
-                self.in_float = list(dict.fromkeys([*self.in_float, *order[:count]]))
+                self.in_float = list(dict.fromkeys([*self.in_float, *order[: min(count, len(order) - 1)]]))
                 self._quantise()
                 drop, count = self._drop(), 2 * count
-        return self.result.notes
+        return [*self.said, *self.result.notes]
 
     def _quantise(self) -> None:
         example = dict.fromkeys(self.plain.inputs, self._images[0][:1])
