@@ -259,3 +259,41 @@ def test_openvino_runs_the_same_integers(ladder, tmp_path):
     )
     assert report.agreement.decibels > 20
     assert (tmp_path / "net.bin").is_file()
+
+
+class Plain(nn.Module):
+    """Dense layers of one width, as a folded RepVGG has them, with identities on their diagonals."""
+
+    def __init__(self):
+        super().__init__()
+        layers = [nn.Conv2d(3, 16, 3, 2, 1), nn.ReLU()]
+        for _ in range(4):
+            layers += [nn.Conv2d(16, 16, 3, 1, 1), nn.ReLU()]
+        self.layers, self.head = nn.Sequential(*layers), nn.Linear(16, 10)
+        with torch.no_grad():
+            for layer in self.layers[2::2]:
+                layer.weight.mul_(0.5)
+                layer.weight[:, :, 1, 1] += torch.eye(16) * (0.8 + 0.4 * torch.rand(16, 1))
+
+    def forward(self, image):
+        return self.head(self.layers(image).mean((2, 3)))
+
+
+def test_identities_are_kept_out_where_it_is_asked_for(tmp_path):
+    net, images = Plain().eval(), photos(64)
+
+    def quantised(keep, bits):
+        config = refold.QuantizationConfig(keep_identity=keep, bits=bits)
+        return refold.quantize(net, tmp_path / "net.onnx", images, config=config)
+
+    folded, beside = quantised("never", 4), quantised("always", 4)
+    assert folded.kept_out == []
+    assert len(beside.kept_out) == 4
+    assert beside.agreement.decibels > folded.agreement.decibels + 3
+    assert beside.saturating_channels == 0
+    chosen = quantised("auto", 4)
+    assert any("Branches beside their kernels: +" in note for note in chosen.notes)
+    assert chosen.agreement.decibels in (
+        pytest.approx(folded.agreement.decibels),
+        pytest.approx(beside.agreement.decibels),
+    )

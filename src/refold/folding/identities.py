@@ -92,7 +92,9 @@ def _rewrite(planner: Planner, node: fx.Node, meaning: Map) -> Rewrite:
         nodes=frozenset([node]),
         outputs=(node,),
         operators=[],
-        folded=[FoldedRegion(path, {"convolution": 1}, "kernel without its diagonal, and the diagonal beside it")],
+        folded=[
+            FoldedRegion(path, {"convolution": 1}, "kernel without its diagonal, and the diagonal beside it")
+        ],
         convolutions=(meaning.structure,),
         joint=True,
         key=(node, "identity"),
