@@ -7,8 +7,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, Literal, TypeAlias, get_args
 
-from refold.errors import InputError
-
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -22,14 +20,6 @@ Precision = Literal["float32", "float16"]
 FLOAT32: Final = "float32"
 FLOAT16: Final = "float16"
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
-
-
-def precision_named(name: str) -> Precision:
-    """The precision of a name; raises `InputError` where there is none."""
-    for precision in PRECISIONS:
-        if precision == name:
-            return precision
-    raise InputError(f"There is no precision '{name}'; choose among: {', '.join(PRECISIONS)}.")
 
 
 @dataclass(frozen=True)

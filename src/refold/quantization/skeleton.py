@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -113,7 +114,7 @@ def write_skeleton(
     plain = onnx.load(str(source))
     excluded = [node.name for node in plain.graph.node if set(node.input) & set(in_float)]
     try:
-        with muted(), _without_warnings():
+        with _own_handler(), muted():
             quantize_static(
                 str(source),
                 str(target),
@@ -133,20 +134,15 @@ def write_skeleton(
     return graph
 
 
-def _without_warnings() -> Any:
-    from contextlib import contextmanager
-
-    @contextmanager
-    def level() -> Any:
-        root = logging.getLogger()
-        before = root.level
-        root.setLevel(logging.ERROR)
-        try:
-            yield
-        finally:
-            root.setLevel(before)
-
-    return level()
+@contextmanager
+def _own_handler() -> Iterator[None]:
+    """Keep the quantiser's first warning from giving the root logger a handler for a stream that will be closed."""
+    handler = logging.NullHandler()
+    logging.root.addHandler(handler)
+    try:
+        yield
+    finally:
+        logging.root.removeHandler(handler)
 
 
 def _with_float_outputs(model: Any) -> Any:
