@@ -133,7 +133,9 @@ def _summary(report: QuantizationReport) -> Table:
     for title, names in (("in float32", report.in_float), ("kept out", report.kept_out)):
         if names:
             table.add_row(title, escape(", ".join(names)))
-    for note in [*report.gauges, *report.notes]:
+    if report.gauges:
+        table.add_row("rotated, exactly", f"{len(report.gauges)} streams without activation")
+    for note in report.notes:
         table.add_row("note", escape(note))
     return table
 
