@@ -60,7 +60,7 @@ class Graph:
 
     def set_constant(self, name: str, value: Array) -> None:
         """Give a constant another value, of any shape and dtype."""
-        self.constants[name].CopyFrom(numpy_helper.from_array(np.ascontiguousarray(value), name))
+        self.constants[name].CopyFrom(numpy_helper.from_array(np.asarray(value, order="C"), name))
 
     @cached_property
     def opset(self) -> list[Any]:
