@@ -44,6 +44,13 @@ def test_a_matrix_between_two_layers_is_undone(kernel, padding):
     torch.testing.assert_close(unmix_inputs(second, matrix)(middle), second(first(x)))
 
 
+def test_weights_keep_the_usual_strides():
+    # Those of channels last would change the layout of every image behind them, and with it what is exported.
+    second = drawn(7, 5)
+    found = unmix_inputs(second, rotation(7, second.weight))
+    assert found.weight.stride() == second.weight.stride()
+
+
 def test_a_shift_between_two_layers_is_undone_where_nothing_is_padded():
     first, second, shift = drawn(4, 7), drawn(7, 5, (3, 3)), torch.randn(7, dtype=torch.float64)
     turn = rotation(7, shift)

@@ -40,12 +40,13 @@ def unmix_inputs(convolution: Convolution, matrix: Tensor, shift: Tensor | None 
         raise NotFoldable("a shift does not reach the zeros of the padding")
     rows = convolution.weight.movedim(1, -1)
     weight = torch.linalg.solve(matrix.T, rows.reshape(-1, rows.shape[-1]).T).T
-    weight = weight.reshape(rows.shape).movedim(-1, 1)
+    # Strides as usual: others would be taken for another layout of the images.
+    weight = weight.reshape(rows.shape).movedim(-1, 1).clone(memory_format=torch.contiguous_format)
     bias = convolution.bias
     if shift is not None:
         moved = weight.flatten(2).sum(2) @ shift if weight.dim() > 2 else weight @ shift
         bias = -moved if bias is None else bias - moved
-    return replace(convolution, weight=weight.contiguous(), bias=bias)
+    return replace(convolution, weight=weight, bias=bias)
 
 
 def rotation(channels: int, like: Tensor, seed: int = 0) -> Tensor:

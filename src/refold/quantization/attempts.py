@@ -72,12 +72,14 @@ class Attempt:
     def _measure(self, engine: Quantized, folder: Path) -> None:
         file = folder / f"engine{FORMATS[engine.engine].suffix}"
         engine.write(self.int8, file)
-        found = checking.outputs_of(engine.open(file), self.parts)
+        run = engine.open(file)
+        found = checking.outputs_of(run, self.parts)
         self.agreement = checking.agreement_of(self.wanted, found, self.photos.labels)
         some = self.parts[: max(1, _CHECKED // _PART)]
         count = sum(map(len, some))
+        title = FORMATS[engine.engine].title
         self.engine_gap = checking.check_engine(
-            self.int8, self.graph, [output[:count] for output in self.wanted], some
+            self.int8, self.graph, [output[:count] for output in self.wanted], some, run, title
         )
         runs = engine.open_float(self.source, folder), engine.open(file, threads=1)
         self.speed = checking.speed_of(*runs, self.photos.images[:1].numpy(), threads=1)

@@ -81,18 +81,20 @@ def layer_reports(graph: Graph, distances: Sequence[Distance], bits: int) -> lis
     return found
 
 
-def check_engine(path: Path, graph: Graph, wanted: Sequence[Array], parts: Sequence[Array]) -> float:
-    """How many decibels the engine loses against the same file computed in float arithmetic.
+def check_engine(
+    path: Path, graph: Graph, wanted: Sequence[Array], parts: Sequence[Array], run: Session, title: str
+) -> float:
+    """How many decibels an engine, ``run``, loses against the ONNX file at ``path`` computed in float arithmetic.
 
     Raises `NotEquivalent`, naming the layers at which it starts, where that is more than one.
     """
     in_float = outputs_of(opened(path, optimised=False), parts)
-    in_engine = outputs_of(opened(path), parts)
+    in_engine = outputs_of(run, parts)
     gap = min(decibels(wanted, in_float), _NO_NOISE) - min(decibels(wanted, in_engine), _NO_NOISE)
     if gap > _MOST_GAP:
         names = _differing_layers(graph, parts)
         raise NotEquivalent(
-            f"ONNX Runtime loses {gap:.1f} dB against float arithmetic of the same file on this processor, first at "
+            f"{title} loses {gap:.1f} dB against float arithmetic of the same file on this processor, first at "
             f"{', '.join(names) or 'no single layer'}; give cpu='any', whose scales fit every arithmetic."
         )
     return gap

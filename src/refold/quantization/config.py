@@ -28,6 +28,11 @@ class QuantizationConfig:
     names layers that are in any case. ``rotate``, ``correct_bias``, ``round_together`` and ``clip_ranges`` turn off the
     parts that make the file nearer to the network, for measuring what each is worth.
     Raises `InputError` where a value is none of these.
+
+    Examples:
+        >>> import refold
+        >>> refold.QuantizationConfig(cpu="vnni").adds_in_pairs
+        False
     """
 
     cpu: CPU = "any"

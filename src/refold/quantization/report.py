@@ -69,6 +69,13 @@ class QuantizationReport:
     ``engine_gap`` is the distance in decibels between the outputs of the engine and of the same file computed in float
     arithmetic, as far as it lowers the agreement; ``calibration`` and ``agreement`` count images. ``in_float`` are the
     layers that were left in float32, ``kept_out`` the branches that stay beside their kernels.
+
+    Examples:
+        >>> import torch, refold
+        >>> net = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.ReLU(), torch.nn.Conv2d(8, 4, 3)).eval()
+        >>> report = refold.quantize(net, "net.onnx", torch.randn(40, 3, 16, 16))
+        >>> [layer.name for layer in report.layers], report.saturating_channels
+        (['0.weight', '2.weight'], 0)
     """
 
     path: str
