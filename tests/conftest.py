@@ -1,10 +1,14 @@
 """Settings and fixtures for every test."""
 
+import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
+
+from refold import cli
 
 # Several test processes share the cores: more threads would wait for each other.
 torch.set_num_threads(1)
@@ -34,3 +38,23 @@ def randomised() -> Callable[[nn.Module], nn.Module]:
         return model.eval()
 
     return randomise
+
+
+@pytest.fixture
+def call(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> Callable[..., tuple[int, str, str]]:
+    """Run the command in an empty folder: exit code, stdout, stderr."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "100")
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["refold", *map(str, arguments)])
+        # Rich looks up the stream when it is made, capsys replaces it for every test.
+        monkeypatch.setattr(cli.console, "width", 100)
+        with pytest.raises(SystemExit) as left:
+            cli.main()
+        captured = capsys.readouterr()
+        return int(left.value.code or 0), captured.out, captured.err
+
+    return run

@@ -26,24 +26,6 @@ from refold.unfolding import PLANS
 Run = Callable[..., tuple[int, str, str]]
 
 
-@pytest.fixture
-def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Run:
-    """Run the command in an empty folder: exit code, stdout, stderr."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "100")
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["refold", *map(str, arguments)])
-        # Rich looks up the stream when it is made, capsys replaces it for every test.
-        monkeypatch.setattr(cli.console, "width", 100)
-        with pytest.raises(SystemExit) as left:
-            cli.main()
-        captured = capsys.readouterr()
-        return int(left.value.code or 0), captured.out, captured.err
-
-    return run
-
-
 @pytest.fixture(scope="module")
 def checkpoint(
     randomised: Callable[[nn.Module], nn.Module], tmp_path_factory: pytest.TempPathFactory

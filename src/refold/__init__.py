@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from refold.folding import FoldReport, Proof
     from refold.hub import push
     from refold.models import create_model, list_models, load_checkpoint
+    from refold.quantization import QuantizationConfig, QuantizationReport, quantize
+    from refold.training.calibration import read_images
     from refold.unfolding import UnfoldReport, original_state_dict, unfold
 
 __all__ = [
@@ -39,6 +41,8 @@ __all__ = [
     "NotEquivalent",
     "NotFoldable",
     "Proof",
+    "QuantizationConfig",
+    "QuantizationReport",
     "RefoldError",
     "UnfoldReport",
     "UnknownModel",
@@ -54,6 +58,8 @@ __all__ = [
     "original_state_dict",
     "paper",
     "push",
+    "quantize",
+    "read_images",
     "save",
     "unfold",
     "verify",
@@ -69,6 +75,8 @@ _HOME = {
     "push": "refold.hub",
     **dict.fromkeys(("fold", "verify"), "refold.entrance"),
     **dict.fromkeys(("FoldReport", "Proof"), "refold.folding"),
+    **dict.fromkeys(("QuantizationConfig", "QuantizationReport", "quantize"), "refold.quantization"),
+    "read_images": "refold.training.calibration",
     **dict.fromkeys(("create_model", "list_models", "load_checkpoint"), "refold.models"),
     **dict.fromkeys(("UnfoldReport", "original_state_dict", "unfold"), "refold.unfolding"),
 }

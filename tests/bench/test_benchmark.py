@@ -265,3 +265,18 @@ def test_results_are_merged_from_the_command_line(
     assert left.value.code == 0
     assert list(Benchmark.load("both.json").machines) == ["here", "there"]
     assert len(Benchmark.load("both.json").rows) == 4
+
+
+@pytest.mark.slow
+def test_int8_files_are_rows_of_their_own():
+    result = refold.benchmark(
+        "repghostnet_050",
+        precisions=("float32", "int8"),
+        input_size=(3, 64, 64),
+        rounds=3,
+        warm_up=1,
+    )
+    rows = {(row.configuration.form, row.configuration.precision): row for row in result.rows}
+    assert rows["plain", "int8"].error is None
+    assert rows["plain", "int8"].samples
+    assert "made of the plain form" in rows["training", "int8"].error

@@ -14,6 +14,7 @@ from refold.algebra.convolution import (
     with_spatial_axes,
     zero_padding,
 )
+from refold.algebra.gauges import mix_outputs, rotation, unmix_inputs
 from refold.algebra.operations import (
     align,
     concatenate,
@@ -42,12 +43,15 @@ __all__ = [
     "fold_shortcut",
     "identity",
     "is_channelwise",
+    "mix_outputs",
     "pointwise",
+    "rotation",
     "scale_outputs",
     "series",
     "side_by_side",
     "slice_outputs",
     "sum_branches",
+    "unmix_inputs",
     "widen_inputs",
     "with_groups",
     "with_spatial_axes",

@@ -8,21 +8,33 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Final, Literal, TypeAlias
 
 from refold.bench.machine import Machine
 from refold.bench.timing import Timing
 from refold.errors import InputError
 from refold.export import Precision
-from refold.export.request import FLOAT32
+from refold.export.request import FLOAT32, PRECISIONS
 from refold.files import PathLike, write_text
 
 FORMAT = "refold benchmark 1"
 
+INT8: Final = "int8"
+Measured: TypeAlias = Precision | Literal["int8"]
+_MEASURED: tuple[Measured, ...] = (*PRECISIONS, INT8)
+
+
+def measured_precision(name: str) -> Measured:
+    """The precision of a name, of export's or "int8"; raises `InputError` where there is none."""
+    for precision in _MEASURED:
+        if precision == name:
+            return precision
+    raise InputError(f"There is no precision '{name}'; choose among: {', '.join(_MEASURED)}.")
+
 
 @dataclass(frozen=True)
 class Configuration:
-    """What is measured: a model in one form, in one engine, on images of one size, in float32 or float16."""
+    """What is measured: a model in one form, in one engine, on images of one size, in float32, float16 or int8."""
 
     model: str
     form: str
@@ -30,7 +42,7 @@ class Configuration:
     batch_size: int
     threads: int
     input_size: tuple[int, ...]
-    precision: Precision = FLOAT32
+    precision: Measured = FLOAT32
 
     def __str__(self) -> str:
         precision = "" if self.precision == FLOAT32 else f", {self.precision}"

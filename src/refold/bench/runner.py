@@ -15,14 +15,20 @@ from torch import nn
 
 from refold.bench.breakdown import PROFILERS
 from refold.bench.machine import Roof, this_machine
-from refold.bench.results import Benchmark, Configuration, Measurement, parse_baseline
+from refold.bench.results import (
+    Benchmark,
+    Configuration,
+    Measured,
+    Measurement,
+    measured_precision,
+    parse_baseline,
+)
 from refold.bench.roofline import least_work
 from refold.bench.subjects import TRAINING, Files, Forms, Subject, engine_names, subjects_of
 from refold.bench.turns import TimingFailed, WorkerProcess, interleave, open_worker
 from refold.bench.worker import PYTORCH
 from refold.errors import InputError, RefoldError, first_line
-from refold.export import Precision
-from refold.export.request import FLOAT32, precision_named
+from refold.export.request import FLOAT32
 from refold.files import PathLike, check_writable
 
 # Called with what happens now, and the share of the work that is done.
@@ -67,7 +73,8 @@ def benchmark(
     `models` are names, modules, or a mapping from the name to show to either. `forms` are of "training",
     "plain" and "shortcut-folded" (`refold.fold` with `shortcuts="fold", objective="operators"`), or such a list
     for each model by name; by default a name is measured in the first two and a module as it is. `engine` is
-    one or several of "pytorch" and those of `refold.export`, or "all", `precisions` of "float32" and "float16".
+    one or several of "pytorch" and those of `refold.export`, or "all", `precisions` of "float32", "float16" and
+    "int8" (ranges of random images: what `refold.quantize` is for shows in time and memory alone here).
     `input_size` is (channels, height, width), by default the model's own. After `warm_up` rounds, `rounds`
     rounds are measured in which every configuration has one turn of about 10 ms. `baseline` is what the rows
     are compared with (see `Benchmark`), by default the training form if it is measured. `breakdown` adds the
@@ -93,7 +100,9 @@ def benchmark(
     for name, values in (("batch_sizes", batch_sizes), ("threads", threads)):
         if not values or min(values) < 1:
             raise InputError(f"{name} is {list(values)}; give one or more numbers from 1 on.")
-    wanted = tuple(precision_named(name) for name in precisions or [""])  # none is as wrong as an unknown one
+    wanted = tuple(
+        measured_precision(name) for name in precisions or [""]
+    )  # none is as wrong as an unknown one
     if output is not None and Path(output).suffix.lower() != ".json":
         raise InputError(f"The results are kept in a .json file as the run goes, not in '{output}'.")
     if output is not None:
@@ -137,7 +146,7 @@ def benchmark(
 class _Plan:
     subjects: list[Subject]
     engines: list[str]
-    precisions: tuple[Precision, ...]
+    precisions: tuple[Measured, ...]
     batch_sizes: tuple[int, ...]
     threads: tuple[int, ...]
     input_size: tuple[int, ...] | None

@@ -13,20 +13,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from refold.bench.results import INT8, Measured
 from refold.bench.turns import TimingFailed
 from refold.bench.worker import PYTORCH
 from refold.checkpoints import example_input
 from refold.errors import InputError, RefoldError, first_line
-from refold.export import FORMATS, Precision, Request, installed_engines
+from refold.export import FORMATS, Request, installed_engines
 from refold.export.checked import export_checked
 from refold.export.preparing import in_precision
 from refold.export.request import FLOAT32
 from refold.folding import Cost, count, fold
 from refold.models import create_model
+from refold.quantization import QuantizationConfig, quantize
 
 TRAINING, PLAIN, SHORTCUT_FOLDED = "training", "plain", "shortcut-folded"
 FORMS = (TRAINING, PLAIN, SHORTCUT_FOLDED)
 DEFAULT_FORMS = (TRAINING, PLAIN)
+# One form, for times alone.
+_INT8 = QuantizationConfig(keep_identity="never", round_together=False)
 # Of all models, or of each by its name.
 Forms = Sequence[str] | Mapping[str, Sequence[str]] | None
 
@@ -151,7 +155,7 @@ class Files:
         self._folder.cleanup()
 
     def path(
-        self, subject: Subject, form: str, engine: str, images: Tensor, precision: Precision = FLOAT32
+        self, subject: Subject, form: str, engine: str, images: Tensor, precision: Measured = FLOAT32
     ) -> Path:
         """The file of a model for an engine; raises `TimingFailed` where it cannot be made, every time."""
         # PyTorch takes any batch; the engines get the one they are measured with, as they would be deployed.
@@ -172,15 +176,22 @@ class Files:
 
 
 def write_for_engine(
-    model: nn.Module, folder: Path, engine: str, images: Tensor, precision: Precision = FLOAT32
+    model: nn.Module, folder: Path, engine: str, images: Tensor, precision: Measured = FLOAT32
 ) -> Path:
     """The file, in `folder`, of an eval-mode model for an engine; raises `TimingFailed` where it cannot be made."""
     try:
         if engine == PYTORCH:
             path = folder / "net.pt"
+            if precision == INT8:
+                raise InputError("int8 files are for engines")
             torch.save(in_precision(model, precision), path)
             return path
         path = folder / f"net{FORMATS[engine].suffix}"
+        if precision == INT8:
+            if not hasattr(model, "fold_report"):
+                raise InputError("int8 files are made of the plain form")
+            quantize(model, path, torch.cat([images, images.flip(-1)]), engine=engine, config=_INT8)
+            return path
         export_checked(model, Request((images,), path, precision=precision), engine=engine, folding=False)
         return path
     except Exception as error:  # converters and pickle raise what they like; the rest of the run goes on

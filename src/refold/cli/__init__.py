@@ -13,6 +13,7 @@ import typer
 from refold.cli.engines import bench, export_command
 from refold.cli.networks import fold_command, list_command, profile, push_command, verify
 from refold.cli.papers import paper_command
+from refold.cli.quantizing import quantize_command
 from refold.cli.runs import check_data, distill_command, predict, quickstart, train_command
 from refold.cli.shared import console
 from refold.cli.unfolding import unfold_command
@@ -109,6 +110,7 @@ _COMMANDS: dict[str, Callable[..., None]] = {
     "fold": fold_command,
     "verify": verify,
     "export": export_command,
+    "quantize": quantize_command,
     "bench": bench,
     "paper": paper_command,
     "train": train_command,

@@ -181,7 +181,7 @@ def bench(
     threads: ThreadCounts = None,
     precision: Annotated[
         list[str] | None,
-        typer.Option("--precision", help="float32 or float16; repeat it.", show_default="float32"),
+        typer.Option("--precision", help="float32, float16 or int8; repeat it.", show_default="float32"),
     ] = None,
     checkpoint: Checkpoints = None,
     input_size: InputSize = None,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from refold.errors import InputError, first_line
 from refold.export.engines import Contents, Session
 from refold.export.onnx_file import as_onnx
-from refold.export.request import FLOAT16, Request
+from refold.export.request import FLOAT16, Precision, Request
 
 _NO_OPERATORS = {"Constant", "Convert", "Parameter", "Reshape", "Result", "Squeeze", "Unsqueeze"}
 _SECTION = "refold"
@@ -26,13 +26,18 @@ def write(model: nn.Module, request: Request) -> Sequence[str]:
     with as_onnx(model, request) as onnx_file:
         try:
             converted = openvino.convert_model(onnx_file)
-            for key, value in request.metadata.items():
-                converted.set_rt_info(value, [_SECTION, key])
-            converted.set_rt_info(request.precision, [_SECTION, "precision"])
-            openvino.save_model(converted, request.path, compress_to_fp16=request.precision == FLOAT16)
+            save(converted, request.path, request.metadata, request.precision)
         except Exception as error:
             raise InputError(f"OpenVINO cannot convert the model: {first_line(error)}.") from error
     return []
+
+
+def save(converted: Any, path: Path, metadata: Mapping[str, str], precision: Precision) -> None:
+    """Save what OpenVINO converted, with the metadata in it."""
+    for key, value in metadata.items():
+        converted.set_rt_info(value, [_SECTION, key])
+    converted.set_rt_info(precision, [_SECTION, "precision"])
+    openvino.save_model(converted, path, compress_to_fp16=precision == FLOAT16)
 
 
 def contents(path: Path) -> Contents:

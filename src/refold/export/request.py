@@ -7,8 +7,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, Literal, TypeAlias, get_args
 
-from refold.errors import InputError
-
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -23,14 +21,6 @@ FLOAT32: Final = "float32"
 FLOAT16: Final = "float16"
 FreeAxis = Literal["batch", "height", "width"]
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
-
-
-def precision_named(name: str) -> Precision:
-    """The precision of a name; raises `InputError` where there is none."""
-    for precision in PRECISIONS:
-        if precision == name:
-            return precision
-    raise InputError(f"There is no precision '{name}'; choose among: {', '.join(PRECISIONS)}.")
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,63 @@
+"""The free choices of a network: changes of layers after each other that leave what they compute as it is.
+
+Between a layer that writes values and one that reads them, with nothing but sums in between, any invertible matrix and
+any shift can stand, and its inverse behind it; the function is the same and the values in between are others. They are
+chosen for what is not exact about a network: here its rounding to integers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from refold.algebra.convolution import Convolution
+from refold.errors import NotFoldable
+
+
+def mix_outputs(convolution: Convolution, matrix: Tensor, shift: Tensor | None = None) -> Convolution:
+    """`matrix @ convolution(x) + shift` over the channels, for a `matrix` `[out_channels, out_channels]`.
+
+    Raises NotFoldable where the convolution has groups: channels of two groups would be mixed.
+    """
+    _require_dense(convolution)
+    weight = (matrix @ convolution.weight.flatten(1)).reshape(convolution.weight.shape)
+    bias = None if convolution.bias is None else matrix @ convolution.bias
+    if shift is not None:
+        bias = shift if bias is None else bias + shift
+    return replace(convolution, weight=weight, bias=bias)
+
+
+def unmix_inputs(convolution: Convolution, matrix: Tensor, shift: Tensor | None = None) -> Convolution:
+    """The convolution of `matrix @ x + shift` that gives what `convolution` gives of `x`.
+
+    `matrix` is `[in_channels, in_channels]` and invertible, `shift` `[in_channels]`. Raises NotFoldable where the
+    convolution has groups, or a shift meets padding, whose zeros are not shifted.
+    """
+    _require_dense(convolution)
+    if shift is not None and any(map(any, convolution.padding)):
+        raise NotFoldable("a shift does not reach the zeros of the padding")
+    rows = convolution.weight.movedim(1, -1)
+    weight = torch.linalg.solve(matrix.T, rows.reshape(-1, rows.shape[-1]).T).T
+    # Strides as usual: others would be taken for another layout of the images.
+    weight = weight.reshape(rows.shape).movedim(-1, 1).clone(memory_format=torch.contiguous_format)
+    bias = convolution.bias
+    if shift is not None:
+        moved = weight.flatten(2).sum(2) @ shift if weight.dim() > 2 else weight @ shift
+        bias = -moved if bias is None else bias - moved
+    return replace(convolution, weight=weight, bias=bias)
+
+
+def rotation(channels: int, like: Tensor, seed: int = 0) -> Tensor:
+    """A rotation `[channels, channels]` drawn by a seed, in the dtype of `like`: it spreads outliers over channels."""
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.randn(channels, channels, dtype=torch.float64, generator=generator)
+    orthogonal, triangle = torch.linalg.qr(drawn)
+    turned: Tensor = orthogonal * triangle.diagonal().sign()
+    return turned.to(like.dtype)
+
+
+def _require_dense(convolution: Convolution) -> None:
+    if convolution.groups != 1:
+        raise NotFoldable(f"{convolution.groups} groups of channels cannot be mixed with each other")

@@ -1,0 +1,151 @@
+"""What is checked of a written file: its integers, its engine against float arithmetic, its answers, its time."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+import onnxruntime
+import torch
+from torch import Tensor
+
+from refold.errors import NotEquivalent
+from refold.quantization.columns import layout_of
+from refold.quantization.integers import PAIR_LIMIT, Pairs
+from refold.quantization.lockstep import Distance, decibels
+from refold.quantization.report import Agreement, LayerReport, Speed
+from refold.quantization.skeleton import Array, Graph
+
+# Decibels between the engine and float arithmetic of one file, beyond which the engine computes something else.
+_MOST_GAP = 1.0
+# Noise this small is rounding of float32, whatever it is compared with.
+_NO_NOISE = 60.0
+
+Session = Callable[[Array], list[Array]]
+
+
+def opened(
+    path: Path, *, optimised: bool = True, threads: int | None = None, data: bytes | None = None
+) -> Session:
+    """A file in ONNX Runtime, or once without any optimisation, so that it computes in float.
+
+    ``data`` is a file in memory.
+    """
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    if not optimised:
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    session = onnxruntime.InferenceSession(
+        str(path) if data is None else data, options, providers=["CPUExecutionProvider"]
+    )
+    name = session.get_inputs()[0].name
+    return lambda images: list(session.run(None, {name: images}))
+
+
+def outputs_of(session: Session, parts: Sequence[Array]) -> list[Array]:
+    """Each output for all images."""
+    found = [session(part) for part in parts]
+    return [np.concatenate(values) for values in zip(*found, strict=True)]
+
+
+def layer_reports(graph: Graph, distances: Sequence[Distance], bits: int) -> list[LayerReport]:
+    """What the integers in a file show of each of its layers."""
+    by_name = {each.layer: each.decibels for each in distances}
+    found = []
+    for layer in graph.layers:
+        weight = graph.constant(layer.weight.input[0])
+        layout = layout_of(layer.node, weight.shape)
+        rows = torch.from_numpy(layout.rows(weight.astype(np.float32))).flatten(0, 1)
+        # A depthwise kernel adds in 32 bits.
+        pairs = (
+            rows.abs().amax(1)
+            if layout.is_depthwise
+            else Pairs.of(layout.columns, layout.channels).largest(rows)
+        )
+        found.append(
+            LayerReport(
+                layer.name,
+                layer.node.op_type,
+                by_name.get(layer.name, float("nan")),
+                bits,
+                len(rows),
+                int(pairs.max()),
+                int((pairs > PAIR_LIMIT).sum()),
+            )
+        )
+    return found
+
+
+def check_engine(
+    path: Path, graph: Graph, wanted: Sequence[Array], parts: Sequence[Array], run: Session, title: str
+) -> float:
+    """How many decibels an engine, ``run``, loses against the ONNX file at ``path`` computed in float arithmetic.
+
+    Raises `NotEquivalent`, naming the layers at which it starts, where that is more than one.
+    """
+    in_float = outputs_of(opened(path, optimised=False), parts)
+    in_engine = outputs_of(run, parts)
+    gap = min(decibels(wanted, in_float), _NO_NOISE) - min(decibels(wanted, in_engine), _NO_NOISE)
+    if gap > _MOST_GAP:
+        names = _differing_layers(graph, parts)
+        raise NotEquivalent(
+            f"{title} loses {gap:.1f} dB against float arithmetic of the same file on this processor, first at "
+            f"{', '.join(names) or 'no single layer'}; give cpu='any', whose scales fit every arithmetic."
+        )
+    return gap
+
+
+def _differing_layers(graph: Graph, parts: Sequence[Array]) -> list[str]:
+    """The first layers whose integers differ by more than rounding between the engine and float arithmetic."""
+    import onnx
+
+    model = onnx.ModelProto()
+    model.CopyFrom(graph.model)
+    watched = {}
+    for layer in graph.layers:
+        quantized = graph.quantized(layer.node.output[0])
+        if quantized is not None:
+            watched[quantized.output[0]] = layer.name
+    del model.graph.output[:]
+    model.graph.output.extend(
+        onnx.helper.make_tensor_value_info(name, onnx.TensorProto.UINT8, None) for name in watched
+    )
+    data = model.SerializeToString()
+    both = [opened(Path(), optimised=optimised, data=data)(parts[0]) for optimised in (True, False)]
+    shares = [
+        (np.abs(a.astype(np.int16) - b.astype(np.int16)) > 2).mean() for a, b in zip(*both, strict=True)
+    ]
+    return [name for name, share in zip(watched.values(), shares, strict=True) if share > 1e-3][:3]
+
+
+def agreement_of(wanted: Sequence[Array], found: Sequence[Array], labels: Tensor | None) -> Agreement:
+    """How near answers are to those of the float network."""
+    first, other = wanted[0], found[0]
+    count = len(first)
+    near = decibels(list(wanted), list(found))
+    if first.ndim != 2 or first.shape[1] < 2:
+        return Agreement(count, near)
+    answers, others = first.argmax(1), other.argmax(1)
+    same = int((answers == others).sum())
+    if labels is None:
+        return Agreement(count, near, same)
+    truth = labels.numpy()
+    return Agreement(count, near, same, int((others == truth).sum()), int((answers == truth).sum()))
+
+
+def speed_of(float_run: Session, int8_run: Session, image: Array, *, threads: int, calls: int = 30) -> Speed:
+    """The time of one image in both files, turn by turn."""
+    runs: tuple[Session, Session] = (float_run, int8_run)
+    times: tuple[list[float], list[float]] = ([], [])
+    for turn in range(calls + 5):
+        for run, taken in zip(runs, times, strict=True):
+            start = time.perf_counter()
+            run(image)
+            if turn >= 5:
+                taken.append(1e3 * (time.perf_counter() - start))
+    return Speed(median(times[0]), median(times[1]), threads, calls)
