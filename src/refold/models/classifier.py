@@ -182,7 +182,8 @@ class ImageClassifier(nn.Module):
         check_arguments(num_classes, self.in_chans, self.drop_rate, pooling)
         kind = next(self.parameters())
         self.head.reset(num_classes, global_pool)  # type: ignore[operator]  # both heads have timm's `reset`
-        self.head.to(device=kind.device, dtype=kind.dtype)  # timm's own keeps them in newer versions only
+        # timm's own keeps these in newer versions only.
+        self.head.to(device=kind.device, dtype=kind.dtype).train(self.training)
         self.num_classes = num_classes
         self.global_pool = pooling
         # What `create_model` recorded must go on describing this network: it is rebuilt from that record.
