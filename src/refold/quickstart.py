@@ -65,7 +65,7 @@ _PLANS = {
         (10, 60),
         {
             "batch_size": 8,
-            "learning_rate": 0.02,
+            "learning_rate": 0.005,
             "weight_decay": 0.01,
             "resize_range": (0.9, 1.1),
             "color_jitter": 0.0,

@@ -53,6 +53,13 @@ PAPERS: dict[str, dict[str, Any]] = {
         "learning_rate": 0.1, "batch_size": 128, "epochs": 164, "milestones": (82, 123), "decay_rate": 0.1,
         "weight_decay": 1e-4, "image_size": 32, "crop_padding": 4,
     },
+    "retinanet": {
+        "epochs": 12, "batch_size": 16, "learning_rate": 0.01, "momentum": 0.9, "weight_decay": 1e-4,
+        "schedule": "multistep", "milestones": (8, 11), "decay_rate": 0.1, "image_size": 800,
+    },
+    "yolov3": {"epochs": 12, "batch_size": 192, "learning_rate": 0.003, "weight_decay": 5e-4, "image_size": 416},
+    "dense": {"optimizer": "adamw", "learning_rate": 0.001, "weight_decay": 0.05, "resize_range": (0.5, 1.5)},
+    "segmentation": {"optimizer": "sgd", "schedule": "poly", "decay_rate": 0.9, "image_size": 512},
     "small_images": {"optimizer": "adamw", "batch_size": 64, "image_size": 48},
     "photos": {"optimizer": "adamw", "batch_size": 64, "image_size": 224, "epochs": 100},
     "finetune": {"optimizer": "adamw", "batch_size": 64, "image_size": 224, "learning_rate": 1.5e-3},
