@@ -318,6 +318,19 @@ def test_a_sum_of_several(terms: str) -> None:
     assert kinds(plain)["Conv"] == 1
 
 
+def test_what_is_said_of_an_output_stays() -> None:
+    text = _conv_norm().replace("y = Relu (n)", "q = Relu (n)").replace("[N,4,H2,W2] y", "[N,4,H2,W2] n")
+    made = model(text, w=WEIGHT, **norm(4))
+    output = made.graph.output[0]
+    output.doc_string = "logits"
+    output.metadata_props.add(key="kind", value="class")
+    output.type.denotation = "TENSOR"
+    output.type.tensor_type.shape.dim[0].denotation = "DATA_BATCH"
+    plain, _ = check_fold(made, IMAGE)
+    assert kinds(plain)["BatchNormalization"] == 0
+    assert plain.graph.output == made.graph.output
+
+
 def test_what_is_left_out_of_a_file_is_said() -> None:
     made = model(_conv_norm(), w=WEIGHT, **norm(4))
     made.training_info.add().initialization.name = "start"
