@@ -16,7 +16,7 @@ from torch.torch_version import TorchVersion
 import refold
 
 # Without its converter of versions, PyTorch's newer exporter writes 18 where an older one is asked for.
-VARIANTS = [("torchscript", 13), ("torchscript", 17), ("dynamo", 18), ("dynamo", 21)]
+VARIANTS = [("torchscript", 13), ("torchscript", 17), ("torchscript", 21), ("dynamo", 18), ("dynamo", 21)]
 NETWORKS = ("repvgg_a0", "mobileone_s0", "ghostnetv3_100", "repghostnet_100", "fastvit_t8", "repvit_m0_9")
 
 
