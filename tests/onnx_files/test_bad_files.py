@@ -49,6 +49,24 @@ def _twice() -> onnx.ModelProto:
     return model("g (float[N,3] x) => (float[N,3] y) { a = Relu (x) a = Relu (x) y = Relu (a) }")
 
 
+def _held_twice() -> onnx.ModelProto:
+    made = good()
+    made.graph.initializer.append(made.graph.initializer[0])
+    return made
+
+
+def _sparse(*, node: bool) -> onnx.ModelProto:
+    made = model("g (float[N,8] x) => (float[N,8] y) { y = Add (x, s) }")
+    value, place = (onnx.numpy_helper.from_array(np.array([number])) for number in (np.float32(2), 1))
+    value.name = "s"
+    tensor = onnx.helper.make_sparse_tensor(value, place, [8])
+    if node:
+        made.graph.node.insert(0, onnx.helper.make_node("Constant", [], ["s"], sparse_value=tensor))
+    else:
+        made.graph.sparse_initializer.append(tensor)
+    return made
+
+
 def _texts() -> onnx.ModelProto:
     return model("g (string[N] x) => (string[N] y) { y = Identity (x) }")
 
@@ -70,6 +88,9 @@ BAD: dict[str, tuple[Callable[[], onnx.ModelProto], str]] = {
     "a tensor that is cut off": (_cut_tensor, "bad.onnx is no valid ONNX graph"),
     "a circle": (_circle, "reads 'b' before it is written"),
     "a value that is written twice": (_twice, "writes 'a', which is there already"),
+    "a constant that is there twice": (_held_twice, "holds the constant 'w' more than once"),
+    "a sparse constant": (lambda: _sparse(node=False), "holds the sparse constant 's'"),
+    "a sparse constant as a node": (lambda: _sparse(node=True), "holds the sparse constant 's'"),
     "texts": (_texts, "The input 'x' of bad.onnx is no tensor of numbers"),
     "operators of long ago": (_old, "has version 6 of ONNX's operators, and 7 is the oldest"),
     "an operator that nobody knows": (_unknown, "The operator Secret of vendor cannot be computed"),

@@ -9,14 +9,14 @@ import onnx
 import pytest
 import timm
 import torch
-from graphs import LARGEST, distance, kinds
+from graphs import LARGEST, answers, distance, kinds
 from torch import Tensor, nn
 from torch.torch_version import TorchVersion
 
 import refold
 
 # Without its converter of versions, PyTorch's newer exporter writes 18 where an older one is asked for.
-VARIANTS = [("torchscript", 13), ("torchscript", 17), ("dynamo", 18), ("dynamo", 21)]
+VARIANTS = [("torchscript", 13), ("torchscript", 17), ("torchscript", 21), ("dynamo", 18), ("dynamo", 21)]
 NETWORKS = ("repvgg_a0", "mobileone_s0", "ghostnetv3_100", "repghostnet_100", "fastvit_t8", "repvit_m0_9")
 
 
@@ -119,6 +119,21 @@ def test_networks(
     net = randomised(timm.create_model(name) if name in NETWORKS else refold.create_model(name))
     _, found, _ = _check(net, torch.randn(1, 3, 224, 224), variant, tmp_path)
     assert kinds(found)["BatchNormalization"] == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", [VARIANTS[0], VARIANTS[-1]], ids=lambda v: f"{v[0]}-{v[1]}")
+@pytest.mark.parametrize("name", NETWORKS)
+def test_networks_by_the_reference_implementation(
+    name: str, variant: tuple[str, int], tmp_path: Path, randomised: Callable[[nn.Module], nn.Module]
+) -> None:
+    """Exported in float64 and run by what knows nothing of refold, in float64 as well."""
+    net = randomised(timm.create_model(name)).double()
+    before, found, _ = _check(net, torch.randn(1, 3, 64, 64).double(), variant, tmp_path)
+    images = [torch.randn(2, 3, 64, 64).double().numpy() for _ in range(2)]
+    first, other = (answers(before, [image])[0] for image in images)
+    assert abs(first - other).max() > 1e-3 * abs(first).max(), "the answer depends on the image"
+    assert distance(before, found, images[:1]) < LARGEST
 
 
 def test_a_file_that_was_optimised_already(

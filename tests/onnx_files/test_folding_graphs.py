@@ -292,6 +292,52 @@ def test_a_value_that_a_subgraph_reads() -> None:
             assert distance(made, plain, [x, np.array(other)]) < LARGEST
 
 
+def test_what_a_subgraph_decides_by_may_be_one_flag() -> None:
+    text = """g (double[N,3,H,W] x, bool c) => (double[N,4,H2,W2] y) {
+        v = Conv <pads=[1,1,1,1]> (x, w) n = BatchNormalization (v, ns, nb, nm, nv)
+        y = If (c) <then_branch = t () => (double[N,4,H3,W3] a) { a = Relu (n) },
+            else_branch = e () => (double[N,4,H4,W4] b) { b = Neg (n) }> }"""
+    plain, report = refold.fold(model(text, w=WEIGHT, **norm(4)))
+    assert kinds(plain) == {"Conv": 1, "If": 1}
+    assert report.proof is not None
+
+
+def test_inputs_whose_axes_have_one_name() -> None:
+    text = """g (double[N,3,H,V] x, double[V,K] u) => (double[N,4,H,K] y) {
+        c = Conv <pads=[1,1,1,1]> (x, w) n = BatchNormalization (c, ns, nb, nm, nv) y = MatMul (n, u) }"""
+    plain, _ = refold.fold(model(text, w=WEIGHT, **norm(4)))
+    assert kinds(plain) == {"Conv": 1, "MatMul": 1}
+
+
+@pytest.mark.parametrize("terms", ["a, b, x", "a, b, b, x", "a, r, b"])
+def test_a_sum_of_several(terms: str) -> None:
+    text = f"""g (double[N,4,H,W] x) => (double[N,4,H,W] y) {{
+        a = Conv <pads=[1,1,1,1]> (x, w) b = Conv (x, u) r = Relu (x)
+        s = Sum ({terms}) y = Relu (s) }}"""
+    plain, _ = check_fold(model(text, w=normal(4, 4, 3, 3), u=normal(4, 4, 1, 1)), (2, 4, 9, 8))
+    assert kinds(plain)["Conv"] == 1
+
+
+def test_what_is_said_of_an_output_stays() -> None:
+    text = _conv_norm().replace("y = Relu (n)", "q = Relu (n)").replace("[N,4,H2,W2] y", "[N,4,H2,W2] n")
+    made = model(text, w=WEIGHT, **norm(4))
+    output = made.graph.output[0]
+    output.doc_string = "logits"
+    output.metadata_props.add(key="kind", value="class")
+    output.type.denotation = "TENSOR"
+    output.type.tensor_type.shape.dim[0].denotation = "DATA_BATCH"
+    plain, _ = check_fold(made, IMAGE)
+    assert kinds(plain)["BatchNormalization"] == 0
+    assert plain.graph.output == made.graph.output
+
+
+def test_what_is_left_out_of_a_file_is_said() -> None:
+    made = model(_conv_norm(), w=WEIGHT, **norm(4))
+    made.training_info.add().initialization.name = "start"
+    _, report = refold.fold(made, None, torch.from_numpy(normal(*IMAGE)))
+    assert report.notes[0] == "how the file is trained (training_info) was left out"
+
+
 def test_functions_are_written_out_and_said() -> None:
     text = """<ir_version: 8, opset_import: ["" : 17, "own" : 1]>
         g (double[N,3,H,W] x) => (double[N,4,H,W] y) { y = own.block (x, w, ns, nb, nm, nv) }
@@ -303,7 +349,7 @@ def test_functions_are_written_out_and_said() -> None:
         made.graph.initializer.append(numpy_helper.from_array(value, name))
     plain, report = refold.fold(made, None, torch.from_numpy(normal(*IMAGE)))
     assert kinds(plain) == {"Conv": 1, "Relu": 1}
-    assert report.notes[0] == "the 1 functions of the file were written out where they are called"
+    assert report.notes[0] == "functions of the file were written out where they are called (block)"
     assert distance(made, plain, [normal(*IMAGE)]) < LARGEST
 
 

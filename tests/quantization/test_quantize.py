@@ -1,3 +1,4 @@
+import copy
 import json
 
 import numpy as np
@@ -150,6 +151,22 @@ def test_the_file_says_what_the_network_said(ladder, tmp_path):
     said = read_description(read_metadata(path), path)
     assert said.class_names == names
     assert said.inputs[0].shape == ["batch", 3, 32, 32]
+
+
+def test_an_onnx_file_is_quantised_as_its_network_is(ladder, tmp_path, written):
+    ladder = copy.deepcopy(ladder)
+    ladder.pretrained_cfg = {"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6], "crop_pct": 0.9}
+    images = photos(64)
+    refold.export(ladder, tmp_path / "net.onnx", images[:1], fold=False)
+    found = refold.quantize(
+        tmp_path / "net.onnx", tmp_path / "net.int8.onnx", images, held_out=photos(200, seed=5)
+    )
+    assert found.agreement.decibels > written[1].agreement.decibels - 1
+    assert len(found.layers) == len(written[1].layers)
+    said = read_description(read_metadata(tmp_path / "net.int8.onnx"), tmp_path / "net.int8.onnx")
+    assert said.preprocessing.mean == (0.1, 0.2, 0.3), "what the file says of its images is kept"
+    with pytest.raises(refold.InputError, match="There is no file"):
+        refold.quantize(tmp_path / "none.onnx", tmp_path / "net.int8.onnx", images)
 
 
 def test_a_training_form_is_folded_first(tmp_path):

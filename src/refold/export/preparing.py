@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,8 +13,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from refold.errors import InputError
-from refold.export.metadata import read_preprocessing
+from refold.export.metadata import read_description, read_preprocessing
 from refold.export.request import FLOAT16, Inputs, Normalization, Precision, Request
+from refold.onnx_files import is_onnx_network
 from refold.recording.arguments import Arguments, as_arguments
 
 
@@ -163,7 +165,12 @@ def _check_normalization(normalization: Normalization, image: Tensor) -> None:
 
 
 def known_preprocessing(model: nn.Module) -> dict[str, Any]:
-    """What the model's ``pretrained_cfg`` says in timm's terms, and over it what its checkpoint does."""
+    """What the model's ``pretrained_cfg`` says in timm's terms, and over it what its checkpoint or ONNX file does."""
+    if is_onnx_network(model):
+        program: Any = model.program
+        said = {entry.key: entry.value for entry in program.model.metadata_props}
+        found = read_description(said, program.path or Path(program.name)).preprocessing
+        return {} if found is None else found.known()
     card = getattr(model, "card", None)
     described = getattr(card, "preprocessing", None) or {}
     configured = dict(getattr(model, "pretrained_cfg", None) or {})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -52,9 +53,13 @@ def tensors_of(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
 
 
 def check_graph(graph: onnx.GraphProto, name: str) -> None:
-    """Raise InputError where a value is read that is not there yet, is written twice, or is no tensor."""
-    known = {"", *(value.name for value in graph.input), *(tensor.name for tensor in graph.initializer)}
-    known |= {tensor.values.name for tensor in graph.sparse_initializer}
+    """Raise InputError where a value is read that is not there yet, is there twice, or is no dense tensor."""
+    held = Counter(tensor.name for tensor in graph.initializer)
+    twice = next((tensor for tensor, count in held.items() if count > 1), None)
+    if twice is not None:
+        raise InputError(f"{name} holds the constant '{twice}' more than once; keep the one that is meant.")
+    _check_dense(graph, name)
+    known = {"", *(value.name for value in graph.input), *held}
     written = {output for node in graph.node for output in node.output}
     for node in graph.node:
         title = f"the {node.op_type} '{node.name or next(iter(node.output), '')}'"
@@ -69,13 +74,24 @@ def check_graph(graph: onnx.GraphProto, name: str) -> None:
             raise InputError(
                 f"In {name} {title} reads '{value}', which nothing writes and the file does not hold."
             )
-        twice = next((value for value in node.output if value and value in known), None)
-        if twice is not None:
-            raise InputError(f"In {name} {title} writes '{twice}', which is there already.")
+        again = next((value for value in node.output if value and value in known), None)
+        if again is not None:
+            raise InputError(f"In {name} {title} writes '{again}', which is there already.")
         known.update(node.output)
     missing = next((value.name for value in graph.output if value.name not in known), None)
     if missing is not None:
         raise InputError(f"The output '{missing}' of {name} is not written by any of its nodes.")
+
+
+def _check_dense(graph: onnx.GraphProto, name: str) -> None:
+    sparse = [tensor.values.name for tensor in graph.sparse_initializer]
+    sparse += [
+        node.output[0] for node in graph.node for setting in node.attribute if setting.name == "sparse_value"
+    ]
+    if sparse:
+        raise InputError(
+            f"{name} holds the sparse constant '{sparse[0]}', which is not read; write it densely."
+        )
 
 
 def types_of(model: onnx.ModelProto) -> Types:

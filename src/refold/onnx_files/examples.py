@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import product
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from refold.errors import InputError, first_line
-from refold.onnx_files.network import OnnxNetwork
+from refold.onnx_files.network import OnnxNetwork, Program
 from refold.recording.arguments import plain_mode
 
 _SIDES = (224, 64, 320, 640, 32, 48, 512)
@@ -57,13 +58,26 @@ def _candidates(network: OnnxNetwork, input_size: Sequence[int] | None) -> Itera
         batch = shapes[0][0] if shapes[0] else None
         yield (_random((batch or 1, *input_size), program.dtypes[0]),)
         return
+    names = _names_of_free_axes(program)
+    spatial = {name for axes in names for name in axes[1:]}  # first axes of these names may be no batches
     free = any(side is None for sides in shapes for side in sides[1:])
-    for side in _SIDES if free else (1,):
+    for batches, side in product((set(), spatial), _SIDES if free else (1,)):
         sizes = [
-            tuple((1 if i == 0 else side) if s is None else s for i, s in enumerate(sides))
-            for sides in shapes
+            tuple(
+                (1 if i == 0 and axes[0] not in batches else side) if s is None else s
+                for i, s in enumerate(sides)
+            )
+            for sides, axes in zip(shapes, names, strict=True)
         ]
         yield tuple(_random(size, dtype) for size, dtype in zip(sizes, program.dtypes, strict=True))
+
+
+def _names_of_free_axes(program: Program) -> list[list[str]]:
+    """How the file calls the axes of each input; an axis without a name has one of its own."""
+    inputs = {value.name: value.type.tensor_type.shape.dim for value in program.model.graph.input}
+    return [
+        [axis.dim_param or f"{name} {i}" for i, axis in enumerate(inputs[name])] for name in program.inputs
+    ]
 
 
 def _as_image(size: Sequence[int], shape: Sequence[int | None]) -> Sequence[int]:
@@ -76,7 +90,7 @@ def _as_image(size: Sequence[int], shape: Sequence[int | None]) -> Sequence[int]
 def _random(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     generator = torch.Generator().manual_seed(0)
     if dtype == torch.bool:
-        return torch.ones(*shape, dtype=dtype)
+        return torch.ones(tuple(shape), dtype=dtype)
     if not dtype.is_floating_point:
         return torch.randint(
             0, 256 if dtype == torch.uint8 else 2, tuple(shape), generator=generator, dtype=dtype

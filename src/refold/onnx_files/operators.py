@@ -89,7 +89,9 @@ def _dropout(node: OnnxNode) -> Call | None:
 def _sum(node: OnnxNode) -> Call:
     if len(node.inputs) == 2:
         return Call(torch.add, "add", tuple(node.inputs))
-    return Call(functions.added if len(node.inputs) > 1 else functions.same, "", tuple(node.inputs))
+    if len(node.inputs) == 1:
+        return Call(functions.same, "alias", tuple(node.inputs))
+    return Call(functions.added, "added", tuple(node.inputs))
 
 
 @entry("Cast", "CastLike")

@@ -81,10 +81,11 @@ class _Reader:
         self._name, self._path, self._notes = name, path, list[str]()
         self._version = self._checked_version(model)
         if model.functions:
-            self._notes.append(
-                f"the {len(model.functions)} functions of the file were written out where they are called"
-            )
+            names = some([function.name for function in model.functions])
+            self._notes.append(f"functions of the file were written out where they are called ({names})")
             model = onnx.inliner.inline_local_functions(model)
+        if model.training_info:
+            self._notes.append("how the file is trained (training_info) was left out")
         self._proto = model
         check_external(model, path, name)
         check_graph(model.graph, name)

@@ -285,7 +285,8 @@ class _Writer:
             taken = new.producer() is None or new.is_graph_output() or new.producer() not in self._new
             if taken:  # it has a name of its own
                 new = self._one("Identity", [new])
-            new.type, new.shape = value.type, value.shape
+            new.type, new.shape, new.doc_string = value.type, value.shape, value.doc_string
+            new.metadata_props.update(value.metadata_props)
             name = value.name
             value.name = self._free_name(f"{name}_before")
             new.name = name

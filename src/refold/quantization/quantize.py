@@ -15,6 +15,7 @@ from refold.export import FORMATS
 from refold.export.placing import check_destination, files_of, placed_together
 from refold.files import PathLike
 from refold.folding import fold
+from refold.onnx_files.reading import read_network
 from refold.quantization import checking
 from refold.quantization.attempts import Attempt, Photos, chosen
 from refold.quantization.config import QuantizationConfig
@@ -26,7 +27,7 @@ from refold.quantization.skeleton import Graph
 
 
 def quantize(
-    model: nn.Module,
+    model: nn.Module | PathLike,
     path: PathLike,
     images: Tensor,
     *,
@@ -41,7 +42,8 @@ def quantize(
     ``images`` are what the ranges are taken from, ``(n, channels, height, width)``, prepared as the network takes them;
     a few hundred will do (`refold.read_images` reads a folder). The agreement in the report is measured on
     ``held_out`` images where there are some, else on the same; ``labels`` are the classes of those that are
-    measured on. A model in training form is folded, and proved, first. The argument is untouched.
+    measured on. A model in training form, or an ONNX file by its path, is folded, and proved, first. The argument is
+    untouched.
 
     Weights are integers of 8 bits (`QuantizationConfig` has the choices), activations 0 to 255, sums 32 bits. The
     scales are such that no processor of ``config.cpu`` can leave the 16 bits in which it may add two products; that is
@@ -59,6 +61,8 @@ def quantize(
     """
     began = time.perf_counter()
     config = config or QuantizationConfig()
+    if not isinstance(model, nn.Module):
+        model = read_network(model)
     quantized = engine_for(engine, config)
     form = FORMATS[engine]
     target = check_destination(path, form)

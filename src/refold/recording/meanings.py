@@ -208,6 +208,13 @@ def plus(use: Use, sign: float = 1.0) -> Linear | None:
     return Sum((left, right), (1.0, factor)) if use.shape(left) == use.shape(right) else None
 
 
+def plus_all(use: Use) -> Sum | None:
+    """The sum of any number of tensors, which only graphs from elsewhere have as one operator."""
+    values = tuple(use.argument(place, "") for place in range(len(use.node.args)))
+    alike = all(use.varies(value) and use.shape(value) == use.shape(values[0]) for value in values)
+    return Sum(values, (1.0,) * len(values)) if alike else None
+
+
 def minus(use: Use) -> Linear | None:
     return plus(use, -1.0)
 

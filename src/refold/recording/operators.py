@@ -145,6 +145,7 @@ OPERATORS = (
         ),
     ),
     Operator("add", ("add",), counted=("add", "addcmul"), linear=meanings.plus, channels="apart"),
+    Operator("add", ("added",), linear=meanings.plus_all, channels="apart"),
     Operator("add", ("sub", "subtract"), counted=("sub", "rsub"), linear=meanings.minus, channels="apart"),
     Operator("multiply", ("mul", "multiply"), counted=("mul",), linear=meanings.times, channels="apart"),
     Operator(
