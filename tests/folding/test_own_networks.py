@@ -84,6 +84,7 @@ PLAIN_CONVOLUTIONS = {
     "gghost_regnetx_120": 68,
     "gghost_regnetx_160": 77,
     "gghost_regnetx_320": 80,
+    "regnetx_032_075": 80,
     "gghost_resnet34": 44,
     "gghost_resnet56": 64,
     "gghostnet": 99,
@@ -127,6 +128,7 @@ SMALLEST = (
     "mobilenetv4_small",
     "mobileone_s0",
     "plainnet_small",
+    "regnetx_032_075",
     "repghost_resnet50_s2",
     "repghostnet_050",
     "repghostnetv2_small",
@@ -134,7 +136,13 @@ SMALLEST = (
     "repvgg_a0",
 )
 # Without branches the training form is what the official code calls plain: each norm has its convolution.
-LOADED_IN_EITHER_FORM = ("gghost_regnetx_002", "ghostnet_050", "ghostnetv2_050", "mobilenetv4_small")
+LOADED_IN_EITHER_FORM = (
+    "regnetx_032_075",
+    "gghost_regnetx_002",
+    "ghostnet_050",
+    "ghostnetv2_050",
+    "mobilenetv4_small",
+)
 WITH_BRANCHES = ("ghostnetv3_050", "mobileone_s0", "repghostnet_050", "repnext_u1_t", "repvgg_a0")
 
 
