@@ -20,13 +20,9 @@ else:
 
 _PUBLISHED = Path(__file__).with_name("published.toml")
 
-Quantity = Literal[
-    "parameters",
-    "macs",
-    "activations",
-    "winograd_multiplications",
-    "latency",
-    "throughput",
+Size = Literal["parameters", "macs", "activations", "winograd_multiplications"]
+Time = Literal["latency", "throughput"]
+Accuracy = Literal[
     "top-1",
     "top-5",
     "mAP",
@@ -36,20 +32,12 @@ Quantity = Literal[
     "mAP of medium boxes",
     "mAP of large boxes",
 ]
+Quantity = Literal[Size, Time, Accuracy]
 # The forms that `refold.benchmark` knows; its module takes seconds to import.
 PaperForm = Literal["training", "plain", "shortcut-folded"]
-SIZES: tuple[Quantity, ...] = ("parameters", "macs", "activations", "winograd_multiplications")
-TIMES: tuple[Quantity, ...] = ("latency", "throughput")
-ACCURACIES: tuple[Quantity, ...] = (
-    "top-1",
-    "top-5",
-    "mAP",
-    "mAP of boxes",
-    "mAP of masks",
-    "mAP of small boxes",
-    "mAP of medium boxes",
-    "mAP of large boxes",
-)
+SIZES: tuple[Size, ...] = get_args(Size)
+TIMES: tuple[Time, ...] = get_args(Time)
+ACCURACIES: tuple[Accuracy, ...] = get_args(Accuracy)
 _UNITS = {"M": 10**6, "10M": 10**7, "B": 10**9}
 _UNITS_OF: dict[Quantity, tuple[str, ...]] = {
     **dict.fromkeys(SIZES, tuple(_UNITS)),

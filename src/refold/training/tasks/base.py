@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from refold.errors import InputError
-from refold.training.batches import Batch, Example, Transform
+from refold.training.batches import Batch, Example, Transform, collate
 from refold.training.recipe import Recipe
 
 
@@ -61,9 +61,9 @@ class Task(ABC):
     def chance(self, recipe: Recipe, mirror: bool) -> list[str]:
         """The recipe's values that make an image another one in each epoch; none, and it is always the same."""
 
-    @abstractmethod
     def collate(self, examples: Sequence[Example]) -> Batch:
         """One batch of the examples that could be read."""
+        return collate(examples)
 
     def mix(self, images: Tensor, targets: Any) -> tuple[Tensor, Any]:
         """What a step of the training sees of a batch of two images or more; it may be fewer, and other images."""
@@ -73,9 +73,9 @@ class Task(ABC):
     def loss(self, net: nn.Module, outputs: Any, targets: Any) -> Tensor:
         """The loss of what ``net`` gave for what `mix` gave, a mean over the images."""
 
-    @abstractmethod
     def held_out_loss(self, net: nn.Module, outputs: Any, targets: Any) -> Tensor:
         """The same for images as they are measured, without smoothing."""
+        return self.loss(net, outputs, targets)
 
     @abstractmethod
     def divergence(self, net: nn.Module, outputs: Any, teacher: Any, temperature: float = 1.0) -> Tensor:

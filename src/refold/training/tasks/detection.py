@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ from refold.boxes.comparing import difference
 from refold.boxes.detections import Detector
 from refold.boxes.losses import box_loss
 from refold.errors import InputError
-from refold.training.batches import Batch, Example, Transform, collate
+from refold.training.batches import Batch, Transform
 from refold.training.labels import BoxLabels
 from refold.training.recipe import Recipe
 from refold.training.tasks.augmentation import changing, geometry, normalized, resampling
@@ -93,7 +93,7 @@ class DetectionTask(Task):
     score = "map"
     answers_have_places = True
     score_title = "mAP@.5:.95"
-    export_options: Mapping[str, Any] = {"detections": True, "dynamic_size": True}  # type: ignore[misc]
+    export_options: ClassVar[Mapping[str, Any]] = {"detections": True, "dynamic_size": True}
 
     def transforms(
         self, recipe: Recipe, preprocessing: Mapping[str, Any], mirror: bool
@@ -103,15 +103,9 @@ class DetectionTask(Task):
     def chance(self, recipe: Recipe, mirror: bool) -> list[str]:
         return changing(recipe, mirror)
 
-    def collate(self, examples: Sequence[Example]) -> Batch:
-        return collate(examples)
-
-    def loss(self, net: nn.Module, outputs: Any, targets: Any) -> Tensor:
-        loss: Tensor = net.loss(outputs, [(t.boxes, t.labels) for t in targets])  # type: ignore[operator]
+    def loss(self, net: Any, outputs: Any, targets: Any) -> Tensor:
+        loss: Tensor = net.loss(outputs, [(t.boxes, t.labels) for t in targets])
         return loss
-
-    def held_out_loss(self, net: nn.Module, outputs: Any, targets: Any) -> Tensor:
-        return self.loss(net, outputs, targets)
 
     def divergence(self, net: nn.Module, outputs: Any, teacher: Any, temperature: float = 1.0) -> Tensor:
         return box_divergence(net, outputs, teacher)

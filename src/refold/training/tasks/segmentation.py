@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -65,7 +65,7 @@ class SegmentationTask(Task):
     score = "mean_iou"
     answers_have_places = True
     score_title = "mean IoU"
-    export_options: Mapping[str, Any] = {"dynamic_size": True}  # type: ignore[misc]
+    export_options: ClassVar[Mapping[str, Any]] = {"dynamic_size": True}
 
     def transforms(
         self, recipe: Recipe, preprocessing: Mapping[str, Any], mirror: bool
@@ -84,9 +84,6 @@ class SegmentationTask(Task):
         counted = (targets != IGNORED).sum().clamp(min=1)
         loss: Tensor = F.cross_entropy(outputs, targets, ignore_index=IGNORED, reduction="sum") / counted
         return loss
-
-    def held_out_loss(self, net: nn.Module, outputs: Any, targets: Any) -> Tensor:
-        return self.loss(net, outputs, targets)
 
     def divergence(self, net: nn.Module, outputs: Any, teacher: Any, temperature: float = 1.0) -> Tensor:
         rows, taught = (F.log_softmax(value / temperature, dim=1) for value in (outputs, teacher))
