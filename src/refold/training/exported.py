@@ -29,25 +29,7 @@ def exported_classifier(path: Path, threads: int | None = None) -> ImagePredicto
     one, and a note says so. Raises `InputError` where the file cannot be read or run, its description is not
     understood, or neither says how images are prepared.
     """
-    file = open_exported(path, threads=threads)
-    title, notes = f"'{path}'", list[str]()
-    description = _filled(file.description, path, notes)
-    if description.preprocessing is None:
-        raise InputError(
-            f"{title} does not say how its images are prepared, for refold did not write it; predict with the network "
-            "that it was made from, or export that with refold."
-        )
-    if description.output is None:
-        notes.append(f"{title} does not say whether it gives logits or probabilities; taken for logits.")
-    return ImagePredictor(
-        title,
-        lambda batch: _only_output(file, batch),
-        completed(_of_its_size(description, description.preprocessing, title), title, notes),
-        named_classes(description.class_names, _classes(description), title, notes),
-        description.output or "logits",
-        description.batch,
-        notes,
-    ).probed()
+    return _classifier(open_exported(path, threads=threads), path)
 
 
 def exported_predictor(path: Path, threshold: float, threads: int | None = None) -> ImagePredictor | Finder:
@@ -62,21 +44,46 @@ def exported_predictor(path: Path, threshold: float, threads: int | None = None)
             f"'{path}' gives the maps of a detector, not boxes; export it again with --detections."
         )
     if kind not in ("detections", "segmentation"):
-        return exported_classifier(path, threads)
+        return _classifier(file, path)
     title, notes = f"'{path}'", list[str]()
-    description = _filled(file.description, path, notes)
-    if description.preprocessing is None:
-        raise InputError(f"{title} does not say how its images are prepared; export the network again.")
+    description, preprocessing = _described(file, path, notes)
     return Finder(
         title,
         file.run,
-        completed(_of_its_size(description, description.preprocessing, title), title, notes),
+        completed(preprocessing, title, notes),
         description.class_names,
         kind == "segmentation",
         threshold,
         description.batch,
         notes,
     )
+
+
+def _classifier(file: ExportedFile, path: Path) -> ImagePredictor:
+    title, notes = f"'{path}'", list[str]()
+    description, preprocessing = _described(file, path, notes)
+    if description.output is None:
+        notes.append(f"{title} does not say whether it gives logits or probabilities; taken for logits.")
+    return ImagePredictor(
+        title,
+        lambda batch: _only_output(file, batch),
+        completed(preprocessing, title, notes),
+        named_classes(description.class_names, _classes(description), title, notes),
+        description.output or "logits",
+        description.batch,
+        notes,
+    ).probed()
+
+
+def _described(file: ExportedFile, path: Path, notes: list[str]) -> tuple[Description, Preprocessing]:
+    """What a file, and the card of a run beside it, say, and how its images are prepared."""
+    description = _filled(file.description, path, notes)
+    if description.preprocessing is None:
+        raise InputError(
+            f"'{path}' does not say how its images are prepared, for refold did not write it; predict with the network "
+            "that it was made from, or export that with refold."
+        )
+    return description, _of_its_size(description, description.preprocessing, f"'{path}'")
 
 
 def _filled(description: Description, path: Path, notes: list[str]) -> Description:

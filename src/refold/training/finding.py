@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from refold.boxes import Letterbox, detections
-from refold.errors import InputError, RefoldError, first_line
+from refold.errors import InputError
 from refold.export.metadata import Preprocessing
 from refold.export.preparing import known_preprocessing
 from refold.training.drawing import draw_boxes, draw_mask
 from refold.training.pictures import read_image
-from refold.training.predicting import completed
+from refold.training.predicting import completed, outputs_of
 from refold.training.tasks.augmentation import normalized, resampling
 
 _LARGEST_MASK = 100_000_000
@@ -169,15 +169,7 @@ class Finder:
 
     def _outputs(self, image: Tensor) -> Sequence[Tensor]:
         batch = image if self.batch is None else image.expand(self.batch, -1, -1, -1).contiguous()
-        with torch.inference_mode():
-            try:
-                outputs = self.run(batch)
-            except RefoldError:
-                raise
-            except Exception as error:
-                raise InputError(
-                    f"{self.title} cannot run on images of shape {tuple(batch.shape)}: {first_line(error)}."
-                ) from error
+        outputs = outputs_of(self.title, self.run, batch)
         if self.gives_masks:
             return [outputs[0][:1]]
         boxes, scores, labels, image_index = outputs

@@ -144,15 +144,7 @@ class ImagePredictor:
         if self.batch is not None:
             # A file of a fixed batch takes no fewer; the last image stands in for those that are missing.
             batch = torch.cat([batch, batch[-1:].expand(self.batch - count, *batch.shape[1:])])
-        with torch.inference_mode():
-            try:
-                outputs = self.run(batch)
-            except RefoldError:
-                raise
-            except Exception as error:
-                raise InputError(
-                    f"{self.title} cannot run on images of shape {tuple(batch.shape)}: {first_line(error)}."
-                ) from error
+        outputs = outputs_of(self.title, self.run, batch)
         if not isinstance(outputs, Tensor) or outputs.dim() != 2 or len(outputs) != len(batch):
             shape = tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
             raise InputError(
@@ -176,6 +168,19 @@ class ImagePredictor:
             return self
         note = f"{self.title} gives probabilities, though nothing says so; no softmax was applied."
         return dataclasses.replace(self, output="probabilities", notes=[*self.notes, note])
+
+
+def outputs_of(title: str, run: Callable[[Tensor], Any], batch: Tensor) -> Any:
+    """What a network gives for prepared images; raises `InputError`, with its title, where it cannot run on them."""
+    with torch.inference_mode():
+        try:
+            return run(batch)
+        except RefoldError:
+            raise
+        except Exception as error:
+            raise InputError(
+                f"{title} cannot run on images of shape {tuple(batch.shape)}: {first_line(error)}."
+            ) from error
 
 
 def network_classifier(net: nn.Module, title: str | None = None) -> ImagePredictor:
