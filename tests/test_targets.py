@@ -292,7 +292,7 @@ def test_the_number_of_classes_comes_from_the_file(tmp_path: Path) -> None:
         ("resnet18", {"colour": "red"}, "resnet18 cannot be built with colour='red'"),
         ("absent.safetensors", {}, "There is no checkpoint file 'absent.safetensors'"),
         ("resnet188", {}, "There is no model named 'resnet188'"),
-        (__file__.replace(".py", ".onnx"), {}, "There is no file, run folder or model"),
+        ("absent.onnx", {}, "There is no file 'absent.onnx'"),
     ],
 )
 def test_what_names_nothing_is_one_sentence(target: str, arguments: dict[str, Any], message: str) -> None:

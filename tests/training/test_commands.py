@@ -100,7 +100,7 @@ def test_an_interrupt_says_how_to_go_on(monkeypatch: pytest.MonkeyPatch, tmp_pat
 
 def test_options_have_the_defaults_of_settings() -> None:
     settings = {entry.name: entry.default for entry in dataclasses.fields(Settings)}
-    for command, own in ((train_command, 19), (distill_command, 21)):
+    for command, own in ((train_command, 20), (distill_command, 22)):
         options = {name: given.default for name, given in inspect.signature(command).parameters.items()}
         shared = options.keys() & settings.keys() - {"data", "network", "recipe", "output", "teacher"}
         assert len(shared) == own

@@ -67,8 +67,8 @@ def test_shards_are_read_in_any_order(shards: Path) -> None:
 def test_what_cannot_be_read_in_a_shard_is_named_and_left_out(shards: Path, workers: int) -> None:
     images = open_data(f"wds/{shards}").training
 
-    def red(image: Image.Image) -> torch.Tensor:
-        return torch.tensor(np.asarray(image)[0, 0, 0].item())
+    def red(image: Image.Image, target: int) -> tuple[torch.Tensor, int]:
+        return torch.tensor(np.asarray(image)[0, 0, 0].item()), target
 
     (batch,) = held_out_loader(images, red, 5, workers=workers)
     assert batch.images.tolist() == [0, 1, 2, 3]

@@ -74,7 +74,7 @@ def is_composed(name: str) -> bool:
 
 def task_of(name: str) -> TaskName | Literal["classify"]:
     """What the network of a name is for."""
-    head = HEADS.get(name.partition("/")[0]) if is_composed(name) else None
+    head = HEADS.get(name.partition("/")[0]) if "/" in name else None
     return "classify" if head is None else head.task
 
 

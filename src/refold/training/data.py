@@ -10,7 +10,7 @@ from PIL import Image
 from torchvision.datasets import CIFAR10, CIFAR100
 
 from refold.errors import InputError
-from refold.models.composed import is_composed, task_of
+from refold.models.composed import task_of
 from refold.training.digits import bundled_digits, digit_scenes
 from refold.training.folders import class_folders
 from refold.training.images import Images, LabelledImages
@@ -64,12 +64,9 @@ def fitting_recipe(data: str | None, *, from_weights: bool, network: str = "") -
     Without ``data`` they are taken for photos. The ``network`` decides where it is a detector or a segmenter.
     """
     head = network.partition("/")[0]
-    if is_composed(network) and task_of(network) != "classify":
-        return (
-            head
-            if head in list_recipes()
-            else {"detect": "dense", "segment": "segmentation"}[task_of(network)]
-        )
+    task = task_of(network)
+    if task != "classify":
+        return head if head in list_recipes() else {"detect": "dense", "segment": "segmentation"}[task]
     if data is not None and _are_small(data):
         return "small_images"
     return "finetune" if from_weights else "photos"

@@ -26,7 +26,7 @@ from refold.bench.latency import torch_threads
 from refold.checkpoints import example_input, save
 from refold.errors import InputError
 from refold.files import remove_leftovers, write_text
-from refold.models.composed import is_composed, task_of
+from refold.models.composed import task_of
 from refold.training.batches import reseed
 from refold.training.callbacks import EpochRow, Keeper, LiveProgress, Unreadable
 from refold.training.checking import check_recipe, check_size, describe_start
@@ -163,7 +163,8 @@ def expect(settings: Settings, console: Console) -> Estimate:
 
 def _task(settings: Settings) -> str | None:
     """What the data must be for: as it is told, or as the head of the network says."""
-    return settings.task or (task_of(settings.network) if is_composed(settings.network) else None)
+    task = task_of(settings.network)
+    return settings.task or (None if task == "classify" else task)
 
 
 def _some(images: Images, count: int) -> Images:

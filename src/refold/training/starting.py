@@ -17,7 +17,7 @@ from refold.checkpoints import class_count, read_card
 from refold.errors import CheckpointError, InputError, RecipeError
 from refold.files import PathLike
 from refold.models import create_model
-from refold.models.composed import is_composed
+from refold.models.composed import task_of
 from refold.models.loading import read_weights
 from refold.own_code import OwnNetwork, is_own_code, takes
 from refold.targets import Say, building, model_arguments, open_network, weights_file
@@ -49,7 +49,7 @@ def build_network(
     where the network has no such rate, and `InputError` where it has another number of classes.
     """
     arguments = model_arguments(model_args)
-    if checkpoint is not None and is_composed(target):
+    if checkpoint is not None and task_of(target) != "classify":
         backbone = _backbone_weights(target, checkpoint)
         if backbone is not None:
             say(f"{checkpoint}: weights of the backbone alone; the head starts anew.")
