@@ -123,7 +123,8 @@ def _compared(
     device, task = module.trainer.strategy.root_device, module.task
     for net in nets:
         net.eval().to(device)
-    measures = [task.measures().to(device) for _ in (*nets, session)]
+    # The first process finishes the run alone.
+    measures = [task.measures().of_this_process().to(device) for _ in (*nets, session)]
     same, images = [0] * len(measures), 0
     batches = held_out_loader(
         module.images.held_out, module.measure, 64, workers=module.workers, collate=task.collate

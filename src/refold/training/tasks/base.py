@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
+from torchmetrics import Metric
 
 from refold.errors import InputError
 from refold.training.batches import Batch, Example, Transform, collate
@@ -16,7 +17,14 @@ from refold.training.recipe import Recipe
 
 
 class Measures(nn.Module, ABC):
-    """What the held-out images of an epoch tell, over all processes."""
+    """What the held-out images of an epoch tell, over all processes unless it is `of_this_process`."""
+
+    def of_this_process(self) -> Measures:
+        """Itself, counting what this process alone was given; the others are not waited for."""
+        for part in self.modules():
+            if isinstance(part, Metric):
+                part.distributed_available_fn = _not_distributed
+        return self
 
     @abstractmethod
     def update(self, answers: Sequence[Any], targets: Sequence[Any]) -> None:
@@ -29,6 +37,10 @@ class Measures(nn.Module, ABC):
     @abstractmethod
     def reset(self) -> None:
         """Begin again."""
+
+
+def _not_distributed() -> bool:
+    return False
 
 
 class Task(ABC):
