@@ -15,12 +15,13 @@ from refold.errors import InputError
 from refold.folding import fold
 from refold.models import create_model
 from refold.models.ghostnet import GHOST_ROWS
+from refold.unfolding import unfold
 
 _OPERATORS = "refold/ghost_operators"
 
 
 def build(row: PaperRow, *, device: str = "cpu") -> nn.Module:
-    """The eval-mode network of a row, in training form; with `linear` it is folded.
+    """The eval-mode network of a row, in training form, with the branches of its plan; with `linear` it is folded.
 
     On the meta device it has no weights, which suffices for its size.
     """
@@ -30,6 +31,8 @@ def build(row: PaperRow, *, device: str = "cpu") -> nn.Module:
         if row.network == _OPERATORS:
             return GhostOperators(**row.arguments).eval()
         network = create_model(row.network, **row.arguments).eval()
+    if row.unfold:
+        network = unfold(network, row.unfold)
     return pointwise_to_linear(fold(network, example_input(network))) if row.linear else network
 
 

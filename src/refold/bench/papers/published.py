@@ -20,7 +20,7 @@ else:
 
 _PUBLISHED = Path(__file__).with_name("published.toml")
 
-Size = Literal["parameters", "macs", "activations", "winograd_multiplications"]
+Size = Literal["parameters", "macs", "macs_and_norms", "activations", "winograd_multiplications"]
 Time = Literal["latency", "throughput"]
 Accuracy = Literal[
     "top-1",
@@ -90,9 +90,11 @@ class PaperRow:
     """One line of a table: its printed values, one a column ("" where nothing is printed), and our network.
 
     `network` is None where it cannot be built here. The printed sizes are those of `form`, the printed times those of
-    `timed`. `linear` computes the folded network's 1x1 convolutions as linear layers. `against` is the row that this
-    row's time is compared with, `minus` the row whose time is subtracted from its own. `pixels` is the side of the
-    images, by default the network's own; `note` says why the network is not what is printed.
+    `timed`. `linear` computes the folded network's 1x1 convolutions as linear layers; `unfold` is the plan whose
+    branches the network gets. `against` is the row that this row's time is compared with, `minus` the row whose time is
+    subtracted from its own. `pixels` is the side of the images, by default the network's own; `note` says why the
+    network is not what is printed. A row with a `recipe` was trained by the exhibit's with these changes, and by the
+    `teacher`, if it has one.
     """
 
     model: str
@@ -106,6 +108,9 @@ class PaperRow:
     minus: str | None = None
     pixels: int | None = None
     note: str | None = None
+    unfold: str | None = None
+    recipe: Mapping[str, Any] | None = None
+    teacher: str | None = None
 
     @property
     def has_size(self) -> bool:
@@ -118,13 +123,23 @@ class PaperRow:
         arguments = [f"{key}={value}" for key, value in self.arguments.items()]
         if self.linear:
             arguments.append("linear")
+        if self.unfold:
+            arguments.append(f"unfold={self.unfold}")
         return f"{self.network}({', '.join(arguments)})" if arguments else str(self.network)
+
+    @property
+    def training(self) -> str:
+        """What its training has beside its exhibit's recipe, as options of `refold train` and `refold distill`."""
+        if self.recipe is None:
+            return ""
+        told = [] if self.teacher is None else [f"--teacher {self.teacher}"]
+        return " ".join([*told, *(f"--set {key}={value}" for key, value in self.recipe.items())])
 
 
 @dataclass(frozen=True)
 class Exhibit:
     """A table or figure of a paper. `settings` says how its times were measured; with `breakdown` it shows where the
-    time of a network goes."""
+    time of a network goes. `recipe` is the one that its rows with a recipe were trained by."""
 
     paper: Paper
     number: str
@@ -133,6 +148,7 @@ class Exhibit:
     rows: tuple[PaperRow, ...]
     settings: str = ""
     breakdown: bool = False
+    recipe: str = ""
 
     @property
     def name(self) -> str:
@@ -203,7 +219,7 @@ def exhibits() -> tuple[Exhibit, ...]:
 
 def _exhibit(papers: Mapping[str, Paper], entry: dict[str, Any]) -> Exhibit:
     entry = dict(entry)
-    shared = {key: entry.pop(key) for key in ("form", "timed", "pixels") if key in entry}
+    shared = {key: entry.pop(key) for key in ("form", "timed", "pixels", "teacher") if key in entry}
     rows = tuple(
         PaperRow(**{**shared, **row, "values": tuple(row["values"])})  # a row's own go before
         for row in entry.pop("rows")
@@ -224,6 +240,8 @@ def _check(exhibit: Exhibit) -> None:
             raise ValueError(f"{where}: {len(row.values)} values for {len(exhibit.columns)} columns")
         if not {row.form, row.timed} <= set(get_args(PaperForm)):
             raise ValueError(f"{where}: its forms are not of {', '.join(get_args(PaperForm))}")
+        if row.recipe is not None and not exhibit.recipe:
+            raise ValueError(f"{where}: the exhibit has no recipe that its recipe could change")
         for other in (row.against, row.minus):
             if other is not None and exhibit.row(other).network is None:
                 raise ValueError(f"{where}: '{other}' is not measured")

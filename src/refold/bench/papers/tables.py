@@ -24,6 +24,7 @@ FORMAT = "refold paper 1"
 _TITLES = {
     "parameters": "params",
     "macs": "MACs",
+    "macs_and_norms": "MACs + 4 × elements of batch norms,",
     "activations": "activations",
     "winograd_multiplications": "Winograd multiplications",
 }
@@ -58,7 +59,8 @@ def _size_grid(table: PaperTable) -> Grid:
     if not columns:  # nothing printed, but ours is worth knowing
         columns = [(-1, PaperColumn("parameters", "M")), (-1, PaperColumn("macs", "M"))]
     accuracies = exhibit.columns_of(*ACCURACIES)
-    headings = ["model", "network here"]
+    trained = any(row.training for row in exhibit.rows)
+    headings = ["model", "network here", *(["training"] if trained else [])]
     for place, column in columns:
         title = f"{_TITLES[column.quantity]} {'×' if column.unit == '10M' else ''}{column.unit}"
         headings += [f"{title}: paper", "here", "Δ"] if place >= 0 else [f"{title}: here"]
@@ -69,7 +71,7 @@ def _size_grid(table: PaperTable) -> Grid:
     for row in exhibit.rows:
         if row.network and not row.has_size:
             continue
-        cells = [row.model, row.subject if row.network else ""]
+        cells = [row.model, row.subject if row.network else "", *([row.training] if trained else [])]
         for place, column in columns:
             cells += _size_cells(table, row, place, column)
         cells += [row.values[place] for place, _ in accuracies]
@@ -81,7 +83,7 @@ def _size_grid(table: PaperTable) -> Grid:
         "Sizes and costs of one image" + ("; accuracies as published" if accuracies else ""),
         headings,
         rows,
-        2,
+        2 + trained,
     )
 
 
@@ -192,6 +194,12 @@ def remarks(table: PaperTable) -> list[str]:
     lines = []
     if exhibit.settings:
         lines.append(f"published: {exhibit.settings}")
+    if exhibit.recipe:
+        command = "distill" if any(row.teacher for row in exhibit.rows) else "train"
+        lines.append(
+            f"trained with: refold {command} --recipe {exhibit.recipe} --network NETWORK --data FOLDER, and the "
+            "options of the row's training"
+        )
     if any(len(sizes) > 1 for sizes in table.sizes.values()):
         lines.append("here: the training form → the plain form where they differ (→ shortcuts folded too)")
     if table.sizes and exhibit.columns_of(*SIZES):
