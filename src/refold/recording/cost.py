@@ -86,7 +86,7 @@ def count(model: nn.Module, example_input: Any) -> Cost:
     arguments = as_arguments(model, example_input)
     # A forward pass may begin with an in-place activation.
     args, kwargs = copy_tensors(arguments)
-    with _evaluating(model), torch.no_grad(), Counting() as counting:
+    with evaluating(model), torch.no_grad(), Counting() as counting:
         try:
             model(*args, **kwargs)
         except Exception as error:
@@ -99,7 +99,7 @@ def count(model: nn.Module, example_input: Any) -> Cost:
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
     """Hold every module in eval mode, each flag put back as it was; attention runs its visible operators."""
     flags = [(module, module.training) for module in model.modules()]
     fast_path = torch.backends.mha.get_fastpath_enabled()

@@ -32,18 +32,23 @@ Accuracy = Literal[
     "mAP of medium boxes",
     "mAP of large boxes",
 ]
-Quantity = Literal[Size, Time, Accuracy]
+KernelError = Literal["MSE of d=1", "MSE of d=3", "MSE of d=5", "MSE of d=7"]
+Quantity = Literal[Size, Time, Accuracy, KernelError]
 # The forms that `refold.benchmark` knows; its module takes seconds to import.
 PaperForm = Literal["training", "plain", "shortcut-folded"]
 SIZES: tuple[Size, ...] = get_args(Size)
 TIMES: tuple[Time, ...] = get_args(Time)
 ACCURACIES: tuple[Accuracy, ...] = get_args(Accuracy)
+ERRORS: tuple[KernelError, ...] = get_args(KernelError)
+# What stands beside the sizes as it is printed.
+QUOTED = (*ACCURACIES, *ERRORS)
 _UNITS = {"M": 10**6, "10M": 10**7, "B": 10**9}
 _UNITS_OF: dict[Quantity, tuple[str, ...]] = {
     **dict.fromkeys(SIZES, tuple(_UNITS)),
     "latency": ("ms", "s"),
     "throughput": ("images/s",),
     **dict.fromkeys(ACCURACIES, ("%",)),
+    **dict.fromkeys(ERRORS, ("10⁻³",)),
 }
 
 
@@ -139,7 +144,8 @@ class PaperRow:
 @dataclass(frozen=True)
 class Exhibit:
     """A table or figure of a paper. `settings` says how its times were measured; with `breakdown` it shows where the
-    time of a network goes. `recipe` is the one that its rows with a recipe were trained by."""
+    time of a network goes. `recipe` is the one that its rows with a recipe were trained by, `command` what measures it
+    in another way than `refold paper`."""
 
     paper: Paper
     number: str
@@ -149,6 +155,7 @@ class Exhibit:
     settings: str = ""
     breakdown: bool = False
     recipe: str = ""
+    command: str = ""
 
     @property
     def name(self) -> str:
@@ -174,6 +181,8 @@ class Exhibit:
             found.append("operators")
         if self.columns_of(*ACCURACIES):
             found.append("accuracy (quoted)")
+        if self.columns_of(*ERRORS):
+            found.append("errors (quoted)")
         return found
 
     def row(self, model: str) -> PaperRow:
