@@ -206,9 +206,9 @@ def remarks(table: PaperTable) -> list[str]:
         lines.append(f"measured with: {exhibit.command}")
     if exhibit.recipe:
         command = "distill" if any(row.teacher for row in exhibit.rows) else "train"
+        own = ", and the options of the row's training" if any(row.training for row in exhibit.rows) else ""
         lines.append(
-            f"trained with: refold {command} --recipe {exhibit.recipe} --network NETWORK --data FOLDER, and the "
-            "options of the row's training"
+            f"trained with: refold {command} --recipe {exhibit.recipe} --network NETWORK --data FOLDER{own}"
         )
     if any(len(sizes) > 1 for sizes in table.sizes.values()):
         lines.append("here: the training form → the plain form where they differ (→ shortcuts folded too)")
