@@ -45,11 +45,13 @@ def read_figures() -> list[Figure]:
     found: dict[tuple[str, str, tuple[str, ...]], Figure] = {}
     own = set(list_models())
     for exhibit in list_papers():
-        columns = exhibit.columns_of(*_QUANTITIES)
+        columns = exhibit.columns_of(*_QUANTITIES, "macs_and_norms")
         for row in exhibit.rows:
             is_default = not row.arguments and row.pixels is None and row.form in ("training", "plain")
             printed = tuple(
-                f"{row.values[place]} {column.unit}" for place, column in columns if row.values[place]
+                f"{row.values[place]} {column.unit}{' with norms' * (column.quantity == 'macs_and_norms')}"
+                for place, column in columns
+                if row.values[place]
             )
             if row.network not in own or not is_default or not printed:
                 continue

@@ -18,13 +18,17 @@ from refold.checkpoints import HUB, fetched, load_with_notes, network_for, origi
 from refold.errors import CheckpointError, InputError, RefoldError, UnknownModel, first_line
 from refold.files import PathLike
 from refold.models import create_model, list_models, load_checkpoint
+from refold.models.composed import HEADS
 from refold.models.loading import open_checkpoint
+from refold.models.torchvision_networks import PREFIX as TORCHVISION
 from refold.onnx_files import is_onnx_file
 from refold.own_code import OwnNetwork, is_own_code
 from refold.runs import PLAIN, STATE, TRAINING
 
 CHECKPOINT_SUFFIXES = {".safetensors", ".pth", ".pt", ".ckpt", ".bin", ".tar"}
 _MOST_CLASSES = 1_000_000
+# Names, not paths, whatever follows the slash.
+_KNOWN_BEFORE_SLASH = (*(f"{head}/" for head in HEADS), TORCHVISION)
 
 Say = Callable[[str], None]
 
@@ -234,7 +238,7 @@ def building(target: str, arguments: Mapping[str, Any]) -> Iterator[None]:
     try:
         yield
     except UnknownModel as error:
-        if "/" in target or "\\" in target:
+        if ("/" in target or "\\" in target) and not target.startswith(_KNOWN_BEFORE_SLASH):
             raise InputError(f"There is no file, run folder or model '{target}'; check the path.") from error
         raise
     except RefoldError:

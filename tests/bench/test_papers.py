@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import pytest
+import timm
 import torch
 from fakes import a_machine, configuration, row
 from typer.testing import CliRunner
@@ -34,6 +35,7 @@ from refold.blocks import GhostModule
 from refold.cli import app
 from refold.errors import InputError
 from refold.models import create_model, list_models
+from refold.training.recipe import load_recipe
 
 PAPERS = Path(__file__).resolve().parents[2].parent / "shared" / "papers"
 TEXTS = {
@@ -96,6 +98,28 @@ def test_the_values_are_those_of_the_paper(exhibit: Exhibit) -> None:
         printed = [value for value in line.values if value]
         if printed and exhibit.number != "official repository":
             assert any(is_within(printed, found) for found in tokens), line
+
+
+def test_what_rows_were_trained_with_can_be_asked_for() -> None:
+    trained = [(exhibit, line) for exhibit in EXHIBITS for line in exhibit.rows if line.recipe is not None]
+    assert {exhibit.name for exhibit, _ in trained} >= {
+        f"ghostnetv3/table-{number}" for number in (3, 4, 6, 7, 8)
+    }
+    for exhibit, line in trained:
+        assert load_recipe(exhibit.recipe, line.recipe, line.network or "").recipe
+        assert line.teacher is None or timm.is_model(line.teacher)
+    assert all(load_recipe(exhibit.recipe) for exhibit in EXHIBITS if exhibit.recipe)
+    printed = to_markdown(paper("ghostnetv3/table-3", only=["DeiT-B, α=0.9"]))
+    assert "--teacher deit_base_patch16_224 --set alpha=0.9" in printed
+    assert "refold distill --recipe ghostnetv3 --network NETWORK" in printed
+
+
+def test_a_row_has_the_branches_of_its_plan() -> None:
+    bare, branched = (
+        sum(isinstance(module, torch.nn.BatchNorm2d) for module in build(line).modules())
+        for line in find_exhibit("repghost/table-3").rows[2:]
+    )
+    assert branched > bare
 
 
 @pytest.mark.parametrize(

@@ -250,3 +250,33 @@ def test_it_exports_for_any_batch(unit: type[nn.Module]) -> None:
     program = torch.export.export(network, (x,), dynamic_shapes=({0: batch},))
     other = torch.randn(3, 3, 64, 96)
     assert torch.allclose(program.module()(other), network(other), atol=1e-6)
+
+
+def test_units_depths_and_channels_are_free() -> None:
+    """The ablation's network has RepNeXt's plain form, and so its sizes folded (table 5)."""
+    network = create_model(
+        "repnext_u3_t", unit="single", depths=(1, 2, 1, 1), channels=(6, 12, 24, 48), num_classes=5
+    ).eval()
+    assert network.architecture["arguments"]["unit"] == "single"
+    x = torch.randn(2, 3, 64, 64)
+    plain, free = fold(network, x), fold(small(RepUnit3).eval(), x)
+    shapes, theirs = ([tuple(value.shape) for value in net.parameters()] for net in (plain, free))
+    assert shapes == theirs
+    with torch.device("meta"):
+        whole = create_model("repnext_u3_t", unit="single").eval()
+    cost = count(whole, torch.empty(1, 3, 224, 224, device="meta"))
+    assert round(cost.macs / 1e9, 3) == PUBLISHED["repnext_u3_t"][1][1]  # one branch has the folded form's
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"unit": "u4"}, r"The unit is 'u4'; choose from 'u1', 'u2', 'u3', 'single'"),
+        ({"depths": (1, 2, 3)}, r"The depths are \(1, 2, 3\); give four positive numbers"),
+        ({"channels": (6, 12, 24, 0)}, r"The channels are .*; give four positive numbers"),
+        ({"depths": ()}, r"The depths are \(\); give four"),
+    ],
+)
+def test_wrong_stages_are_said(arguments: dict[str, object], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        create_model("repnext_u3_t", **arguments)

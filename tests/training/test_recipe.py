@@ -48,6 +48,10 @@ PAPERS: dict[str, dict[str, Any]] = {
         "optimizer": "momentum", "learning_rate": 0.1, "batch_size": 256, "epochs": 120, "weight_decay": 1e-4,
         "decay_norms_and_biases": False,
     },
+    "repvgg_200": {
+        "optimizer": "momentum", "learning_rate": 0.1, "batch_size": 256, "epochs": 200, "weight_decay": 1e-4,
+        "auto_augment": "original", "label_smoothing": 0.1, "mixup": 0.2, "warm_up_epochs": 5,
+    },
     "ghostnet": {"learning_rate": 0.4, "batch_size": 1024, "weight_decay": 4e-5, "schedule": "poly"},
     "cifar": {
         "learning_rate": 0.1, "batch_size": 128, "epochs": 164, "milestones": (82, 123), "decay_rate": 0.1,

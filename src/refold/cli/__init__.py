@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from refold.cli.engines import bench, export_command
+from refold.cli.maps import maps_command
 from refold.cli.networks import fold_command, list_command, profile, push_command, verify
 from refold.cli.papers import paper_command
 from refold.cli.quantizing import quantize_command
@@ -113,6 +114,7 @@ _COMMANDS: dict[str, Callable[..., None]] = {
     "quantize": quantize_command,
     "bench": bench,
     "paper": paper_command,
+    "maps": maps_command,
     "train": train_command,
     "distill": distill_command,
     "check-data": check_data,

@@ -18,6 +18,7 @@ from refold.models.detectors.retinanet import RetinaNet
 from refold.models.detectors.yolov3 import YOLOv3
 from refold.models.segmenters.heads import DeepLab, LiteASPP, PyramidSum
 from refold.models.segmenters.segmenter import Segmenter
+from refold.models.torchvision_networks import PREFIX as TORCHVISION
 
 TaskName = Literal["detect", "segment"]
 
@@ -67,9 +68,9 @@ HEADS: Mapping[str, Head] = {
 
 
 def is_composed(name: str) -> bool:
-    """Whether a name is written ``HEAD/BACKBONE``; addresses, which have a slash too, are none."""
+    """Whether a name is written ``HEAD/BACKBONE``; addresses and torchvision's, which have a slash too, are none."""
     head, slash, _ = name.partition("/")
-    return bool(slash) and ":" not in head
+    return bool(slash) and ":" not in head and not name.startswith(TORCHVISION)
 
 
 def task_of(name: str) -> TaskName | Literal["classify"]:

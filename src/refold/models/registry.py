@@ -59,6 +59,14 @@ from refold.models.pretrained import RELEASES, loading_failure, published_weight
 from refold.models.repghostnet import RepGhostNet, RepGhostNetDFC
 from refold.models.repnext import RepNeXt
 from refold.models.repvgg import RepVGG
+from refold.models.torchvision_networks import (
+    PREFIX as TORCHVISION,
+)
+from refold.models.torchvision_networks import (
+    build_torchvision,
+    check_torchvision_name,
+    list_torchvision,
+)
 
 _FAMILIES: tuple[tuple[type[ImageClassifier], Mapping[str, Any]], ...] = (
     (RepVGG, repvgg.NETWORKS),
@@ -108,8 +116,8 @@ default_cfgs: dict[str, PretrainedCfg] = {
 def list_models(pattern: str | Iterable[str] = "", include_timm: bool = False) -> list[str]:
     """The sorted names of refold's networks, and with ``include_timm`` of timm's too.
 
-    ``pattern`` is a shell-style wildcard such as ``repghost*``, or several; empty for all. One with a slash, such as
-    ``dense/repghost*``, asks for detectors and segmenters by head and backbone.
+    ``pattern`` is a shell-style wildcard such as ``repghost*``, or several; empty for all. One with a slash asks for
+    detectors and segmenters by head and backbone, such as ``dense/repghost*``, and for ``torchvision/*``.
 
     Examples:
         >>> import refold
@@ -121,12 +129,12 @@ def list_models(pattern: str | Iterable[str] = "", include_timm: bool = False) -
         names.update(name for name in timm.list_models() if not name.startswith(TIMM_PREFIX))
     patterns = [pattern] if isinstance(pattern, str) else list(pattern)
     if any("/" in each for each in patterns):
-        names |= {f"{head}/{name}" for head in HEADS for name in names}
+        names |= {f"{head}/{name}" for head in HEADS for name in names} | {*list_torchvision()}
     return sorted(name for name in names if any(fnmatch.fnmatch(name, each or "*") for each in patterns))
 
 
 def create_model(name: str, pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """Build a network by name, in training form: refold's where it has one, else timm's.
+    """Build a network by name, in training form: refold's where it has one, else timm's, or ``torchvision/NAME``.
 
     ``HEAD/BACKBONE`` is a detector (dense, retinanet, yolov3) or a segmenter (lraspp, deeplab, fpn) on any of them;
     ``pretrained`` is its backbone's then, and the keywords are the head's (`refold.models.composed.HEADS`) or the
@@ -152,11 +160,16 @@ def create_model(name: str, pretrained: bool = False, **kwargs: Any) -> nn.Modul
     if is_composed(name):
         return _remembering(build_composed(name, create_model, pretrained=pretrained, **kwargs), architecture)
     is_own = name in _NETWORKS
-    if not is_own:
+    is_torchvision = name.startswith(TORCHVISION)
+    if is_torchvision:
+        check_torchvision_name(name)
+    elif not is_own:
         _check_timm_name(name)
-    if pretrained:
+    if pretrained and not is_torchvision:
         _check_published(name, kwargs)
-    build = partial(_build_own if is_own else timm.create_model, name)
+    build = partial(
+        _build_own if is_own else build_torchvision if is_torchvision else timm.create_model, name
+    )
     try:
         network: nn.Module = build(pretrained=pretrained, **kwargs)
     except RefoldError:
@@ -235,10 +248,11 @@ def declared_arguments(name: str) -> frozenset[str]:
     if name in _NETWORKS:
         network: type = _NETWORKS[name][0]
     else:
-        _check_timm_name(name)
+        is_torchvision = name.startswith(TORCHVISION)
+        (check_torchvision_name if is_torchvision else _check_timm_name)(name)
         try:
             with torch.device("meta"):
-                network = type(timm.create_model(name))
+                network = type((build_torchvision if is_torchvision else timm.create_model)(name))
         except Exception:  # some of timm's need real tensors to begin with
             return frozenset()
     constructors = [vars(base)["__init__"] for base in network.__mro__ if "__init__" in vars(base)]

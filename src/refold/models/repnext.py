@@ -1,13 +1,14 @@
 """RepNeXt: ConvNeXt's plan with re-parameterizable units and an activation on every shortcut."""
 
-from collections.abc import Callable
-from typing import ClassVar, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from timm.layers import calculate_drop_path_rates, trunc_normal_
 from torch import nn
 
 from refold.blocks import ConvNorm, RepNeXtBlock, RepUnit1, RepUnit2, RepUnit3
+from refold.errors import InputError
 from refold.models.classifier import ImageClassifier, check_arguments
 from refold.models.layouts import CheckpointLayout
 
@@ -16,8 +17,8 @@ class RepNeXtTable(NamedTuple):
     """A row of the family: the unit, and the blocks and channels of the four stages."""
 
     unit: Callable[[int], nn.Module]
-    depths: tuple[int, int, int, int]
-    channels: tuple[int, int, int, int]
+    depths: tuple[int, ...]
+    channels: tuple[int, ...]
 
 
 _TINY = (3, 3, 9, 3), (96, 192, 384, 768)
@@ -36,6 +37,17 @@ NETWORKS = {
     "repnext_u3_b": RepNeXtTable(RepUnit3, *_BASE),
 }
 
+Unit = Literal["u1", "u2", "u3", "single"]
+
+# The single convolution is that of the ablation (table 5, Shortcut-act), with the epsilon of the units.
+UNITS: Mapping[Unit, Callable[[int], nn.Module]] = {
+    "u1": RepUnit1,
+    "u2": RepUnit2,
+    "u3": RepUnit3,
+    "single": lambda channels: ConvNorm(channels, channels, 7, groups=channels, eps=1e-6),
+}
+
+_STAGES = 4
 _DEEPEST = 27
 
 _OFFICIAL = CheckpointLayout(
@@ -77,7 +89,9 @@ _OFFICIAL_PLAIN = CheckpointLayout(
 class RepNeXt(ImageClassifier):
     """A 4x4 stem of stride 4 and four stages of ``RepNeXtBlock``, between them a batch norm and a 2x2 convolution.
 
-    ``drop_path_rate`` rises linearly from 0 in the first block to its value in the last.
+    ``drop_path_rate`` rises linearly from 0 in the first block to its value in the last. ``unit``, ``depths`` and
+    ``channels``, of the four stages each, take the place of the table's: ``unit`` is "u1", "u2", "u3" or "single", one
+    7x7 depthwise convolution.
     Images ``(batch, in_chans, height, width)`` of at least 32 pixels to logits ``(batch, num_classes)``; what
     exceeds a multiple of 32 is cut off by the strided convolutions.
     Raises ``InputError`` where an argument cannot be used.
@@ -97,8 +111,13 @@ class RepNeXt(ImageClassifier):
         drop_rate: float = 0.0,
         global_pool: str = "avg",
         drop_path_rate: float = 0.0,
+        *,
+        unit: Unit | None = None,
+        depths: Sequence[int] | None = None,
+        channels: Sequence[int] | None = None,
     ) -> None:
         check_arguments(num_classes, in_chans, drop_rate, global_pool, drop_path_rate)
+        table = _table(table, unit, depths, channels)
         channels = table.channels
         stages = []
         for stage, rates in enumerate(
@@ -120,6 +139,24 @@ class RepNeXt(ImageClassifier):
             global_pool=global_pool,
         )
         self.apply(_initialise)
+
+
+def _table(
+    table: RepNeXtTable, unit: Unit | None, depths: Sequence[int] | None, channels: Sequence[int] | None
+) -> RepNeXtTable:
+    """The table with what was given in place of its own."""
+    if unit is not None and unit not in UNITS:
+        raise InputError(f"The unit is {unit!r}; choose from {', '.join(map(repr, UNITS))}.")
+    for name, given in (("depths", depths), ("channels", channels)):
+        if given is not None and (
+            len(given) != _STAGES or not all(isinstance(each, int) and each > 0 for each in given)
+        ):
+            raise InputError(f"The {name} are {given!r}; give four positive numbers, one for each stage.")
+    return RepNeXtTable(
+        table.unit if unit is None else UNITS[unit],
+        tuple(depths or table.depths),
+        tuple(channels or table.channels),
+    )
 
 
 def _downsampling(in_channels: int, out_channels: int) -> nn.Sequential:

@@ -39,8 +39,8 @@ class Cost:
     element-wise operations are not counted. `winograd_multiplications` are the multiplications left of them where
     every 3x3 convolution of stride 1, of any groups, runs as Winograd's F(2x2, 3x3): 16 in place of 36 for 2x2
     outputs, odd maps not rounded up, the transformations not counted (RepVGG report, figure 4).
-    `activations` are the elements that convolutions write. `operators` counts what runs by kind ("convolution",
-    "batch norm", "add", …); views are not counted.
+    `activations` are the elements that convolutions write, `norm_elements` those that batch norms write. `operators`
+    counts what runs by kind ("convolution", "batch norm", "add", …); views are not counted.
     """
 
     parameters: int
@@ -48,6 +48,12 @@ class Cost:
     winograd_multiplications: int
     activations: int
     operators: dict[str, int]
+    norm_elements: int = 0  # reports of older versions do not have them
+
+    @property
+    def macs_and_norms(self) -> int:
+        """`macs`, and four for each of `norm_elements`, as RepNeXt counts (table 4)."""
+        return self.macs + 4 * self.norm_elements
 
     @property
     def convolutions(self) -> int:
@@ -80,7 +86,7 @@ def count(model: nn.Module, example_input: Any) -> Cost:
     arguments = as_arguments(model, example_input)
     # A forward pass may begin with an in-place activation.
     args, kwargs = copy_tensors(arguments)
-    with _evaluating(model), torch.no_grad(), Counting() as counting:
+    with evaluating(model), torch.no_grad(), Counting() as counting:
         try:
             model(*args, **kwargs)
         except Exception as error:
@@ -93,7 +99,7 @@ def count(model: nn.Module, example_input: Any) -> Cost:
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
     """Hold every module in eval mode, each flag put back as it was; attention runs its visible operators."""
     flags = [(module, module.training) for module in model.modules()]
     fast_path = torch.backends.mha.get_fastpath_enabled()
@@ -116,6 +122,7 @@ class Counting(TorchDispatchMode):
         self.macs = 0
         self.winograd_multiplications = 0
         self.activations = 0
+        self.norm_elements = 0
         self.operators: Counter[str] = Counter()
 
     def cost(self, model: nn.Module) -> Cost:
@@ -128,6 +135,7 @@ class Counting(TorchDispatchMode):
             winograd_multiplications=self.winograd_multiplications,
             activations=self.activations,
             operators={word: self.operators[word] for word in order},
+            norm_elements=self.norm_elements,
         )
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -157,6 +165,8 @@ class Counting(TorchDispatchMode):
             )
         if kind == "convolution":
             self.activations += result.numel()
+        elif kind == "batch norm":
+            self.norm_elements += result[0].numel()
         return result
 
 

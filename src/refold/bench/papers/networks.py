@@ -1,4 +1,4 @@
-"""How a row's network is built: refold's and timm's by name, torchvision's, and the operators of RepGhost's table 1."""
+"""How a row's network is built: by name, or the operators of RepGhost's table 1."""
 
 from __future__ import annotations
 
@@ -15,12 +15,13 @@ from refold.errors import InputError
 from refold.folding import fold
 from refold.models import create_model
 from refold.models.ghostnet import GHOST_ROWS
+from refold.unfolding import unfold
 
-_TORCHVISION, _OPERATORS = "torchvision/", "refold/ghost_operators"
+_OPERATORS = "refold/ghost_operators"
 
 
 def build(row: PaperRow, *, device: str = "cpu") -> nn.Module:
-    """The eval-mode network of a row, in training form; with `linear` it is folded.
+    """The eval-mode network of a row, in training form, with the branches of its plan; with `linear` it is folded.
 
     On the meta device it has no weights, which suffices for its size.
     """
@@ -29,12 +30,9 @@ def build(row: PaperRow, *, device: str = "cpu") -> nn.Module:
     with torch.device(device):
         if row.network == _OPERATORS:
             return GhostOperators(**row.arguments).eval()
-        if row.network.startswith(_TORCHVISION):
-            from torchvision.models import get_model
-
-            network: nn.Module = get_model(row.network.removeprefix(_TORCHVISION), weights=None)
-            return network.eval()
         network = create_model(row.network, **row.arguments).eval()
+    if row.unfold:
+        network = unfold(network, row.unfold)
     return pointwise_to_linear(fold(network, example_input(network))) if row.linear else network
 
 

@@ -20,7 +20,7 @@ else:
 
 _PUBLISHED = Path(__file__).with_name("published.toml")
 
-Size = Literal["parameters", "macs", "activations", "winograd_multiplications"]
+Size = Literal["parameters", "macs", "macs_and_norms", "activations", "winograd_multiplications"]
 Time = Literal["latency", "throughput"]
 Accuracy = Literal[
     "top-1",
@@ -32,18 +32,23 @@ Accuracy = Literal[
     "mAP of medium boxes",
     "mAP of large boxes",
 ]
-Quantity = Literal[Size, Time, Accuracy]
+KernelError = Literal["MSE of d=1", "MSE of d=3", "MSE of d=5", "MSE of d=7"]
+Quantity = Literal[Size, Time, Accuracy, KernelError]
 # The forms that `refold.benchmark` knows; its module takes seconds to import.
 PaperForm = Literal["training", "plain", "shortcut-folded"]
 SIZES: tuple[Size, ...] = get_args(Size)
 TIMES: tuple[Time, ...] = get_args(Time)
 ACCURACIES: tuple[Accuracy, ...] = get_args(Accuracy)
+ERRORS: tuple[KernelError, ...] = get_args(KernelError)
+# What stands beside the sizes as it is printed.
+QUOTED = (*ACCURACIES, *ERRORS)
 _UNITS = {"M": 10**6, "10M": 10**7, "B": 10**9}
 _UNITS_OF: dict[Quantity, tuple[str, ...]] = {
     **dict.fromkeys(SIZES, tuple(_UNITS)),
     "latency": ("ms", "s"),
     "throughput": ("images/s",),
     **dict.fromkeys(ACCURACIES, ("%",)),
+    **dict.fromkeys(ERRORS, ("10⁻³",)),
 }
 
 
@@ -90,9 +95,11 @@ class PaperRow:
     """One line of a table: its printed values, one a column ("" where nothing is printed), and our network.
 
     `network` is None where it cannot be built here. The printed sizes are those of `form`, the printed times those of
-    `timed`. `linear` computes the folded network's 1x1 convolutions as linear layers. `against` is the row that this
-    row's time is compared with, `minus` the row whose time is subtracted from its own. `pixels` is the side of the
-    images, by default the network's own; `note` says why the network is not what is printed.
+    `timed`. `linear` computes the folded network's 1x1 convolutions as linear layers; `unfold` is the plan whose
+    branches the network gets. `against` is the row that this row's time is compared with, `minus` the row whose time is
+    subtracted from its own. `pixels` is the side of the images, by default the network's own; `note` says why the
+    network is not what is printed. A row with a `recipe` was trained by the exhibit's with these changes, and by the
+    `teacher`, if it has one.
     """
 
     model: str
@@ -106,6 +113,9 @@ class PaperRow:
     minus: str | None = None
     pixels: int | None = None
     note: str | None = None
+    unfold: str | None = None
+    recipe: Mapping[str, Any] | None = None
+    teacher: str | None = None
 
     @property
     def has_size(self) -> bool:
@@ -118,13 +128,24 @@ class PaperRow:
         arguments = [f"{key}={value}" for key, value in self.arguments.items()]
         if self.linear:
             arguments.append("linear")
+        if self.unfold:
+            arguments.append(f"unfold={self.unfold}")
         return f"{self.network}({', '.join(arguments)})" if arguments else str(self.network)
+
+    @property
+    def training(self) -> str:
+        """What its training has beside its exhibit's recipe, as options of `refold train` and `refold distill`."""
+        if self.recipe is None:
+            return ""
+        told = [] if self.teacher is None else [f"--teacher {self.teacher}"]
+        return " ".join([*told, *(f"--set {key}={value}" for key, value in self.recipe.items())])
 
 
 @dataclass(frozen=True)
 class Exhibit:
     """A table or figure of a paper. `settings` says how its times were measured; with `breakdown` it shows where the
-    time of a network goes."""
+    time of a network goes. `recipe` is the one that its rows with a recipe were trained by, `command` what measures it
+    in another way than `refold paper`."""
 
     paper: Paper
     number: str
@@ -133,6 +154,8 @@ class Exhibit:
     rows: tuple[PaperRow, ...]
     settings: str = ""
     breakdown: bool = False
+    recipe: str = ""
+    command: str = ""
 
     @property
     def name(self) -> str:
@@ -158,6 +181,8 @@ class Exhibit:
             found.append("operators")
         if self.columns_of(*ACCURACIES):
             found.append("accuracy (quoted)")
+        if self.columns_of(*ERRORS):
+            found.append("errors (quoted)")
         return found
 
     def row(self, model: str) -> PaperRow:
@@ -203,7 +228,7 @@ def exhibits() -> tuple[Exhibit, ...]:
 
 def _exhibit(papers: Mapping[str, Paper], entry: dict[str, Any]) -> Exhibit:
     entry = dict(entry)
-    shared = {key: entry.pop(key) for key in ("form", "timed", "pixels") if key in entry}
+    shared = {key: entry.pop(key) for key in ("form", "timed", "pixels", "teacher") if key in entry}
     rows = tuple(
         PaperRow(**{**shared, **row, "values": tuple(row["values"])})  # a row's own go before
         for row in entry.pop("rows")
@@ -224,6 +249,8 @@ def _check(exhibit: Exhibit) -> None:
             raise ValueError(f"{where}: {len(row.values)} values for {len(exhibit.columns)} columns")
         if not {row.form, row.timed} <= set(get_args(PaperForm)):
             raise ValueError(f"{where}: its forms are not of {', '.join(get_args(PaperForm))}")
+        if row.recipe is not None and not exhibit.recipe:
+            raise ValueError(f"{where}: the exhibit has no recipe that its recipe could change")
         for other in (row.against, row.minus):
             if other is not None and exhibit.row(other).network is None:
                 raise ValueError(f"{where}: '{other}' is not measured")

@@ -14,7 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from refold.bench.breakdown import KINDS
-from refold.bench.papers.published import ACCURACIES, SIZES, TIMES, PaperColumn, PaperRow
+from refold.bench.papers.published import QUOTED, SIZES, TIMES, PaperColumn, PaperRow
 from refold.bench.papers.results import PaperTable, TimingSetup
 from refold.bench.papers.values import PaperValue, deviation, published_ratio, values
 from refold.bench.tables import check_suffix, describe, failures
@@ -24,6 +24,7 @@ FORMAT = "refold paper 1"
 _TITLES = {
     "parameters": "params",
     "macs": "MACs",
+    "macs_and_norms": "MACs + 4 × elements of batch norms,",
     "activations": "activations",
     "winograd_multiplications": "Winograd multiplications",
 }
@@ -43,7 +44,7 @@ def grids(table: PaperTable) -> list[Grid]:
     """The tables to show: sizes with quoted accuracies, times, and time by kind of operator."""
     found = []
     exhibit = table.exhibit
-    if table.sizes or exhibit.columns_of(*ACCURACIES):
+    if table.sizes or exhibit.columns_of(*QUOTED):
         found.append(_size_grid(table))
     if exhibit.columns_of(*TIMES):
         found.append(_time_grid(table))
@@ -55,33 +56,42 @@ def grids(table: PaperTable) -> list[Grid]:
 def _size_grid(table: PaperTable) -> Grid:
     exhibit = table.exhibit
     columns = exhibit.columns_of(*SIZES)
-    if not columns:  # nothing printed, but ours is worth knowing
+    if not columns and table.sizes:  # nothing printed, but ours is worth knowing
         columns = [(-1, PaperColumn("parameters", "M")), (-1, PaperColumn("macs", "M"))]
-    accuracies = exhibit.columns_of(*ACCURACIES)
-    headings = ["model", "network here"]
+    quoted = exhibit.columns_of(*QUOTED)
+    trained = any(row.training for row in exhibit.rows)
+    headings = ["model", "network here", *(["training"] if trained else [])]
     for place, column in columns:
         title = f"{_TITLES[column.quantity]} {'×' if column.unit == '10M' else ''}{column.unit}"
         headings += [f"{title}: paper", "here", "Δ"] if place >= 0 else [f"{title}: here"]
-    headings += [f"{column.quantity} %: quoted" for _, column in accuracies]
+    headings += [f"{column.quantity} {column.unit}: quoted" for _, column in quoted]
     if table.accuracies:
         headings.append("top-1 %: here")
     rows = []
     for row in exhibit.rows:
         if row.network and not row.has_size:
             continue
-        cells = [row.model, row.subject if row.network else ""]
+        cells = [row.model, row.subject if row.network else "", *([row.training] if trained else [])]
         for place, column in columns:
             cells += _size_cells(table, row, place, column)
-        cells += [row.values[place] for place, _ in accuracies]
+        cells += [row.values[place] for place, _ in quoted]
         if table.accuracies:
             here = table.accuracies.get(row.network or "")
             cells.append("" if here is None else f"{here:g}")
         rows.append(cells)
     return Grid(
-        "Sizes and costs of one image" + ("; accuracies as published" if accuracies else ""),
+        _size_title(table),
         headings,
         rows,
-        2,
+        2 + trained,
+    )
+
+
+def _size_title(table: PaperTable) -> str:
+    if not table.sizes:
+        return "As published"
+    return "Sizes and costs of one image" + (
+        "; accuracies as published" if table.exhibit.columns_of(*QUOTED) else ""
     )
 
 
@@ -192,6 +202,14 @@ def remarks(table: PaperTable) -> list[str]:
     lines = []
     if exhibit.settings:
         lines.append(f"published: {exhibit.settings}")
+    if exhibit.command:
+        lines.append(f"measured with: {exhibit.command}")
+    if exhibit.recipe:
+        command = "distill" if any(row.teacher for row in exhibit.rows) else "train"
+        own = ", and the options of the row's training" if any(row.training for row in exhibit.rows) else ""
+        lines.append(
+            f"trained with: refold {command} --recipe {exhibit.recipe} --network NETWORK --data FOLDER{own}"
+        )
     if any(len(sizes) > 1 for sizes in table.sizes.values()):
         lines.append("here: the training form → the plain form where they differ (→ shortcuts folded too)")
     if table.sizes and exhibit.columns_of(*SIZES):

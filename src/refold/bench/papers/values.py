@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from refold.bench.papers.published import ACCURACIES, SIZES, TIMES, PaperColumn, PaperRow
+from refold.bench.papers.published import QUOTED, SIZES, TIMES, PaperColumn, PaperRow
 from refold.bench.papers.results import PaperTable, TimingSetup
 
 
@@ -46,7 +46,7 @@ def values(table: PaperTable) -> list[PaperValue]:
             text = row.values[place]
             if column.quantity in SIZES:
                 found += _size_values(table, row, column, text)
-            elif column.quantity in ACCURACIES:
+            elif column.quantity in QUOTED:
                 here = table.accuracies.get(row.network or "") if column.quantity == "top-1" else None
                 if text or here is not None:
                     found.append(_value(row, column, row.timed, published=text, here=here))
