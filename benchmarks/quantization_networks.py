@@ -186,7 +186,7 @@ def main() -> None:
                 folder, str(parsed.data.resolve()), name, recipe, accelerator="cpu", keep="last"
             )
             result = train(settings, console)
-            console.print(f"{name}: {result.training_accuracy:.4f} {result.plain_accuracy:.4f}")
+            console.print(f"{name}: {result.training_score:.4f} {result.plain_score:.4f}")
         console.print(name)
         found[name] = quantised(folder, parsed.data, console)
         write_text(parsed.results, json.dumps(found, indent=1))

@@ -98,7 +98,7 @@ class Lockstep:
         source, output = node.input[0], node.output[0]
         layout = layout_of(node, self.plain.constant(layer.name).shape)
         step = self._step(source)
-        bias = self.plain.constant(self._bias_name(layer)) if layer.bias is not None else None
+        bias = self.plain.constant(layer.bias_name) if layer.bias is not None else None
         if layer.name not in self.weights:  # layers may share one
             self.weights[layer.name] = self._weight(layer, layout, step, bias)
         scale, integers = self.weights[layer.name]
@@ -121,9 +121,6 @@ class Lockstep:
         """The scale of what a layer reads."""
         maker = self.skeleton.maker[source]
         return self.ranges[maker.input[1]].scale
-
-    def _bias_name(self, layer: Layer) -> str:
-        return str(layer.bias.input[0]).removesuffix("_quantized") if layer.bias is not None else ""
 
     def _weight(self, layer: Layer, layout: Layout, step: float, bias: Array | None) -> tuple[Tensor, Tensor]:
         """The scales, one a row, and the integers, ``[rows, columns]``, of a layer."""

@@ -37,6 +37,11 @@ class Layer:
         """The name of its weight in the file, without what the quantiser appends."""
         return str(self.weight.input[0]).removesuffix("_quantized")
 
+    @property
+    def bias_name(self) -> str:
+        """The name of its bias, alike; empty where it has none."""
+        return "" if self.bias is None else str(self.bias.input[0]).removesuffix("_quantized")
+
 
 class Graph:
     """An ONNX model with its constants and the operators that make and read each value."""
