@@ -16,6 +16,8 @@ from refold.quantization.engines import Quantized
 from refold.quantization.filling import PART, Filled, in_parts
 from refold.quantization.forms import PlainForm
 from refold.quantization.mixing import by_gain
+from refold.quantization.report import Agreement
+from refold.quantization.skeleton import Array
 
 # Photos on which the engine is held to float arithmetic, and layers are compared.
 _CHECKED = 64
@@ -61,7 +63,7 @@ class Attempt(Filled):
         engine.write(self.int8, file)
         run = engine.open(file)
         found = checking.outputs_of(run, self.parts)
-        self.agreement = checking.agreement_of(self.wanted, found, self.photos.labels)
+        self.agreement = self._agreement(found)
         some = self.parts[: max(1, _CHECKED // PART)]
         count = sum(map(len, some))
         title = FORMATS[engine.engine].title
@@ -94,11 +96,17 @@ class Attempt(Filled):
                 self.fill()
                 drop, count = self._drop(), 2 * count
 
+    def _agreement(self, found: Sequence[Array]) -> Agreement:
+        size = self.photos.images.shape[-2:]
+        return checking.agreement_of(self.wanted, found, self.photos.labels, self.form.network, size)
+
     def _drop(self) -> float:
         found = checking.outputs_of(checking.opened(self.int8), self.parts)
-        drop = checking.agreement_of(self.wanted, found, self.photos.labels).drop
+        drop = self._agreement(found).drop
         if drop is None:
-            raise InputError("max_drop counts answers, and the network gives no classes; leave it out.")
+            raise InputError(
+                "max_drop counts answers, and the network gives no classes, pixels or boxes; leave it out."
+            )
         return drop
 
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from difflib import get_close_matches
 from math import prod
 from pathlib import Path
+from typing import Any
 
 import onnx
 from torch import Tensor, nn
@@ -14,7 +15,8 @@ from refold.errors import InputError
 from refold.export import export
 from refold.quantization.config import QuantizationConfig
 from refold.quantization.lockstep import Lockstep, Result
-from refold.quantization.skeleton import LAYERS, Array, Graph, write_skeleton
+from refold.quantization.skeleton import LAYERS, Array, Graph, compact, write_skeleton
+from refold.quantization.weights_alone import pack, write_weights_alone
 
 # Images that run through the network at once.
 PART = 20
@@ -50,15 +52,17 @@ class Filled:
 
     def fill(self) -> None:
         """Choose ranges, integers and biases, and write the file."""
-        example = dict.fromkeys(self.plain.inputs, self.images[0][:1])
-        self.graph = write_skeleton(
-            self.source,
-            self.int8,
-            example,
-            per_channel=self.config.weights == "channel",
-            in_float=self.in_float,
-        )
-        self.result = Lockstep(self.graph, self.plain, self.images, self.config).run()
+        config = self.config
+        settings: Any = {"per_channel": config.weights == "channel", "in_float": self.in_float}
+        if config.activations == "int8":
+            example = dict.fromkeys(self.plain.inputs, self.images[0][:1])
+            self.graph = write_skeleton(self.source, self.int8, example, **settings)
+        else:
+            self.graph = write_weights_alone(self.source, **settings)
+        self.result = Lockstep(self.graph, self.plain, self.images, config).run()
+        if config.activations == "float32":
+            pack(self.graph, config.bits)
+        compact(self.graph)
         onnx.save(self.graph.model, str(self.int8))
 
     def _that_fit(self, images: Tensor) -> Tensor:
