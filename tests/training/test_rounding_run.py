@@ -1,4 +1,4 @@
-"""Runs with the rounding of an int8 file in the loop end with a file that computes what was trained, and go on alike."""
+"""Runs with the rounding of an int8 file in the loop: they end with what was trained, and go on with the same bits."""
 
 import dataclasses
 import io
