@@ -71,7 +71,7 @@ def test_the_file_computes_what_was_trained(plain, tmp_path, settings):
     net = rounded(plain, tmp_path, **settings)
     start = copy.deepcopy(net)
     # So fast that weights run into every bound.
-    learn(net, 15, 1e-2)
+    learn(net, 15, 1.0)
     path = tmp_path / "trained.onnx"
     net.write(path)
     changed = constants(path)
@@ -93,7 +93,7 @@ def test_learning_brings_it_nearer(plain, tmp_path):
     images = photos(100, seed=5)
     wanted = plain(images).detach()
     before = decibels(wanted, net(images).detach())
-    learn(net, 40, 1e-3)
+    learn(net, 40, 0.03)
     assert decibels(wanted, net(images).detach()) > before + 1
 
 

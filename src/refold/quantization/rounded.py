@@ -30,6 +30,8 @@ from refold.quantization.skeleton import DEQUANTIZE, QUANTIZE, Graph, Layer
 
 # The largest size of an integer of 32 bits.
 _LARGEST_BIAS = 2**31 - 1
+# Steps of a bias that do as much as one step of a weight does on the middle of the range of what it reads.
+_BIAS_UNIT = 128
 # A weight this near to an integer, in steps, is rounded to it; and what is taken for half a step.
 _INSIDE, _TIES = 0.49, 1e-3
 
@@ -50,23 +52,30 @@ class RoundedValue(nn.Module):
 
 
 class RoundedParameter(nn.Module):
-    """A weight or a bias, ``value``, rounded to whole numbers of steps, at most ``largest`` of them.
+    """A weight or a bias, rounded to whole numbers of steps, at most ``largest`` of them.
 
-    ``scale`` is the size of a step, one for all or one for each place along ``axis``.
+    ``scale`` is the size of a step, one for all or one for each place along ``axis``. The parameter itself is the value
+    in ``unit`` steps: so one learning rate fits layers of any size, weights of any number of bits, and biases.
     """
 
     scale: Tensor
     zero_point: Tensor
 
-    def __init__(self, value: Tensor, scale: Tensor, axis: int, largest: int) -> None:
+    def __init__(self, value: Tensor, scale: Tensor, axis: int, largest: int, unit: int = 1) -> None:
         super().__init__()
-        self.value = nn.Parameter(value.clone())
-        self.axis, self.largest = axis, largest
+        self.axis, self.largest, self.unit = axis, largest, unit
         self.register_buffer("scale", scale)
         self.register_buffer("zero_point", torch.zeros_like(scale, dtype=torch.int32))
+        self._shape = [-1 if scale.dim() and place == axis else 1 for place in range(value.dim())]
+        self.value = nn.Parameter(value / (self.steps * unit))
+
+    @property
+    def steps(self) -> Tensor:
+        """The scale, as a factor of the value."""
+        return self.scale.view(self._shape)
 
     def forward(self) -> Tensor:
-        return self.rounded(self.value)
+        return self.rounded(self.value * (self.steps * self.unit))
 
     def rounded(self, value: Tensor) -> Tensor:
         """The nearest whole numbers of steps."""
@@ -81,15 +90,12 @@ class RoundedParameter(nn.Module):
     @torch.no_grad()
     def integers(self) -> Tensor:
         """The whole numbers, in float64."""
-        found: Tensor = (self().double() / self.steps().double()).round()
+        found: Tensor = (self().double() / self.steps.double()).round()
         return found
 
-    def steps(self) -> Tensor:
-        """The scale, to be divided by."""
-        shape = [1] * self.value.dim()
-        if self.scale.dim():
-            shape[self.axis] = -1
-        return self.scale.view(shape)
+    @integers.setter
+    def integers(self, whole: Tensor) -> None:
+        self.value.data = (whole.to(self.value.device) / self.unit).to(self.value.dtype)
 
 
 class RoundedWeight(RoundedParameter):
@@ -106,13 +112,12 @@ class RoundedWeight(RoundedParameter):
         self.register_buffer("partners", partners, persistent=False)
 
     def forward(self) -> Tensor:
-        return self.rounded(self.value * self._shares())
+        return self.rounded(self.value * self._shares() * self.steps)
 
     @torch.no_grad()
     def _shares(self) -> Tensor:
         """What is left of each weight: less than one where its pair would be too large."""
-        weight = self.value / self.steps()
-        flat = weight.flatten().clamp(-self.largest, self.largest)
+        flat = self.value.flatten().clamp(-self.largest, self.largest)
         size, places = flat.abs(), torch.arange(len(flat), device=flat.device)
         rounded, shares = (size + _TIES).round(), torch.ones_like(flat)
         for partner in self.partners:
@@ -122,7 +127,7 @@ class RoundedWeight(RoundedParameter):
             )
             # One less than the limit, for rounding can add one half to each of the two.
             shares = torch.where(beyond, torch.minimum(shares, (PAIR_LIMIT - 1) / (size + other)), shares)
-        return shares.view_as(weight)
+        return shares.view_as(self.value)
 
 
 @dataclass(frozen=True)
@@ -245,8 +250,7 @@ class RoundedNetwork(nn.Module):
         for name, (place, attribute) in self._program.stored.items():
             if attribute == "integers":
                 kept: Any = copied.rounding[place]
-                integers = torch.from_numpy(graph.constant(name).astype(np.float64)).to(kept.value.device)
-                kept.value.data = (integers * kept.steps().double()).float()
+                kept.integers = torch.from_numpy(graph.constant(name).astype(np.float64))
         return copied
 
     def _keep_parameters(self, found: Filled) -> dict[str, str]:
@@ -309,7 +313,8 @@ def _bias(found: Filled, layer: Layer) -> RoundedParameter:
     assert layer.bias is not None
     integers, scale = (found.graph.constant(name) for name in layer.bias.input[:2])
     value = (integers.astype(np.float64) * scale).astype(np.float32)
-    return RoundedParameter(torch.from_numpy(value), torch.from_numpy(np.array(scale)), 0, _LARGEST_BIAS)
+    given = torch.from_numpy(value), torch.from_numpy(np.array(scale)), 0, _LARGEST_BIAS
+    return RoundedParameter(*given, _BIAS_UNIT)
 
 
 def _partners(layout: Layout) -> Tensor:
