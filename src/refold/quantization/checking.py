@@ -81,7 +81,7 @@ def layer_reports(graph: Graph, distances: Sequence[Distance], bits: int) -> lis
                 bits,
                 len(rows),
                 int(pairs.max()),
-                int((pairs > PAIR_LIMIT).sum()),
+                int((pairs > PAIR_LIMIT).sum()) if graph.reads_integers(layer) else 0,
             )
         )
     return found

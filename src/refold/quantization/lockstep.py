@@ -97,7 +97,7 @@ class Lockstep:
         node = layer.node
         source, output = node.input[0], node.output[0]
         layout = layout_of(node, self.plain.constant(layer.name).shape)
-        step = self._step(source)
+        step = self._step(layer, source)
         bias = self.plain.constant(layer.bias_name) if layer.bias_name in self.plain.constants else None
         if layer.name not in self.weights:  # layers may share one
             self.weights[layer.name] = self._weight(layer, layout, step, bias)
@@ -117,10 +117,10 @@ class Lockstep:
             Distance(layer.name, node.op_type, decibels(wanted, _within(answers, wanted)))
         )
 
-    def _step(self, source: str) -> float:
+    def _step(self, layer: Layer, source: str) -> float:
         """The scale of what a layer reads; zero where it reads floats."""
-        maker = self.skeleton.maker.get(source)
-        return self.ranges[maker.input[1]].scale if maker is not None and maker.op_type == DEQUANTIZE else 0.0
+        maker = self.skeleton.maker[source] if self.skeleton.reads_integers(layer) else None
+        return self.ranges[maker.input[1]].scale if maker is not None else 0.0
 
     def _weight(self, layer: Layer, layout: Layout, step: float, bias: Array | None) -> tuple[Tensor, Tensor]:
         """The scales, one a row, and the integers, ``[rows, columns]``, of a layer."""

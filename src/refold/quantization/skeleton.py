@@ -102,6 +102,11 @@ class Graph:
         bias = makers[2] if len(makers) > 2 and makers[2] is not None and self.is_weight(makers[2]) else None
         return Layer(node, makers[1], bias)
 
+    def reads_integers(self, layer: Layer) -> bool:
+        """Whether a layer reads values that were rounded, so that engines compute it with integers."""
+        maker = self.maker.get(layer.node.input[0])
+        return maker is not None and bool(maker.op_type == DEQUANTIZE)
+
     @property
     def layers(self) -> list[Layer]:
         """All layers with integer weights, in the order they run."""
