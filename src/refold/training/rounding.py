@@ -52,7 +52,9 @@ def fitted(settings: Settings) -> Settings:
     """The settings with the image size of the network that is to learn rounding, where the recipe leaves it open."""
     if not settings.rounds or settings.recipe.sources.get("image_size") != "default":
         return settings
-    file = network_file(settings.checkpoint or settings.network, "plain")
+    given = Path(settings.checkpoint or settings.network)
+    is_named = settings.checkpoint is not None and given.is_file()  # whatever the file is called
+    file = given if is_named else network_file(str(given), "plain")
     card = read_card(file) if file is not None and file.suffix != ".onnx" else None
     size = ((card.preprocessing if card is not None else None) or {}).get("input_size")
     if size is None:
