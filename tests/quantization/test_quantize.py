@@ -330,7 +330,7 @@ def test_weights_alone_are_integers_of_four_bits(tmp_path):
     with torch.no_grad():
         wanted = net(test)
     assert report.agreement.decibels == pytest.approx(decibels(wanted, run(path, test)[0]), abs=0.01)
-    assert report.agreement.decibels > 12
+    assert report.agreement.decibels > 6
     eight = refold.QuantizationConfig(activations="float32")
     near = refold.quantize(net, tmp_path / "eight.onnx", images, config=eight, held_out=test)
     assert near.agreement.decibels > report.agreement.decibels + 15

@@ -89,12 +89,12 @@ def test_the_file_computes_what_was_trained(plain, tmp_path, settings):
 
 
 def test_learning_brings_it_nearer(plain, tmp_path):
-    net = rounded(plain, tmp_path, bits=3)
+    net = rounded(plain, tmp_path, bits=4)
     images = photos(100, seed=5)
     wanted = plain(images).detach()
     before = decibels(wanted, net(images).detach())
-    learn(net, 40, 0.03)
-    assert decibels(wanted, net(images).detach()) > before + 1
+    learn(net, 40, 0.003)
+    assert decibels(wanted, net(images).detach()) > before + 3
 
 
 def test_it_knows_what_the_float_network_knows_and_is_no_part_of_it(plain, tmp_path):
@@ -108,7 +108,7 @@ def test_it_knows_what_the_float_network_knows_and_is_no_part_of_it(plain, tmp_p
         _ = net.nothing_of_the_kind
 
 
-class Cumulative(nn.Module):
+class Largest(nn.Module):
     """A network with an operator that has no gradient here."""
 
     def __init__(self):
@@ -116,10 +116,10 @@ class Cumulative(nn.Module):
         self.layer = nn.Conv2d(3, 4, 3)
 
     def forward(self, image):
-        return self.layer(image).cumsum(1)
+        return self.layer(image).topk(2, dim=1).values
 
 
 def test_an_operator_without_gradient_is_named(tmp_path):
-    net = refold.fold(Cumulative().eval(), photos(1))
-    with pytest.raises(refold.InputError, match="The operator CumSum of the network has no gradient here"):
+    net = refold.fold(Largest().eval(), photos(1))
+    with pytest.raises(refold.InputError, match="The operator TopK of the network has no gradient here"):
         rounded(net, tmp_path)

@@ -71,7 +71,7 @@ def test_a_run_ends_with_a_file_that_computes_what_was_trained(
     code, out, _ = call("predict", told.output, image, "--json")
     assert code == 0
     assert {each["name"] for each in json.loads(out)[0]["classes"]} == set(CLASSES)
-    code, _, err = call("fold", told.output)
+    code, _, err = call("fold", told.output, "-o", "plain.safetensors")
     assert code == 2
     assert "gave an int8 file; name" in err
 

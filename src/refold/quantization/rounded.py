@@ -32,8 +32,9 @@ from refold.quantization.skeleton import DEQUANTIZE, QUANTIZE, Graph, Layer
 _LARGEST_BIAS = 2**31 - 1
 # Steps of a bias that do as much as one step of a weight does on the middle of the range of what it reads.
 _BIAS_UNIT = 128
-# A weight this near to an integer, in steps, is rounded to it; and what is taken for half a step.
-_INSIDE, _TIES = 0.49, 1e-3
+# How far from its integer, in steps, a weight starts at most: nearer to the edge, the first steps would undo what was
+# found. And what is taken for half a step.
+_INSIDE, _TIES = 0.25, 1e-3
 
 
 class RoundedValue(nn.Module):
