@@ -19,12 +19,12 @@ class Operators:
 
     def __init__(self, graph: Graph) -> None:
         self.graph = graph
-        self._sessions: dict[tuple[str, tuple[int | bytes, ...]], Any] = {}
+        self._sessions: dict[tuple[str, tuple[int, ...], tuple[bytes, ...]], Any] = {}
 
     def run(self, node: Any, values: list[Array | None]) -> Array:
         """The first output of an operator; an input that is None is left out."""
-        settings = [v.tobytes() for i, v in enumerate(values) if v is not None and _is_setting(node, i)]
-        key = (node.output[0], (*(-1 if v is None else v.ndim for v in values), *settings))
+        settings = (v.tobytes() for i, v in enumerate(values) if v is not None and _is_setting(node, i))
+        key = (node.output[0], tuple(-1 if v is None else v.ndim for v in values), tuple(settings))
         if key not in self._sessions:
             self._sessions[key] = self._session(node, values)
         feed = {
