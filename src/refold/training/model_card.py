@@ -58,6 +58,7 @@ _ORIGINS = {"checkpoint": "started from", "teacher": "teacher"}
 
 def model_card(card: Mapping[str, Any]) -> str:
     """The page for the ``card.json`` of a run, from nothing but that."""
+    card = {**card, "result": {"int8": None, **card["result"]}}  # runs of earlier versions have none
     environment = Environment(
         loader=PackageLoader("refold.training"),
         undefined=StrictUndefined,
