@@ -110,7 +110,5 @@ def test_it_knows_what_the_float_network_knows_and_is_no_part_of_it(plain, tmp_p
 def test_an_operator_without_gradient_is_named(plain, tmp_path, monkeypatch):
     # All are taken for those that only ONNX's own evaluator runs.
     monkeypatch.setattr("refold.quantization.rounded.Evaluated", object)
-    with pytest.raises(
-        refold.InputError, match="The operator QuantizeLinear of the network has no gradient here"
-    ):
+    with pytest.raises(refold.InputError, match=r"The operator \w+ of the network has no gradient here"):
         rounded(plain, tmp_path)
