@@ -1,9 +1,11 @@
 """Small networks of four families for CIFAR-10, trained a few epochs, as int8 files with and without their identities.
 
     python benchmarks/quantization_networks.py --data FOLDER --output RUNS [--networks small_repvgg ...] [--epochs 3]
+        [--rounding-epochs 1]
 
 The folder holds ``train`` and ``test`` with one folder of images a class. Finished runs are kept as they are. 500
-training images calibrate, 2,000 test images measure.
+training images calibrate, 2,000 test images measure. With ``--rounding-epochs`` the networks also learn rounding, by
+the recipe `quantized`, and all test images measure.
 """
 
 from __future__ import annotations
@@ -134,6 +136,11 @@ WAYS: dict[str, dict[str, Any]] = {
     "one scale a tensor": {"keep_identity": "never", "weights": "tensor"},
     "one scale a tensor, identities kept out": {"keep_identity": "always", "weights": "tensor"},
 }
+ROUNDED: dict[str, dict[str, Any]] = {
+    "8 bits": {},
+    "one scale a tensor": {"weight_scales": "tensor"},
+    "4 bits": {"weight_bits": 4},
+}
 NETWORKS = ("small_repvgg", "small_mobileone", "small_repghostnet", "small_ghostnet_v3")
 
 
@@ -164,6 +171,26 @@ def quantised(folder: Path, data: Path, console: Console) -> dict[str, dict[str,
     return found
 
 
+def rounded(folder: Path, data: Path, epochs: int, console: Console) -> dict[str, dict[str, Any]]:
+    """What learning with rounding gives a trained network, in each of a few ways."""
+    found = {}
+    for title, values in ROUNDED.items():
+        recipe = load_recipe("quantized", {"epochs": epochs, **values})
+        settings = Settings(
+            folder / f"rounded_{'_'.join(title.split())}",
+            str(data.resolve()),
+            str(folder / "training.safetensors"),
+            recipe,
+            accelerator="cpu",
+            keep="last",
+        )
+        result = train(settings, console, overwrite=True)
+        found[title] = {"scores": [result.plain_score, result.onnx_score], "same": result.onnx_same_answers}
+        found[title] |= result.int8 or {}
+        console.print(title, found[title])
+    return found
+
+
 def main() -> None:
     """Train what is not trained yet."""
     parser = argparse.ArgumentParser(
@@ -173,6 +200,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("runs/quantization"))
     parser.add_argument("--networks", nargs="+", default=NETWORKS)
     parser.add_argument("--epochs", type=int, default=RECIPE["epochs"])
+    parser.add_argument("--rounding-epochs", type=int, default=0)
     parser.add_argument("--results", type=Path, default=Path("runs/quantization/cifar.json"))
     parsed = parser.parse_args()
     torch.set_num_threads(1)
@@ -180,15 +208,17 @@ def main() -> None:
     found = {}
     for name in parsed.networks:
         folder = parsed.output / name
-        if not (folder / "card.json").is_file():
+        if not (folder / "training.safetensors").is_file():
             recipe = load_recipe("cifar", {**RECIPE, "epochs": parsed.epochs})
             settings = Settings(
                 folder, str(parsed.data.resolve()), name, recipe, accelerator="cpu", keep="last"
             )
             result = train(settings, console)
-            console.print(f"{name}: {result.training_accuracy:.4f} {result.plain_accuracy:.4f}")
+            console.print(f"{name}: {result.training_score:.4f} {result.plain_score:.4f}")
         console.print(name)
         found[name] = quantised(folder, parsed.data, console)
+        if parsed.rounding_epochs:
+            found[name] |= {"rounding": rounded(folder, parsed.data, parsed.rounding_epochs, console)}
         write_text(parsed.results, json.dumps(found, indent=1))
 
 

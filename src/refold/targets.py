@@ -23,7 +23,7 @@ from refold.models.loading import open_checkpoint
 from refold.models.torchvision_networks import PREFIX as TORCHVISION
 from refold.onnx_files import is_onnx_file
 from refold.own_code import OwnNetwork, is_own_code
-from refold.runs import PLAIN, STATE, TRAINING
+from refold.runs import INT8, PLAIN, STATE, TRAINING
 
 CHECKPOINT_SUFFIXES = {".safetensors", ".pth", ".pt", ".ckpt", ".bin", ".tar"}
 _MOST_CLASSES = 1_000_000
@@ -126,6 +126,8 @@ def weights_file(target: str, form: Form = "training") -> Path | None:
         return None
     if path.is_dir() and not _is_model(target):
         file = path / (TRAINING if form == "training" else PLAIN)
+        if not file.is_file() and (path / INT8).is_file():
+            raise InputError(f"The run in '{target}' gave an int8 file; name '{path / INT8}'.")
         if not file.is_file():
             raise InputError(
                 f"The folder '{target}' holds no {file.name}, so it is none of a finished run; give a file."

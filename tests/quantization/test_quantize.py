@@ -314,3 +314,56 @@ def test_identities_are_kept_out_where_it_is_asked_for(tmp_path):
         pytest.approx(folded.agreement.decibels),
         pytest.approx(beside.agreement.decibels),
     )
+
+
+def test_weights_alone_are_integers_of_four_bits(tmp_path):
+    net, images, test = lively(Ladder()), photos(40), photos(200, seed=5)
+    path = tmp_path / "net.onnx"
+    config = refold.QuantizationConfig(activations="float32", bits=4)
+    report = refold.quantize(net, path, images, config=config, held_out=test)
+    model = onnx.load(path)
+    kinds = {tensor.name: tensor.data_type for tensor in model.graph.initializer}
+    assert {kinds[f"{layer.name}_quantized"] for layer in report.layers} == {onnx.TensorProto.INT4}
+    assert len(report.layers) == 6
+    assert not [node for node in model.graph.node if node.op_type == "QuantizeLinear"]
+    assert report.saturating_channels == 0
+    with torch.no_grad():
+        wanted = net(test)
+    assert report.agreement.decibels == pytest.approx(decibels(wanted, run(path, test)[0]), abs=0.01)
+    assert report.agreement.decibels > 6
+    eight = refold.QuantizationConfig(activations="float32")
+    near = refold.quantize(net, tmp_path / "eight.onnx", images, config=eight, held_out=test)
+    assert near.agreement.decibels > report.agreement.decibels + 15
+    assert report.bytes < near.bytes
+
+
+def test_zero_points_stand_in_the_file_once(written):
+    path, _ = written
+    graph = onnx.load(path).graph
+    assert not graph.value_info
+    points = {node.input[2] for node in graph.node if node.op_type in ("QuantizeLinear", "DequantizeLinear")}
+    values = [each.raw_data + bytes([each.data_type]) for each in graph.initializer if each.name in points]
+    assert len(set(values)) == len(values)
+    read = {name for node in graph.node for name in node.input}
+    assert {each.name for each in graph.initializer} <= read
+
+
+def test_a_detectors_boxes_are_counted(tmp_path):
+    torch.manual_seed(0)
+    net = refold.create_model("dense/repghostnet_050", num_classes=3).eval()
+    images = photos(12, 64)
+    report = refold.quantize(net, tmp_path / "net.onnx", images)
+    found = report.agreement
+    assert found.kind == "boxes"
+    assert found.same <= found.counted
+    assert found.decibels > 15
+    assert report.saturating_channels == 0
+
+
+def test_a_segmenters_pixels_are_counted(tmp_path):
+    torch.manual_seed(0)
+    net = refold.create_model("lraspp/mobilenetv3_small_050", num_classes=3).eval()
+    found = refold.quantize(net, tmp_path / "net.onnx", photos(8, 64)).agreement
+    assert found.kind == "pixels"
+    assert found.counted == 8 * 64 * 64
+    assert found.drop == pytest.approx(100 * (found.counted - found.same) / found.counted)

@@ -67,6 +67,7 @@ PAPERS: dict[str, dict[str, Any]] = {
     "small_images": {"optimizer": "adamw", "batch_size": 64, "image_size": 48},
     "photos": {"optimizer": "adamw", "batch_size": 64, "image_size": 224, "epochs": 100},
     "finetune": {"optimizer": "adamw", "batch_size": 64, "image_size": 224, "learning_rate": 1.5e-3},
+    "quantized": {"optimizer": "adamw", "weight_bits": 8, "alpha": 1.0, "weight_decay": 0.0, "learning_rate": 3e-3},
 }  # fmt: skip
 
 

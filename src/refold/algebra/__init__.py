@@ -14,7 +14,15 @@ from refold.algebra.convolution import (
     with_spatial_axes,
     zero_padding,
 )
-from refold.algebra.gauges import mix_outputs, rotation, unmix_inputs
+from refold.algebra.gauges import (
+    balancing,
+    largest_of_inputs,
+    largest_of_outputs,
+    mix_outputs,
+    rotation,
+    unmix_inputs,
+    unscale_inputs,
+)
 from refold.algebra.operations import (
     align,
     concatenate,
@@ -35,6 +43,7 @@ __all__ = [
     "affine",
     "align",
     "average_pool",
+    "balancing",
     "batch_norm",
     "batch_norm_affine",
     "concatenate",
@@ -43,6 +52,8 @@ __all__ = [
     "fold_shortcut",
     "identity",
     "is_channelwise",
+    "largest_of_inputs",
+    "largest_of_outputs",
     "mix_outputs",
     "pointwise",
     "rotation",
@@ -52,6 +63,7 @@ __all__ = [
     "slice_outputs",
     "sum_branches",
     "unmix_inputs",
+    "unscale_inputs",
     "widen_inputs",
     "with_groups",
     "with_spatial_axes",

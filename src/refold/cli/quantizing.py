@@ -55,6 +55,9 @@ def quantize_command(
     weights: Annotated[
         str, typer.Option("--weights", help="One scale a channel, or a tensor: channel or tensor.")
     ] = "channel",
+    activations: Annotated[
+        str, typer.Option("--activations", help="int8, or float32: then the weights alone are integers.")
+    ] = "int8",
     bits: Annotated[int, typer.Option("--bits", help="Bits of a weight, 8 or fewer.")] = 8,
     keep_identity: Annotated[
         str,
@@ -87,7 +90,12 @@ def quantize_command(
     from refold.quantization.engines import engine_for
     from refold.training.calibration import split_photos
 
-    choices: Any = {"cpu": cpu, "weights": weights, "keep_identity": keep_identity}
+    choices: Any = {
+        "cpu": cpu,
+        "weights": weights,
+        "activations": activations,
+        "keep_identity": keep_identity,
+    }
     config = QuantizationConfig(**choices, bits=bits, max_drop=max_drop, in_float=in_float or ())
     engine_for(engine, config)
     if report is not None:
@@ -121,7 +129,7 @@ def _summary(report: QuantizationReport) -> Table:
     table.add_row("file", f"{escape(report.path)} ({report.bytes / 1e6:.2f} MB, {share:.2f} of float32)")
     table.add_row("distance", f"{found.decibels:.1f} dB on {found.images} images")
     if found.same is not None:
-        table.add_row("same answers", f"{found.same} of {found.images}")
+        table.add_row(f"same {found.kind}", f"{found.same:,} of {found.counted:,}")
     if found.right is not None:
         table.add_row("right answers", f"{found.right} of {found.images}; in float32 {found.float_right}")
     channels = sum(layer.channels for layer in report.layers)
@@ -133,8 +141,8 @@ def _summary(report: QuantizationReport) -> Table:
     for title, names in (("in float32", report.in_float), ("kept out", report.kept_out)):
         if names:
             table.add_row(title, escape(", ".join(names)))
-    if report.gauges:
-        table.add_row("rotated, exactly", f"{len(report.gauges)} streams without activation")
+    for gauge in report.gauges:
+        table.add_row("exactly", escape(gauge))
     for note in report.notes:
         table.add_row("note", escape(note))
     return table

@@ -27,7 +27,7 @@ from refold.cli.shared import (
     say,
 )
 from refold.errors import InputError, printable
-from refold.training.settings import PLAIN, TRAINING, QuickstartOptions, Settings
+from refold.training.settings import INT8, PLAIN, TRAINING, QuickstartOptions, Settings
 
 if TYPE_CHECKING:
     from refold.training.finding import Finder, Seen
@@ -279,6 +279,8 @@ def _predictor(
     from refold.training.predicting import network_classifier
 
     path = Path(target)
+    if (path / INT8).is_file():
+        path = path / INT8
     is_exported = engine_of(path) is not None
     if (is_exported or path.is_dir()) and not (checkpoint is None and num_classes is None):
         raise InputError(

@@ -71,7 +71,7 @@ class OnnxNetwork(nn.Module):
         values: dict[str, Any] = dict(zip(program.inputs, inputs, strict=True))
         values |= {known: getattr(self, own) for own, known in program.constants.items()}
         for step, done in zip(program.steps, program.done, strict=True):
-            args, kwargs = _filled(step.args, values), _filled(step.kwargs, values)
+            args, kwargs = filled(step.args, values), filled(step.kwargs, values)
             found = step.function(*args, **kwargs)
             several = isinstance(found, (tuple, list))
             values.update(zip(step.outputs, found if several else (found,), strict=True))
@@ -81,7 +81,8 @@ class OnnxNetwork(nn.Module):
         return results if len(results) > 1 else results[0]
 
 
-def _filled(structure: Any, values: Mapping[str, Any]) -> Any:
+def filled(structure: Any, values: Mapping[str, Any]) -> Any:
+    """The structure with values in the place of their names."""
     return fx.node.map_aggregate(structure, lambda v: values[v.value] if isinstance(v, Name) else v)
 
 

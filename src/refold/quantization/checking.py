@@ -6,12 +6,16 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import numpy as np
 import onnxruntime
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from refold.boxes import detections
+from refold.boxes.comparing import difference
+from refold.boxes.detections import Detector
 from refold.errors import NotEquivalent
 from refold.quantization.columns import layout_of
 from refold.quantization.integers import PAIR_LIMIT, Pairs
@@ -21,6 +25,8 @@ from refold.quantization.skeleton import Array, Graph
 
 # Decibels between the engine and float arithmetic of one file, beyond which the engine computes something else.
 _MOST_GAP = 1.0
+# Boxes that are looked at, and which two of them are one.
+_LEAST_SCORE, _OVERLAP, _SCORES_APART = 0.3, 0.9, 0.05
 # Noise this small is rounding of float32, whatever it is compared with.
 _NO_NOISE = 60.0
 
@@ -75,7 +81,7 @@ def layer_reports(graph: Graph, distances: Sequence[Distance], bits: int) -> lis
                 bits,
                 len(rows),
                 int(pairs.max()),
-                int((pairs > PAIR_LIMIT).sum()),
+                int((pairs > PAIR_LIMIT).sum()) if graph.reads_integers(layer) else 0,
             )
         )
     return found
@@ -123,19 +129,41 @@ def _differing_layers(graph: Graph, parts: Sequence[Array]) -> list[str]:
     return [name for name, share in zip(watched.values(), shares, strict=True) if share > 1e-3][:3]
 
 
-def agreement_of(wanted: Sequence[Array], found: Sequence[Array], labels: Tensor | None) -> Agreement:
-    """How near answers are to those of the float network."""
+def agreement_of(
+    wanted: Sequence[Array],
+    found: Sequence[Array],
+    labels: Tensor | None,
+    network: nn.Module,
+    size: Sequence[int],
+) -> Agreement:
+    """How near answers are to those of the float ``network``, for images of a size (height, width)."""
     first, other = wanted[0], found[0]
     count = len(first)
     near = decibels(list(wanted), list(found))
-    if first.ndim != 2 or first.shape[1] < 2:
+    if isinstance(network, Detector):
+        return _agreement_of_boxes(network, wanted, found, size, near)
+    is_segmenter = getattr(network, "output_kind", None) == "segmentation" and first.ndim == 4
+    if not is_segmenter and (first.ndim != 2 or first.shape[1] < 2):
         return Agreement(count, near)
     answers, others = first.argmax(1), other.argmax(1)
     same = int((answers == others).sum())
+    if is_segmenter:
+        return Agreement(count, near, same, counted=answers.size, kind="pixels")
     if labels is None:
-        return Agreement(count, near, same)
+        return Agreement(count, near, same, counted=count)
     truth = labels.numpy()
-    return Agreement(count, near, same, int((others == truth).sum()), int((answers == truth).sum()))
+    return Agreement(count, near, same, int((others == truth).sum()), int((answers == truth).sum()), count)
+
+
+def _agreement_of_boxes(
+    network: Any, wanted: Sequence[Array], found: Sequence[Array], size: Sequence[int], near: float
+) -> Agreement:
+    """The same of maps: what boxes they stand for."""
+    decode = detections(network, threshold=_LEAST_SCORE)
+    with torch.inference_mode():
+        first, other = (decode.of_maps([torch.from_numpy(m) for m in maps], size) for maps in (wanted, found))
+    apart = difference(first, other, overlap=_OVERLAP, score=_SCORES_APART)
+    return Agreement(len(wanted[0]), near, apart.boxes - apart.unmatched, counted=apart.boxes, kind="boxes")
 
 
 def speed_of(float_run: Session, int8_run: Session, image: Array, *, threads: int, calls: int = 30) -> Speed:

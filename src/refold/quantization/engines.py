@@ -22,11 +22,12 @@ WITHOUT_INT8 = {
     "executorch": "its int8 kernels (XNNPACK) are reached through a quantiser of its own, which takes no given "
     "integers",
     "coreml": "its activations cannot be given as integers, and it runs on Apple's systems alone",
-    "ncnn": "what makes its int8 files (ncnn2table, ncnn2int8) is not in its Python packages, and pnnx turns the "
-    "rounding of an ONNX file into float arithmetic",
+    "ncnn": "what makes its int8 files (ncnn2table, ncnn2int8) is not in its Python packages, pnnx turns the rounding "
+    "of an ONNX file into float arithmetic, and its activations are symmetric, which these files' are not",
     "mnn": "its converter ends at ONNX files with integer weights (tried with 3.6), and its own mnnquant takes images, "
     "not integers",
-    "litert": "its quantiser (ai-edge-quantizer) rounds the weights itself and takes no integers",
+    "litert": "its quantiser (ai-edge-quantizer) guesses the scales of given integers from the weights, and of dense "
+    "layers alone; the others it rounds itself",
     "tensorrt": "it needs an NVIDIA card and chooses symmetric ranges, which these files do not have",
 }
 

@@ -97,8 +97,8 @@ class Lockstep:
         node = layer.node
         source, output = node.input[0], node.output[0]
         layout = layout_of(node, self.plain.constant(layer.name).shape)
-        step = self._step(source)
-        bias = self.plain.constant(self._bias_name(layer)) if layer.bias is not None else None
+        step = self._step(layer, source)
+        bias = self.plain.constant(layer.bias_name) if layer.bias_name in self.plain.constants else None
         if layer.name not in self.weights:  # layers may share one
             self.weights[layer.name] = self._weight(layer, layout, step, bias)
         scale, integers = self.weights[layer.name]
@@ -117,13 +117,10 @@ class Lockstep:
             Distance(layer.name, node.op_type, decibels(wanted, _within(answers, wanted)))
         )
 
-    def _step(self, source: str) -> float:
-        """The scale of what a layer reads."""
-        maker = self.skeleton.maker[source]
-        return self.ranges[maker.input[1]].scale
-
-    def _bias_name(self, layer: Layer) -> str:
-        return str(layer.bias.input[0]).removesuffix("_quantized") if layer.bias is not None else ""
+    def _step(self, layer: Layer, source: str) -> float:
+        """The scale of what a layer reads; zero where it reads floats."""
+        maker = self.skeleton.maker[source] if self.skeleton.reads_integers(layer) else None
+        return self.ranges[maker.input[1]].scale if maker is not None else 0.0
 
     def _weight(self, layer: Layer, layout: Layout, step: float, bias: Array | None) -> tuple[Tensor, Tensor]:
         """The scales, one a row, and the integers, ``[rows, columns]``, of a layer."""
@@ -136,7 +133,7 @@ class Lockstep:
             else None
         )
         scale = scales_of(rows, pairs, config.bits, per_channel=config.weights == "channel")
-        if bias is not None:  # the bias is rounded to 32 bits in steps of this scale
+        if bias is not None and step:  # the bias is rounded to 32 bits in steps of this scale
             scale = torch.maximum(scale, torch.from_numpy(np.abs(bias) / (step * _LARGEST_BIAS)).to(scale))
         if not config.round_together:
             return scale, nearest(rows, scale, config.bits)
@@ -166,6 +163,8 @@ class Lockstep:
         scales = scale[:1].squeeze() if one_scale else scale
         graph.set_constant(layer.weight.input[1], scales.numpy().astype(np.float32))
         graph.set_constant(layer.weight.input[2], np.zeros(scales.shape, np.int8))
+        if bias is not None and layer.bias is None:
+            graph.set_constant(layer.bias_name, bias.astype(np.float32))
         if bias is None or layer.bias is None:
             return
         steps = scale.numpy().astype(np.float32) * np.float32(step)

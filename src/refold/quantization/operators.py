@@ -19,14 +19,19 @@ class Operators:
 
     def __init__(self, graph: Graph) -> None:
         self.graph = graph
-        self._sessions: dict[tuple[str, tuple[int, ...]], Any] = {}
+        self._sessions: dict[tuple[str, tuple[int, ...], tuple[bytes, ...]], Any] = {}
 
     def run(self, node: Any, values: list[Array | None]) -> Array:
         """The first output of an operator; an input that is None is left out."""
-        key = (node.output[0], tuple(-1 if v is None else v.ndim for v in values))
+        settings = (v.tobytes() for i, v in enumerate(values) if v is not None and _is_setting(node, i))
+        key = (node.output[0], tuple(-1 if v is None else v.ndim for v in values), tuple(settings))
         if key not in self._sessions:
             self._sessions[key] = self._session(node, values)
-        feed = {f"input_{i}": value for i, value in enumerate(values) if value is not None}
+        feed = {
+            f"input_{i}": value
+            for i, value in enumerate(values)
+            if value is not None and not _is_setting(node, i)
+        }
         found: Array = self._sessions[key].run(None, feed)[0]
         return found
 
@@ -46,11 +51,16 @@ class Operators:
                 f"input_{i}", onnx.helper.np_dtype_to_tensor_dtype(value.dtype), [None] * value.ndim
             )
             for i, value in enumerate(values)
-            if value is not None
+            if value is not None and not _is_setting(node, i)
+        ]
+        settings = [
+            onnx.numpy_helper.from_array(value, f"input_{i}")
+            for i, value in enumerate(values)
+            if value is not None and _is_setting(node, i)
         ]
         result = onnx.ValueInfoProto()
         result.name = "result"
-        graph = onnx.helper.make_graph([alone], "operator", given, [result])
+        graph = onnx.helper.make_graph([alone], "operator", given, [result], settings)
         model = onnx.helper.make_model(
             graph, opset_imports=self.graph.opset, ir_version=self.graph.model.ir_version
         )
@@ -59,6 +69,11 @@ class Operators:
         return onnxruntime.InferenceSession(
             model.SerializeToString(), options, providers=["CPUExecutionProvider"]
         )
+
+
+def _is_setting(node: Any, place: int) -> bool:
+    """Whether an input says how the operator works: sizes and scales of Resize, which must be known beforehand."""
+    return bool(node.op_type == "Resize") and place > 0
 
 
 class Stream:

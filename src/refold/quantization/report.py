@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 
 @dataclass(frozen=True)
@@ -29,8 +29,10 @@ class LayerReport:
 class Agreement:
     """The answers of the int8 file beside the float network's, on ``images`` images.
 
-    ``decibels`` is the SQNR of the outputs, ``same`` counts equal answers, ``right`` and ``float_right`` those that the
-    labels call right; they are None where the network does not classify or there are no labels.
+    ``decibels`` is the SQNR of the outputs, ``same`` counts equal answers among ``counted``: classes of images, pixels
+    of a segmenter, or a detector's boxes in both files, of which two are equal that overlap by 90 % with scores less
+    than 0.05 apart. ``right`` and ``float_right`` are the classes that the labels call right. What a network does
+    not give, or there are no labels for, is None.
     """
 
     images: int
@@ -38,13 +40,17 @@ class Agreement:
     same: int | None = None
     right: int | None = None
     float_right: int | None = None
+    counted: int | None = None
+    kind: Literal["answers", "pixels", "boxes"] = "answers"
 
     @property
     def drop(self) -> float | None:
         """Percentage points lost: of right answers where there are labels, else of equal answers."""
         if self.right is not None and self.float_right is not None:
             return 100 * (self.float_right - self.right) / self.images
-        return None if self.same is None else 100 * (self.images - self.same) / self.images
+        if self.same is None or self.counted is None:
+            return None
+        return 100 * (self.counted - self.same) / max(self.counted, 1)
 
 
 @dataclass(frozen=True)
@@ -68,7 +74,8 @@ class QuantizationReport:
 
     ``engine_gap`` is the distance in decibels between the outputs of the engine and of the same file computed in float
     arithmetic, as far as it lowers the agreement; ``calibration`` and ``agreement`` count images. ``in_float`` are the
-    layers that were left in float32, ``kept_out`` the branches that stay beside their kernels.
+    layers that were left in float32, ``kept_out`` the branches that stay beside their kernels, ``gauges`` the exact
+    changes: channels left out, scaled and rotated.
 
     Examples:
         >>> import torch, refold

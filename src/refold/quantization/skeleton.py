@@ -22,11 +22,15 @@ Array = NDArray[Any]
 
 QUANTIZE, DEQUANTIZE = "QuantizeLinear", "DequantizeLinear"
 LAYERS = ("Conv", "Gemm", "MatMul")
+NO_LAYERS = "The network has no convolution or linear layer to quantise; int8 is for networks made of these."
 
 
 @dataclass(frozen=True)
 class Layer:
-    """A layer with integer weights: its operator, and the operators that turn its weight and its bias into floats."""
+    """A layer with integer weights: its operator, and the operators that turn its weight and its bias into floats.
+
+    Where activations are floats, so is the bias, and none turns it into any.
+    """
 
     node: Any
     weight: Any
@@ -37,12 +41,24 @@ class Layer:
         """The name of its weight in the file, without what the quantiser appends."""
         return str(self.weight.input[0]).removesuffix("_quantized")
 
+    @property
+    def bias_name(self) -> str:
+        """The name of its bias, alike; empty where it has none."""
+        if self.bias is None:
+            return str(self.node.input[2]) if len(self.node.input) > 2 else ""
+        return str(self.bias.input[0]).removesuffix("_quantized")
+
 
 class Graph:
     """An ONNX model with its constants and the operators that make and read each value."""
 
     def __init__(self, model: Any) -> None:
         self.model = model
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Look at the model again, once it changed."""
+        model = self.model
         self.nodes: list[Any] = list(model.graph.node)
         self.constants = {tensor.name: tensor for tensor in model.graph.initializer}
         self.inputs = [value.name for value in model.graph.input if value.name not in self.constants]
@@ -83,10 +99,13 @@ class Graph:
         makers = [self.maker.get(name) for name in node.input]
         if len(makers) < 2 or makers[1] is None or not self.is_weight(makers[1]):
             return None
-        if makers[0] is None or makers[0].op_type != DEQUANTIZE:
-            return None
         bias = makers[2] if len(makers) > 2 and makers[2] is not None and self.is_weight(makers[2]) else None
         return Layer(node, makers[1], bias)
+
+    def reads_integers(self, layer: Layer) -> bool:
+        """Whether a layer reads values that were rounded, so that engines compute it with integers."""
+        maker = self.maker.get(layer.node.input[0])
+        return maker is not None and bool(maker.op_type == DEQUANTIZE)
 
     @property
     def layers(self) -> list[Layer]:
@@ -128,10 +147,25 @@ def write_skeleton(
         raise InputError(f"ONNX Runtime cannot quantise the network: {first_line(error)}.") from error
     graph = Graph(_with_float_outputs(onnx.load(str(target))))
     if not graph.layers:
-        raise InputError(
-            "The network has no convolution or linear layer to quantise; int8 is for networks made of these."
-        )
+        raise InputError(NO_LAYERS)
     return graph
+
+
+def compact(graph: Graph) -> None:
+    """Keep each zero point once, and no shapes of values, which whoever reads the file computes."""
+    model, kept = graph.model.graph, dict[bytes, str]()
+    for node in model.node:
+        if node.op_type in (QUANTIZE, DEQUANTIZE) and len(node.input) > 2:
+            name = node.input[2]
+            tensor = onnx.TensorProto()
+            tensor.CopyFrom(graph.constants[name])
+            tensor.name = ""
+            node.input[2] = kept.setdefault(tensor.SerializeToString(), name)
+    read = {name for node in model.node for name in node.input} | {value.name for value in model.output}
+    for tensor in [tensor for tensor in model.initializer if tensor.name not in read]:
+        model.initializer.remove(tensor)
+    del model.value_info[:]
+    graph.refresh()
 
 
 @contextmanager

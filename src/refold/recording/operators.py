@@ -38,6 +38,8 @@ class Operator:
     of each channel can pass, wherever the channel lies afterwards."""
     elementwise: bool = False
     """An activation that treats every value alike."""
+    homogeneous: bool = False
+    """Each channel of what it gives is multiplied by a positive number where that of what it reads is."""
     idempotent: bool = False
     """It changes nothing where it is applied again."""
     takes_scale: bool = False
@@ -127,20 +129,22 @@ OPERATORS = (
         ("native_layer_norm", "native_group_norm", "linalg_vector_norm", "_fused_rms_norm"),
         ("layernormalization", "groupnorm", "skiplayernormalization", "instancenormalization"),
     ),
-    _activation("relu relu6", nn.ReLU, nn.ReLU6, idempotent=True),
-    _activation("hardtanh", nn.Hardtanh, idempotent=True),
-    _activation("leaky_relu elu celu selu", nn.LeakyReLU, nn.ELU, nn.CELU, nn.SELU),
+    _activation("relu", nn.ReLU, idempotent=True, homogeneous=True),
+    _activation("relu6 hardtanh", nn.ReLU6, nn.Hardtanh, idempotent=True),
+    _activation("leaky_relu", nn.LeakyReLU, homogeneous=True),
+    _activation("elu celu selu", nn.ELU, nn.CELU, nn.SELU),
     _activation("silu hardswish mish gelu", nn.SiLU, nn.Hardswish, nn.Mish, nn.GELU),
     _activation("softplus threshold", nn.Softplus, nn.Threshold),
     _activation("softshrink hardshrink tanhshrink", nn.Softshrink, nn.Hardshrink, nn.Tanhshrink),
     _activation("sigmoid hardsigmoid tanh softsign", nn.Sigmoid, nn.Hardsigmoid, nn.Tanh, nn.Softsign),
     _activation("logsigmoid", nn.LogSigmoid, counted="log_sigmoid_forward"),
+    Operator("activation", ("prelu",), (nn.PReLU,), ("_prelu_kernel",), homogeneous=True),
     Operator("activation", onnx=("quickgelu", "fastgelu", "biasgelu", "erf", "leakyrelu")),
     Operator(
         "activation",
-        ("prelu", "rrelu", "glu", "clamp", "clip", "clamp_min", "clamp_max", "softmax", "log_softmax"),
+        ("rrelu", "glu", "clamp", "clip", "clamp_min", "clamp_max", "softmax", "log_softmax"),
         counted=(
-            *("_prelu_kernel", "rrelu_with_noise", "glu", "clamp", "clamp_min", "clamp_max"),
+            *("rrelu_with_noise", "glu", "clamp", "clamp_min", "clamp_max"),
             *("_softmax", "_safe_softmax", "_log_softmax"),
         ),
     ),
@@ -163,12 +167,12 @@ OPERATORS = (
         onnx=("concat",),
         linear=parts.concatenation,
     ),
-    _pool("avg", "avg_pool1d avg_pool2d avg_pool3d", linear=meanings.average_pool),
-    _pool("max", "max_pool1d max_pool2d_with_indices max_pool3d_with_indices"),
-    _pool("adaptive_avg", "_adaptive_avg_pool2d _adaptive_avg_pool3d", "moved"),
-    _pool("adaptive_max", "adaptive_max_pool2d adaptive_max_pool3d"),
+    _pool("avg", "avg_pool1d avg_pool2d avg_pool3d", linear=meanings.average_pool, homogeneous=True),
+    _pool("max", "max_pool1d max_pool2d_with_indices max_pool3d_with_indices", homogeneous=True),
+    _pool("adaptive_avg", "_adaptive_avg_pool2d _adaptive_avg_pool3d", "moved", homogeneous=True),
+    _pool("adaptive_max", "adaptive_max_pool2d adaptive_max_pool3d", homogeneous=True),
     Operator("pooling", onnx=("averagepool", "maxpool", "globalaveragepool", "globalmaxpool", "reducemean")),
-    Operator("pooling", ("mean",), counted=("mean",), channels="moved"),
+    Operator("pooling", ("mean",), counted=("mean",), channels="moved", homogeneous=True),
     Operator("pooling", ("sum", "amax", "max"), counted=("sum", "amax", "max")),
     Operator(
         "padding",

@@ -58,7 +58,7 @@ def finish(
         exported = export(plain, folder / ONNX, example, **task.export_options)
     with console.status("Asking each form about the held-out images"):
         session = get_engine("onnxruntime").open(folder / ONNX, threads=settings.threads)
-        compared = _compared(module, [net, plain], session)
+        found = compared(module, [net, plain], [session])
     curves = f"{settings.network}, {images.title}"
     draw_curves(folder / CURVES, curves, keeper.rows, task.score, task.score_title)
     assert keeper.best is not None
@@ -67,12 +67,12 @@ def finish(
         best=keeper.best,
         epochs=len(keeper.rows),
         score=task.score_title,
-        training_score=compared.scores[0],
-        plain_score=compared.scores[1],
-        onnx_score=compared.scores[2],
-        same_answers=compared.same[1],
-        onnx_same_answers=compared.same[2],
-        held_out_images=compared.images,
+        training_score=found.scores[0],
+        plain_score=found.scores[1],
+        onnx_score=found.scores[2],
+        same_answers=found.same[1],
+        onnx_same_answers=found.same[2],
+        held_out_images=found.images,
         unreadable=list(unreadable.messages),
         proof=plain.fold_report.proof.to_dict(),
         export_difference=exported.max_difference,
@@ -108,7 +108,7 @@ def provenance(
 
 
 @dataclass(frozen=True)
-class _Compared:
+class Compared:
     """The scores of the forms, and about how many images each answers as the first does."""
 
     scores: list[float]
@@ -116,15 +116,15 @@ class _Compared:
     images: int
 
 
-def _compared(
-    module: TrainingModule, nets: Sequence[nn.Module], session: Callable[..., list[Tensor]]
-) -> _Compared:
-    """Ask networks, and then an exported file, about the held-out images."""
+def compared(
+    module: TrainingModule, nets: Sequence[nn.Module], sessions: Sequence[Callable[..., list[Tensor]]]
+) -> Compared:
+    """Ask networks, and then exported files, about the held-out images."""
     device, task = module.trainer.strategy.root_device, module.task
     for net in nets:
         net.eval().to(device)
     # The first process finishes the run alone.
-    measures = [task.measures().of_this_process().to(device) for _ in (*nets, session)]
+    measures = [task.measures().of_this_process().to(device) for _ in (*nets, *sessions)]
     same, images = [0] * len(measures), 0
     batches = held_out_loader(
         module.images.held_out, module.measure, 64, workers=module.workers, collate=task.collate
@@ -135,11 +135,11 @@ def _compared(
                 continue
             outputs = [net(batch.images.to(device)) for net in nets]
             answers = [task.answers(net, found, batch) for net, found in zip(nets, outputs, strict=True)]
-            answers.append(task.answers_of_file(session(batch.images), batch))
+            answers += [task.answers_of_file(session(batch.images), batch) for session in sessions]
             for index, found in enumerate(answers):
                 measures[index].update(found, batch.targets)
                 same[index] += sum(map(task.same, found, answers[0]))
             images += len(batch.images)
     for net in nets:
         net.cpu()
-    return _Compared([each.compute()[task.score] for each in measures], same, images)
+    return Compared([each.compute()[task.score] for each in measures], same, images)

@@ -17,6 +17,7 @@ from refold.training.settings import (
     CARD,
     CURVES,
     HISTORY,
+    INT8,
     MODEL_CARD,
     ONNX,
     PICTURE,
@@ -29,6 +30,7 @@ _FILES = {
     MODEL_CARD: "this page",
     TRAINING: "the network in training form, for `refold.load` and for training on",
     PLAIN: "the plain form, for `refold.load`, `refold predict` and `refold export`",
+    INT8: "the int8 file for ONNX Runtime",
     ONNX: "the plain form for ONNX Runtime, and for whatever else reads ONNX",
     REPORT: "what was folded, and the proof",
     PICTURE: "what was folded, drawn",
@@ -56,6 +58,7 @@ _ORIGINS = {"checkpoint": "started from", "teacher": "teacher"}
 
 def model_card(card: Mapping[str, Any]) -> str:
     """The page for the ``card.json`` of a run, from nothing but that."""
+    card = {**card, "result": {"int8": None, **card["result"]}}  # runs of earlier versions have none
     environment = Environment(
         loader=PackageLoader("refold.training"),
         undefined=StrictUndefined,
@@ -78,7 +81,7 @@ def model_card(card: Mapping[str, Any]) -> str:
         origins=[(title, settings[key]) for key, title in _ORIGINS.items() if settings.get(key)],
         files=_FILES,
         plain=PLAIN,
-        onnx=ONNX,
+        onnx=INT8 if card["result"]["int8"] else ONNX,
     )
 
 
@@ -87,8 +90,8 @@ def _front_matter(card: Mapping[str, Any]) -> str:
     kind = _KINDS[card["task"]]
     score = {
         "type": kind.metric,
-        "name": f"held-out {result['score']}, plain form",
-        "value": result["plain_score"],
+        "name": f"held-out {result['score']}, {'int8' if result['int8'] else 'plain form'}",
+        "value": result["onnx_score" if result["int8"] else "plain_score"],
     }
     measured = {
         "task": {"type": kind.pipeline},

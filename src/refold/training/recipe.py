@@ -42,7 +42,10 @@ class Recipe:
     by a factor from ``resize_range``, and cut or filled up. ``auto_augment`` is a policy in timm's notation, such as
     "original" or "rand-m9-mstd0.5". ``alpha`` and ``temperature`` count only with a teacher (GhostNetV3, eq. 3 and 4),
     as do ``feature_weight`` and ``relation_weight``, those of two losses beside eq. 3 (`distillation.feature_loss` and
-    `distillation.relation_loss`).
+    `distillation.relation_loss`). ``weight_bits`` puts the rounding of an int8 file into the loop, with weights of so
+    many bits (None: no rounding); then ``weight_scales``, ``processor`` and ``keep_identity`` are what
+    `refold.QuantizationConfig` calls weights, cpu and keep_identity, and ``calibration_images`` of the training images
+    give the ranges.
     """
 
     epochs: Number
@@ -82,6 +85,11 @@ class Recipe:
     temperature: Annotated[float, Option(least=1e-6)] = 1.0
     feature_weight: NotNegative = 0.0
     relation_weight: NotNegative = 0.0
+    weight_bits: Annotated[int | None, Option(least=2, most=8)] = None
+    weight_scales: Literal["channel", "tensor"] = "channel"
+    processor: Literal["any", "avx2", "vnni", "arm"] = "any"
+    keep_identity: Literal["never", "always"] = "never"
+    calibration_images: Number = 200
 
     @property
     def scaled_learning_rate(self) -> float:

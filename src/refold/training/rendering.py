@@ -62,6 +62,17 @@ def render_result(result: Result, folder: Path) -> Table:
     table = Table.grid(padding=(0, 2))
     best = result.best
     table.add_row("best epoch", f"{best['epoch']} of {result.epochs} ({best['weights']} weights)")
+    if result.int8 is None:
+        _add_forms(table, result)
+    else:
+        _add_int8(table, result, result.int8)
+    if result.unreadable:
+        table.add_row("left out", f"{len(result.unreadable)} images that cannot be read")
+    table.add_row("files", f"{escape(str(folder))}: {', '.join(result.files)}")
+    return table
+
+
+def _add_forms(table: Table, result: Result) -> None:
     table.add_row(
         f"held-out {result.score}",
         f"training form {result.training_score:.2%}, plain {result.plain_score:.2%}, "
@@ -73,10 +84,25 @@ def render_result(result: Result, folder: Path) -> Table:
     )
     table.add_row("proof", f"distance in float64 {result.proof['distance_float64']:.1e}")
     table.add_row("ONNX", f"|Δ| ≤ {result.export_difference:.1e} against PyTorch")
-    if result.unreadable:
-        table.add_row("left out", f"{len(result.unreadable)} images that cannot be read")
-    table.add_row("files", f"{escape(str(folder))}: {', '.join(result.files)}")
-    return table
+
+
+def _add_int8(table: Table, result: Result, int8: dict[str, Any]) -> None:
+    table.add_row(
+        f"held-out {result.score}",
+        f"float32 {result.plain_score:.2%}, int8 before training {int8['start_score']:.2%}, as trained "
+        f"{result.training_score:.2%}, the file {result.onnx_score:.2%}",
+    )
+    table.add_row(
+        "same answers",
+        f"before training {int8['start_same_answers']:,}, the file {result.onnx_same_answers:,} of "
+        f"{result.held_out_images:,}",
+    )
+    table.add_row(
+        "distance from float32",
+        f"before training {int8['start_decibels']:.1f} dB, the file {int8['decibels']:.1f} dB",
+    )
+    table.add_row("file against what was trained", f"{int8['decibels_from_trained']:.1f} dB")
+    table.add_row("could saturate", f"{int8['saturating_channels']} channels")
 
 
 def _megabytes(size: int) -> str:

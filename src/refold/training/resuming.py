@@ -18,11 +18,15 @@ from pydantic import TypeAdapter, ValidationError
 from refold.errors import InputError, RefoldError, first_line
 from refold.training.options import declared_options
 from refold.training.recipe import Recipe, ResolvedRecipe
-from refold.training.settings import RUN, RUN_FILES, SAMPLE, SPLIT, STATE, TRAINING, Settings
+from refold.training.settings import RUN, RUN_FILES, SAMPLE, SPLIT, STATE, Settings
 
 _FIXED = {
     "optimizer": "its state belongs to the optimiser that it has",
     "batch_size": "an epoch would have other steps than the schedule counted",
+    **dict.fromkeys(
+        ("weight_bits", "weight_scales", "processor", "keep_identity", "calibration_images"),
+        "the scales of the run belong to what it has",
+    ),
 }
 # Values that bring parts of a run's state along where they are given, or are not zero.
 _BRINGS_STATE = ("ema_decay", "feature_weight", "relation_weight")
@@ -149,10 +153,10 @@ def readable_state(settings: Settings) -> str | None:
             f"The run of '{settings.output}' has {done} epochs already and cannot end with {epochs}; give "
             f"epochs={done} or more, or start a new run."
         )
-    if not (settings.output / TRAINING).is_file():
+    if not (settings.output / settings.best).is_file():
         raise InputError(
-            f"'{settings.output / TRAINING}', the best network so far, is gone; put it back, or remove '{STATE}' to "
-            "begin with the first epoch again."
+            f"'{settings.output / settings.best}', the best network so far, is gone; put it back, or remove '{STATE}' "
+            "to begin with the first epoch again."
         )
     return str(state)
 

@@ -25,8 +25,9 @@ from torch import nn
 from refold.bench.latency import torch_threads
 from refold.checkpoints import example_input, save
 from refold.errors import InputError
-from refold.files import remove_leftovers, write_text
+from refold.files import remove_leftovers, write_text, written_aside
 from refold.models.composed import task_of
+from refold.quantization.rounded import RoundedNetwork
 from refold.training.batches import reseed
 from refold.training.callbacks import EpochRow, Keeper, LiveProgress, Unreadable
 from refold.training.checking import check_recipe, check_size, describe_start
@@ -47,6 +48,7 @@ from refold.training.resuming import (
     readable_state,
     remove_run,
 )
+from refold.training.rounding import finish_rounded, fitted, rounded_start
 from refold.training.settings import (
     HISTORY,
     RUN,
@@ -124,6 +126,7 @@ def expect(settings: Settings, console: Console) -> Estimate:
 
     Raises what `train` raises before it begins.
     """
+    settings = fitted(settings)
     settings.check()
     check_recipe(settings.recipe.recipe)
     here = Place(0, settings.devices, settings.nodes)
@@ -136,7 +139,7 @@ def expect(settings: Settings, console: Console) -> Estimate:
     )
     program = memory_of_process()
     with torch_threads(settings.threads), lightning_quiet():
-        net, preprocessing = _network(settings, len(everything.class_names), console)
+        net, preprocessing = _network(settings, everything, console)
         describe_start(settings, everything, preprocessing, console)
         began = time.perf_counter()
         if in_memory:
@@ -189,6 +192,7 @@ class Beginning:
 
 
 def _run(settings: Settings, console: Console, launcher: Launcher, beginning: Beginning) -> Result | None:
+    settings = fitted(settings)
     settings.check()
     check_recipe(settings.recipe.recipe)
     here = launcher.place()
@@ -224,7 +228,7 @@ def _trained(settings: Settings, here: Place, console: Console, beginning: Begin
             f"'{settings.output / SPLIT}' is gone: that the images are those of the beginning is not checked."
         )
     with torch_threads(settings.threads), lightning_quiet():
-        net, preprocessing = _network(settings, len(images.class_names), console)
+        net, preprocessing = _network(settings, images, console)
         describe_start(settings, images, preprocessing, console)
         for note in notes:
             tell(console, note)
@@ -238,7 +242,8 @@ def _trained(settings: Settings, here: Place, console: Console, beginning: Begin
         with nullcontext() if beginning.resumes else locked(settings.output):
             _begin(settings, images, beginning)
             keeper = _fit(settings, module, unreadable, console)
-            return finish(settings, module, keeper, unreadable, console)
+            ended = finish_rounded if settings.rounds else finish
+            return ended(settings, module, keeper, unreadable, console)
 
 
 def _begin(settings: Settings, images: LabelledImages, beginning: Beginning) -> None:
@@ -256,13 +261,17 @@ def _begin(settings: Settings, images: LabelledImages, beginning: Beginning) -> 
     write_text(settings.output / RUN, json.dumps(settings.to_dict(), indent=2))
 
 
-def _network(settings: Settings, classes: int, console: Console) -> tuple[nn.Module, dict[str, Any]]:
+def _network(
+    settings: Settings, images: LabelledImages, console: Console
+) -> tuple[nn.Module, dict[str, Any]]:
     """The network to train, with its branches, and how its images are prepared."""
     recipe = settings.recipe.recipe
     reseed(settings.seed)
+    if settings.rounds:
+        return rounded_start(settings, images, partial(console.print, markup=False))
     net = build_network(
         settings.network,
-        classes,
+        len(images.class_names),
         recipe,
         settings.checkpoint,
         settings.model_args,
@@ -317,6 +326,10 @@ def _fit(settings: Settings, module: TrainingModule, unreadable: Unreadable, con
     state = settings.output / STATE
 
     def keep(net: nn.Module, row: EpochRow) -> None:
+        if isinstance(net, RoundedNetwork):
+            with written_aside(settings.output / settings.best) as aside:
+                net.write(aside)
+            return
         save(
             net,
             settings.output / TRAINING,

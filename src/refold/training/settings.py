@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 from refold.errors import InputError
+from refold.runs import INT8 as INT8
 from refold.runs import PLAIN as PLAIN
 from refold.runs import RUN as RUN
 from refold.runs import STATE as STATE
@@ -20,7 +21,7 @@ PICTURE, SPLIT, SAMPLE, MODEL_CARD = "fold.svg", "split.csv", "data.png", "READM
 TENSORBOARD = "tensorboard"
 # All that a run may write; what makes it a run comes first.
 RUN_FILES = (
-    RUN, STATE, TRAINING, PLAIN, ONNX, CARD, REPORT, HISTORY, CURVES, PICTURE, SPLIT, SAMPLE, MODEL_CARD,
+    RUN, STATE, TRAINING, PLAIN, INT8, ONNX, CARD, REPORT, HISTORY, CURVES, PICTURE, SPLIT, SAMPLE, MODEL_CARD,
     TENSORBOARD,
 )  # fmt: skip
 
@@ -136,6 +137,16 @@ class Settings:
     ] = "best"
     tensorboard: Annotated[bool, Option("Log each epoch for TensorBoard, too.", changeable=True)] = False
 
+    @property
+    def rounds(self) -> bool:
+        """Whether the rounding of an int8 file is in the loop."""
+        return self.recipe.recipe.weight_bits is not None
+
+    @property
+    def best(self) -> str:
+        """The file of the best network so far."""
+        return INT8 if self.rounds else TRAINING
+
     def check(self) -> None:
         """Raise `InputError` where a setting is none of its choices, or out of its bounds."""
         if self.keep not in get_args(Keep):
@@ -184,7 +195,9 @@ class Result:
     """What a run gave: the best epoch, the held-out scores (shares) of each form, the proof and the files.
 
     ``score`` is what they are called. ``same_answers`` counts the held-out images that the plain form answers as the
-    training form does, ``onnx_same_answers`` those that the exported file does.
+    training form does, ``onnx_same_answers`` those that the exported file does. Of a run with rounding in the loop,
+    "plain" is the float network that it started from, "training" the network as it rounds while it trains and "onnx"
+    the int8 file; answers are compared with the float network's, and ``int8`` holds what else is known of the file.
     """
 
     best: dict[str, Any]
@@ -200,3 +213,4 @@ class Result:
     proof: dict[str, Any]
     export_difference: float
     files: dict[str, str]
+    int8: dict[str, Any] | None = None

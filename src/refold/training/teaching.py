@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from refold.errors import InputError
+from refold.quantization.rounded import RoundedNetwork
 from refold.training.answers import Questions, TeacherCache
 from refold.training.distillation import FeatureLosses, distillation_loss
 from refold.training.images import LabelledImages
@@ -92,10 +93,14 @@ def open_teaching(
 ) -> Teaching | None:
     """What the settings say of a teacher, None where they name none; ``preprocessing`` is the student's.
 
+    A network that learns with rounding has its own float form, unless they name another.
+
     Raises `InputError`, `CheckpointError` or `UnknownModel` where the teacher cannot be loaded, knows other classes, or
     its answers cannot be kept.
     """
     recipe = settings.recipe.recipe
+    if settings.teacher is None and isinstance(student, RoundedNetwork):
+        return Teaching(Teacher(student.plain, preprocessing, preprocessing), student, recipe, task)
     if settings.teacher is None:
         if settings.teacher_cache is not None:
             raise InputError(
