@@ -71,6 +71,7 @@ _PLANS = {
             "color_jitter": 0.0,
         },
     ),
+    "instances": _Plan("maskrcnn/repghostnet_050", "maskrcnn", 96, 192, 5_000, (10, 60)),
     "segment": _Plan("lraspp/repghostnet_050", "segmentation", 96, 192, 10_000, (10, 60)),
 }
 

@@ -45,7 +45,7 @@ DryRun = Annotated[
 ]
 
 # What a network of no name is made of, for a task that needs a head.
-_HEADS = {"detect": "dense/", "segment": "lraspp/"}
+_HEADS = {"detect": "dense/", "instances": "maskrcnn/", "segment": "lraspp/"}
 
 Overwrite = Annotated[
     bool, typer.Option("--overwrite", help="Replace the run that is in the folder already.")

@@ -32,11 +32,13 @@ def open_data(data: str, seed: int = 0, task: str | None = None) -> LabelledImag
     """The images that ``data`` names: "digits", a folder of CIFAR as distributed, or class folders.
 
     Images with boxes (COCO's JSON, YOLO's text files, Pascal VOC's XML) and with masks are recognised by what lies in
-    the folder; ``task`` ("classify", "detect" or "segment") says which where that is not clear.
+    the folder; ``task`` ("classify", "detect", "instances" or "segment") says which where that is not clear.
     With one of timm's prefixes, ``hfds/``, ``hfids/`` or ``wds/``, they are those of `readers.open_reader`.
     Raises `InputError` where they cannot be used.
     """
     if data == "digits":
+        if task not in (None, "classify", "detect"):
+            raise InputError("The digits have boxes and no masks; give a folder of your own images.")
         return digit_scenes(seed) if task == "detect" else bundled_digits(seed)
     if data.partition("/")[0] in READER_PREFIXES and "/" in data:
         from refold.training.readers import open_reader  # needs what not everybody has
@@ -52,6 +54,7 @@ def open_data(data: str, seed: int = 0, task: str | None = None) -> LabelledImag
     if task not in (None, "classify"):
         kinds = {
             "detect": "boxes: COCO's JSON, YOLO's labels with a data.yaml, or Pascal VOC's Annotations",
+            "instances": "outlines of objects: COCO's JSON with segmentation, or YOLO's labels with outlines",
             "segment": "masks: folders of images and masks, or Pascal VOC's SegmentationClass",
         }
         raise InputError(f"'{data}' holds no {kinds[task]}.")
@@ -68,7 +71,7 @@ def fitting_recipe(data: str | None, *, from_weights: bool, network: str = "") -
         return (
             head
             if head in list_recipes()
-            else {"detect": "dense", "segment": "segmentation"}[task_of(network)]
+            else {"detect": "dense", "instances": "maskrcnn", "segment": "segmentation"}[task_of(network)]
         )
     if data is not None and _are_small(data):
         return "small_images"
