@@ -176,7 +176,8 @@ def check_data(
     ] = None,
     seed: Annotated[int, typer.Option("--seed", min=0, help="The seed that a run would have.")] = 0,
     task: Annotated[
-        str | None, typer.Option("--task", help="classify, detect or segment, where the data leave it open.")
+        str | None,
+        typer.Option("--task", help="classify, detect, instances or segment, where the data leave it open."),
     ] = None,
     as_json: AsJson = False,
 ) -> None:

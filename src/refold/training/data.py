@@ -11,10 +11,12 @@ from torchvision.datasets import CIFAR10, CIFAR100
 
 from refold.errors import InputError
 from refold.models.composed import is_composed, task_of
+from refold.own_code import is_own_code
 from refold.training.digits import bundled_digits, digit_scenes
 from refold.training.folders import class_folders
 from refold.training.images import Images, LabelledImages
 from refold.training.labelled import open_labelled
+from refold.training.own_data import open_own
 from refold.training.pictures import SUFFIXES, sizes_of
 from refold.training.recipe import list_recipes
 
@@ -33,6 +35,7 @@ def open_data(data: str, seed: int = 0, task: str | None = None) -> LabelledImag
 
     Images with boxes (COCO's JSON, YOLO's text files, Pascal VOC's XML) and with masks are recognised by what lies in
     the folder; ``task`` ("classify", "detect", "instances" or "segment") says which where that is not clear.
+    ``file.py:Name`` or ``package.module:name`` is a Dataset of the user's own (`own_data.open_own`).
     With one of timm's prefixes, ``hfds/``, ``hfids/`` or ``wds/``, they are those of `readers.open_reader`.
     Raises `InputError` where they cannot be used.
     """
@@ -45,6 +48,8 @@ def open_data(data: str, seed: int = 0, task: str | None = None) -> LabelledImag
 
         return open_reader(data, seed)
     root = Path(data)
+    if is_own_code(data) and not root.exists():
+        return open_own(data, seed, task)
     for folder, dataset in _CIFAR_FOLDERS.items():
         if root.name == folder or (root / folder).is_dir():
             return _cifar(root.parent if root.name == folder else root, dataset)

@@ -62,7 +62,7 @@ class Settings:
         str,
         Option(
             "digits, a folder with one folder of images a class, with boxes (COCO, YOLO, VOC) or masks, CIFAR as "
-            "distributed, wds/FOLDER or hfds/NAME.",
+            "distributed, wds/FOLDER, hfds/NAME, or a Dataset of your own: data.py:Name.",
             changeable=True,
         ),
     ]

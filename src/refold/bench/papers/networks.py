@@ -1,4 +1,5 @@
-"""How a row's network is built: refold's and timm's by name, torchvision's, and the operators of RepGhost's table 1."""
+"""How a row's network is built: refold's and timm's by name, torchvision's, and those of RepGhost's
+tables 1 and 10."""
 
 from __future__ import annotations
 
@@ -8,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import adaptive_avg_pool2d
 
-from refold.bench.papers.published import PaperRow
+from refold.bench.papers.published import OPERATORS, PaperRow
+from refold.bench.papers.yolov5 import YOLOv5
 from refold.checkpoints import example_input
 from refold.conversion import pointwise_to_linear
 from refold.errors import InputError
@@ -16,7 +18,7 @@ from refold.folding import fold
 from refold.models import create_model
 from refold.models.ghostnet import GHOST_ROWS
 
-_TORCHVISION, _OPERATORS = "torchvision/", "refold/ghost_operators"
+_TORCHVISION, YOLOV5 = "torchvision/", "refold/yolov5"
 
 
 def build(row: PaperRow, *, device: str = "cpu") -> nn.Module:
@@ -27,7 +29,9 @@ def build(row: PaperRow, *, device: str = "cpu") -> nn.Module:
     if row.network is None:
         raise InputError(f"{row.model} cannot be built here.")
     with torch.device(device):
-        if row.network == _OPERATORS:
+        if row.network == YOLOV5:
+            return YOLOv5(**row.arguments).eval()
+        if row.network == OPERATORS:
             return GhostOperators(**row.arguments).eval()
         if row.network.startswith(_TORCHVISION):
             from torchvision.models import get_model

@@ -38,6 +38,8 @@ PaperForm = Literal["training", "plain", "shortcut-folded"]
 SIZES: tuple[Size, ...] = get_args(Size)
 TIMES: tuple[Time, ...] = get_args(Time)
 ACCURACIES: tuple[Accuracy, ...] = get_args(Accuracy)
+# No network of use, but the operators that networks are compared by.
+OPERATORS = "refold/ghost_operators"
 _UNITS = {"M": 10**6, "10M": 10**7, "B": 10**9}
 _UNITS_OF: dict[Quantity, tuple[str, ...]] = {
     **dict.fromkeys(SIZES, tuple(_UNITS)),
@@ -110,7 +112,7 @@ class PaperRow:
     @property
     def has_size(self) -> bool:
         """Whether it is a network, whose size says something."""
-        return self.network is not None and not self.network.startswith("refold/")
+        return self.network not in (None, OPERATORS)
 
     @property
     def subject(self) -> str:
