@@ -66,8 +66,8 @@ def open_own(target: str, seed: int, task: str | None) -> LabelledImages:
     kind = kinds_met.pop()
     if task not in (None, kind):
         raise InputError(f"The items of '{target}' are for {kind}, not for {task}; {_EXPECTED}.")
-    names = _names(parts[0], target, [each for images in read for each in images.targets])
     tally.check(target)
+    names = _names(parts[0], target, [each for images in read for each in images.targets])
     notes = tuple(tally.notes())
     if len(read) == 2:
         return LabelledImages(target, names, read[0], read[1], mirror=True, notes=notes, task=kind)
