@@ -165,7 +165,8 @@ class MaskRCNN(nn.Module):
         pooled = pooled_in_boxes(self.parts(maps)[0], self.strides, boxes, image_index, side=_MASK_SIDE)
         logits = self.roi_heads.mask_predictor(self.roi_heads.mask_head(pooled))
         places = (labels + 1)[:, None, None, None].expand(-1, 1, *logits.shape[2:])
-        return logits.gather(1, places)[:-1, 0].sigmoid()
+        masks: Tensor = logits.gather(1, places)[:-1, 0].sigmoid()
+        return masks
 
     def loss(self, maps: Sequence[Tensor], truth: Sequence[MaskedTruth]) -> Tensor:
         """The loss of what `forward` gave for the boxes ``(n, 4)``, labels ``(n,)`` and masks of each image.

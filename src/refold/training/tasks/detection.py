@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -145,7 +145,7 @@ def of_each_image(found: Sequence[Tensor], batch: Batch) -> list[list[Tensor]]:
     return answers
 
 
-def mean_average_precision(*kinds: str) -> Any:
+def mean_average_precision(*kinds: Literal["bbox", "segm"]) -> Any:
     """torchmetrics' mean average precision of "bbox" and "segm" with COCO's own thresholds.
 
     Raises `InputError` where its package is missing.
