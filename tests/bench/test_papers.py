@@ -291,7 +291,7 @@ def test_it_is_public() -> None:
 
 
 def test_yolov5_has_the_official_sizes_and_an_addition_saves_half_a_convolution() -> None:
-    """The official parameters before folding; its GFLOPs, 4.5 and 16.5, count two for each of ours norms too."""
+    """The official parameters before folding; its GFLOPs, 4.5 and 16.5, count two for each of ours, and norms, too."""
     found = {}
     for line in find_exhibit("repghost/table-10").rows:
         cost = count_size(line, "training")
