@@ -93,7 +93,8 @@ def write_photos(archive: Path, output: Path) -> None:
         names, counts = document["classes"], np.zeros(256, dtype=np.int64)
         for mask in (folder / document["train"]["masks"]).glob("*.png"):
             counts += np.bincount(np.asarray(Image.open(mask)).ravel(), minlength=256)
-        commonest = [int(n) for n in counts.argsort()[::-1] if int(n) in names][:CLASSES]
+        classes = {number for number, name in names.items() if name != "unlabeled"}
+        commonest = [int(n) for n in counts.argsort()[::-1] if int(n) in classes][:CLASSES]
         document["classes"] = {number: names[number] for number in sorted(commonest)}
         write_text(folder / "masks.yaml", yaml.safe_dump(document))
     if not (output / "backbone.safetensors").is_file():
