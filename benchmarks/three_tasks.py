@@ -35,7 +35,7 @@ from refold.training.run import Settings, resume, train
 
 SEEDS = (0, 1, 2)
 CLASSES = 6
-MASKS = {"epochs": 20, "image_size": 128, "batch_size": 16}
+MASKS = {"epochs": 8, "image_size": 128, "batch_size": 16}
 
 
 def digits(output: Path, name: str, seed: int, **others: Any) -> Settings:
