@@ -1,4 +1,4 @@
-"""Write ``docs/results.md`` and its figures from the results of `cifar10.py` and `distill_photos.py`.
+"""Write ``docs/results.md`` and its figures from the results of `cifar10.py`, `distill_photos.py` and `three_tasks.py`.
 
     python benchmarks/document_results.py
 
@@ -223,6 +223,72 @@ def photo_section(results: dict[str, Any]) -> list[str]:
     ]
 
 
+DIGIT_ARMS = {
+    "plain": "as it is",
+    "branches": "three training branches in every convolution of the pyramid",
+    "teacher": "as it is, with the network above as teacher",
+}
+
+
+def tasks_section(results: dict[str, Any]) -> list[str]:
+    """Boxes of digits over seeds, and masks on photos."""
+    runs: Runs = results["runs"]
+    lines = ["## Boxes and masks", ""]
+    done = {arm: arm_runs(runs, arm) for arm in DIGIT_ARMS}
+    first = next((found[0] for found in done.values() if found), None)
+    if first is not None:
+        versions = ", ".join(f"{name} {number}" for name, number in first["versions"].items())
+        minutes = mean(run["seconds"] for found in done.values() for run in found) / 60
+        lines += [
+            f"`refold quickstart --task detect` and its schedule: {first['network']}, "
+            f"{first['training_images']:,} scenes of 96×96 pixels with one to five handwritten digits each, "
+            f"{first['held_out_images']} others held out that share no digit with them, {first['epochs']} epochs from "
+            f"random weights, one thread of an {results['processor']} processor ({versions}), {minutes:.0f} minutes a "
+            "run beside other work. The last epoch counts. Nothing is suppressed.",
+            "",
+            "| trained | seeds | mAP@.5:.95 of the plain form | each seed | training form − ONNX | same answers |",
+            "|---|---|---|---|---|---|",
+        ]
+        for arm, title in DIGIT_ARMS.items():
+            if done[arm]:
+                lines.append(_digit_row(title, done[arm]))
+        missing = [
+            f"{DIGIT_ARMS[arm]} ({3 - len(found)} of 3 seeds)"
+            for arm, found in done.items()
+            if len(found) < 3
+        ]
+        if missing:
+            lines += ["", f"Not run: {'; '.join(missing)}."]
+    if "masks" in runs:
+        lines += ["", *_mask_lines(runs["masks"])]
+    return lines
+
+
+def _digit_row(title: str, done: list[dict[str, Any]]) -> str:
+    plain = [run["plain"] for run in done]
+    spread = f" ± {stdev(plain):.3f}" if len(plain) > 1 else ""
+    each = ", ".join(f"{value:.3f}" for value in plain)
+    apart = max(abs(run["training"] - run["onnx"]) for run in done)
+    images, same = sum(run["held_out_images"] for run in done), sum(run["onnx_same_answers"] for run in done)
+    return (
+        f"| {title} | {len(done)} | {mean(plain):.3f}{spread} | {each} | {apart:.5f} | {same} of {images} |"
+    )
+
+
+def _mask_lines(run: dict[str, Any]) -> list[str]:
+    *names, last = run["class_names"]
+    return [
+        f"Masks: {run['network']} from ImageNet's weights, {run['training_images']} photos of COCO at 128×128 pixels, "
+        f"{run['held_out_images']} others held out, {run['epochs']} epochs. The classes are the {len(names) + 1} with "
+        f"the most pixels ({', '.join(names)} and {last}); pixels of others count nowhere.",
+        "",
+        "| | training form | plain | ONNX Runtime |",
+        "|---|---|---|---|",
+        f"| mean IoU | {run['training']:.4f} | {run['plain']:.4f} | {run['onnx']:.4f} |",
+        f"| same answers | | {run['same_answers']} | {run['onnx_same_answers']} |",
+    ]
+
+
 def draw_cifar(path: Path, results: dict[str, Any]) -> None:
     """Each run as a thin line, the mean of an arm as a thick one."""
     figure = Figure(figsize=(11, 4.2), layout="constrained")
@@ -284,18 +350,20 @@ def main() -> None:
     lines = [
         "# Results of training",
         "",
-        "Made by `benchmarks/cifar10.py` and `benchmarks/distill_photos.py`, written here by "
-        "`benchmarks/document_results.py`.",
+        "Made by `benchmarks/cifar10.py`, `benchmarks/distill_photos.py` and `benchmarks/three_tasks.py`, written here "
+        "by `benchmarks/document_results.py`.",
     ]
     for name, section, draw in (
         ("cifar10", cifar_section, draw_cifar),
         ("distill_photos", photo_section, draw_photos),
+        ("three_tasks", tasks_section, None),
     ):
         path = docs / "results" / f"{name}.json"
         if path.is_file():
             results = json.loads(path.read_text(encoding="utf-8"))
             lines += ["", *section(results)]
-            draw(path.with_suffix(".svg"), results)
+            if draw is not None:
+                draw(path.with_suffix(".svg"), results)
     write_text(docs / "results.md", "\n".join(lines) + "\n")
 
 

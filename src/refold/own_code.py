@@ -1,4 +1,4 @@
-"""A class or a function of the user's own that builds a network: `file.py:Name` or `package.module:name`."""
+"""A class or a function of the user's own, of networks or data: `file.py:Name` or `package.module:name`."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ _PLACES = ("hf_hub", "hf-hub", "local-dir")
 _imported: dict[Path, tuple[tuple[int, int], ModuleType]] = {}
 
 
-class OwnNetwork:
-    """What builds a network of the user's own, and `takes` what the class or function behind it takes.
+class OwnCode:
+    """A class or function of the user's own, and `takes` what it takes.
 
     ``target`` is the text that named it. Raises `InputError` where it cannot be imported or found, is not to be called,
-    fails, or builds no network.
+    or fails.
     """
 
     def __init__(self, target: str) -> None:
@@ -44,15 +44,23 @@ class OwnNetwork:
         with suppress(TypeError, ValueError):  # some of C code have none
             self.__signature__ = inspect.signature(self._function)
 
-    def __call__(self, **arguments: Any) -> nn.Module:
+    def made(self, **arguments: Any) -> Any:
+        """What it gives for the arguments."""
         given = ", ".join(f"{key}={value!r}" for key, value in arguments.items()) or "no arguments"
         try:
             with _importable(self._folder):
-                built = self._function(**arguments)
+                return self._function(**arguments)
         except Exception as error:  # other people's code
             raise InputError(
                 f"'{self.target}' cannot be built with {given} ({_said(error)}); give it what it needs, or mend it."
             ) from error
+
+
+class OwnNetwork(OwnCode):
+    """What builds a network of the user's own; raises `InputError` where it builds none, too."""
+
+    def __call__(self, **arguments: Any) -> nn.Module:
+        built = self.made(**arguments)
         if not isinstance(built, nn.Module):
             raise InputError(
                 f"'{self.target}' gives a {type(built).__name__}, not a torch.nn.Module; name what builds the network."

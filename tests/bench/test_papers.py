@@ -312,3 +312,17 @@ def test_it_is_public() -> None:
     assert refold.paper is paper
     assert refold.list_papers() == EXHIBITS
     assert build(find_exhibit("ghostnets/table-8").row("ShuffleNetV2 0.5×"), device="meta") is not None
+
+
+def test_yolov5_has_the_official_sizes_and_an_addition_saves_half_a_convolution() -> None:
+    """The official parameters before folding; its GFLOPs, 4.5 and 16.5, count two for each of ours, and norms, too."""
+    found = {}
+    for line in find_exhibit("repghost/table-10").rows:
+        cost = count_size(line, "training")
+        found[line.model.split(", ")[0], line.arguments.get("joined")] = cost.parameters, cost.macs
+    assert found["YOLOv5n", None][0] == 1_872_157
+    assert found["YOLOv5s", None][0] == 7_235_389
+    assert [round(2 * found[name, None][1] / 1e9, 1) for name in ("YOLOv5n", "YOLOv5s")] == [4.5, 16.4]
+    # Eight modules of 32, 64, 128, 256, 128, 64, 128 and 256 channels at width 0.25.
+    saved = sum(channels // 2 * channels for channels in (32, 64, 128, 256, 128, 64, 128, 256))
+    assert found["YOLOv5n", None][0] - found["YOLOv5n", "addition"][0] == saved

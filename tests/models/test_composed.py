@@ -17,6 +17,9 @@ from refold.models.detectors.dense import DenseDetector
 DETECTORS = [name for name, head in HEADS.items() if head.task == "detect"]
 SEGMENTERS = [name for name, head in HEADS.items() if head.task == "segment"]
 BACKBONES = ["repghostnet_100", "ghostnetv3_100", "repvgg_a0", "gghost_regnetx_032", "mobilenetv3_large_100"]
+# Every backbone under one head, and every other head on one of them: a fold meets the same in a backbone under all.
+PAIRS = [("dense", backbone) for backbone in BACKBONES]
+PAIRS += [(head, BACKBONES[n % len(BACKBONES)]) for n, head in enumerate(HEADS) if head != "dense"]
 SIZES = [(96, 128), (97, 131)]
 
 Randomise = Callable[[nn.Module], nn.Module]
@@ -60,8 +63,7 @@ def test_every_head_folds_whole(head: str, randomised: Randomise) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("backbone", BACKBONES)
-@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize(("head", "backbone"), PAIRS)
 def test_every_head_folds_on_every_kind_of_backbone(head: str, backbone: str, randomised: Randomise) -> None:
     check_fold(f"{head}/{backbone}", randomised)
 
@@ -114,10 +116,13 @@ def test_boxes_are_those_of_a_loop_over_images_classes_and_boxes(head: str, rand
         pairs = [
             (float(s), row, label) for row, own in enumerate(scores[image]) for label, s in enumerate(own)
         ]
-        best = [pair for pair in sorted(pairs, reverse=True)[:50] if pair[0] > 0.3]
+        looked_at = 1000 if net.needs_suppression else 50
+        best = [pair for pair in sorted(pairs, reverse=True)[:looked_at] if pair[0] > 0.3]
         limits = torch.tensor([128.0, 96.0, 128.0, 96.0])
         taken: list[tuple[int, Tensor]] = []
         for score, row, label in best:
+            if len(taken) == 50:
+                break
             box = torch.minimum(boxes[image, row].clamp(min=0), limits)
             if not bool((box[2:] > box[:2]).all()):
                 continue
@@ -246,8 +251,9 @@ def test_boxes_in_the_engine_are_those_of_pytorch(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("engine", ["ncnn", "mnn"])
-@pytest.mark.parametrize("head", DETECTORS)
+@pytest.mark.parametrize(
+    ("head", "engine"), [("dense", "ncnn"), ("dense", "mnn"), ("retinanet", "mnn"), ("yolov3", "ncnn")]
+)
 def test_maps_in_an_engine_without_boxes_are_those_of_pytorch(
     head: str, engine: str, randomised: Randomise, tmp_path: Path
 ) -> None:

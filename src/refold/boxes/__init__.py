@@ -6,13 +6,12 @@ from refold.boxes.coding import (
     deltas_from_boxes,
     distances_from_boxes,
 )
-from refold.boxes.detections import OUTPUTS, Detections, detections
+from refold.boxes.detections import Detections, detections
 from refold.boxes.grids import anchor_boxes, cell_centres
 from refold.boxes.letterbox import Letterbox
 from refold.boxes.suppression import Suppression
 
 __all__ = [
-    "OUTPUTS",
     "Detections",
     "Letterbox",
     "Suppression",

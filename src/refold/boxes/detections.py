@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
-from refold.boxes.suppression import Suppression
+from refold.boxes.suppression import Suppression, first_of_each
 from refold.errors import InputError
 
-OUTPUTS = ("boxes", "scores", "labels", "image_index")
-"""What `Detections` gives, in its order."""
+# Of each image, before overlapping ones are suppressed.
+_LOOKED_AT = 1000
 
 
 @runtime_checkable
@@ -28,16 +28,29 @@ class Detector(Protocol):
         """Scores ``(batch, boxes, classes)`` from 0 to 1 and boxes ``(batch, boxes, 4)`` in pixels of the image."""
 
 
+@runtime_checkable
+class DetectorWithMasks(Detector, Protocol):
+    """A detector of two stages, whose second looks at the boxes that the first one chose."""
+
+    def candidates(
+        self, maps: Sequence[Tensor], size: Sequence[int]
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Boxes ``(n, 4)``, scores, labels and image indices ``(n,)`` for images of a size (height, width)."""
+
+    def masks(self, maps: Sequence[Tensor], boxes: Tensor, labels: Tensor, image_index: Tensor) -> Tensor:
+        """How surely each point of a box belongs to what is in it, from 0 to 1: ``(n, side, side)``."""
+
+
 class Detections(nn.Module):
     """Images ``(batch, channels, height, width)`` to boxes, scores, labels and the index of the image of each.
 
     Boxes ``(n, 4)`` are x1, y1, x2, y2 in pixels of the images, scores ``(n,)`` from 0 to 1, labels and image indices
-    ``(n,)`` whole numbers. Of each image the ``count`` best pairs of a box and a class are looked at, those above
-    ``threshold`` stay, of overlapping ones of a class the best (by more than ``iou``; None: nothing is suppressed).
+    ``(n,)`` whole numbers. Of all pairs of a box and a class those above ``threshold`` stay, of overlapping ones of a
+    class the best (by more than ``iou``; None: nothing is suppressed), and of each image the best ``count``. Of a
+    detector of two stages there are ``masks`` ``(n, 28, 28)`` before the image indices: how surely each point of the
+    box belongs to what is in it. ``outputs`` are the names of what is given, in its order.
     What the detector knows of itself, such as its checkpoint's card, is known of this module, too.
     """
-
-    output_kind: ClassVar[str] = "detections"
 
     def __init__(self, detector: nn.Module, threshold: float, iou: float | None, count: int) -> None:
         super().__init__()
@@ -53,31 +66,56 @@ class Detections(nn.Module):
         iou = None if self.suppression is None else self.suppression.iou
         return Detections(detector, self.threshold, iou, self.count).train(self.training)
 
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    @property
+    def output_kind(self) -> str:
+        """What an exported file says that it gives."""
+        return "instances" if isinstance(self.detector, DetectorWithMasks) else "detections"
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """The names of what is given."""
+        masks = ("masks",) if isinstance(self.detector, DetectorWithMasks) else ()
+        return ("boxes", "scores", "labels", *masks, "image_index")
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         return self.of_maps(self.detector(images), images.shape[-2:])
 
-    def of_maps(self, maps: Sequence[Tensor], size: Sequence[int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def of_maps(self, maps: Sequence[Tensor], size: Sequence[int]) -> tuple[Tensor, ...]:
         """The same of what the detector gave for images of a ``size`` (height, width)."""
+        number = maps[0].shape[0]
+        if isinstance(self.detector, DetectorWithMasks):
+            boxes, scores, labels, image_index = self.detector.candidates(maps, size)
+        else:
+            boxes, scores, labels, image_index = self._best(maps)
+        height, width = size
+        boxes = torch.stack([boxes[:, i].clamp(0, (width, height)[i % 2]) for i in range(4)], -1)
+        # A box beside the image has no area once it is cut to it.
+        has_area = (boxes[:, 2:] > boxes[:, :2]).all(1)
+        found = [boxes, scores, labels, image_index]
+        kept = ((scores > self.threshold) & has_area).nonzero()[:, 0]
+        boxes, scores, labels, image_index = found = [part[kept] for part in found]
+        if self.suppression is not None:
+            # The best come first.
+            kept = self.suppression(boxes, scores, labels * number + image_index)
+            found = [part[kept] for part in found]
+            kept = first_of_each(found[3], number, self.count)
+            boxes, scores, labels, image_index = found = [part[kept] for part in found]
+        if isinstance(self.detector, DetectorWithMasks):
+            found.insert(3, self.detector.masks(maps, boxes, labels, image_index))
+        return tuple(found)
+
+    def _best(self, maps: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The best pairs of a box and a class of each image: as many as stay, or as are looked at for overlaps."""
+        count = self.count if self.suppression is None else max(self.count, _LOOKED_AT)
         scores, boxes = self.detector.decode(maps)  # type: ignore[operator]  # a `Detector`'s
         number, _, classes = scores.shape
         # Filled up, for a small image has fewer boxes than are taken; nothing is above zero among these.
-        filled = torch.cat([scores.flatten(1), scores.new_zeros(1, self.count).expand(number, self.count)], 1)
-        best, places = filled.topk(self.count, dim=1)
+        filled = torch.cat([scores.flatten(1), scores.new_zeros(1, count).expand(number, count)], 1)
+        best, places = filled.topk(count, dim=1)
         rows = (places // classes).clamp(max=boxes.shape[1] - 1)
         boxes = boxes.gather(1, rows[..., None].expand(-1, -1, 4)).flatten(0, 1)
-        labels = (places % classes).flatten()
-        image_index = torch.arange(number, device=places.device)[:, None].expand(number, self.count).flatten()
-        height, width = size
-        boxes = torch.stack([boxes[:, i].clamp(0, (width, height)[i % 2]) for i in range(4)], -1)
-        best = best.flatten()
-        # A box beside the image has no area once it is cut to it.
-        has_area = (boxes[:, 2:] > boxes[:, :2]).all(1)
-        kept = ((best > self.threshold) & has_area).nonzero()[:, 0]
-        boxes, best, labels, image_index = (part[kept] for part in (boxes, best, labels, image_index))
-        if self.suppression is not None:
-            kept = self.suppression(boxes, best, image_index * classes + labels)
-            boxes, best, labels, image_index = (part[kept] for part in (boxes, best, labels, image_index))
-        return boxes, best, labels, image_index
+        image_index = torch.arange(number, device=places.device)[:, None].expand(number, count).flatten()
+        return boxes, best.flatten(), (places % classes).flatten(), image_index
 
     def extra_repr(self) -> str:
         return f"threshold={self.threshold}, count={self.count}"

@@ -37,3 +37,21 @@ class Suppression(nn.Module):
 
     def extra_repr(self) -> str:
         return f"iou={self.iou}"
+
+
+def first_of_each(groups: Tensor, number: int, count: int) -> Tensor:
+    """The places of the first ``count`` rows of each group; ``groups`` ``(n,)`` are whole numbers below ``number``.
+
+    Examples:
+        >>> import torch
+        >>> from refold.boxes.suppression import first_of_each
+        >>> first_of_each(torch.tensor([1, 0, 1, 1]), 2, 2)
+        tensor([0, 1, 2])
+    """
+    return (rank_in_group(groups, number) < count).nonzero()[:, 0]
+
+
+def rank_in_group(groups: Tensor, number: int) -> Tensor:
+    """How many rows of its own group come before each; ``groups`` ``(n,)`` are whole numbers below ``number``."""
+    own = groups[:, None] == torch.arange(number, device=groups.device)
+    return own.long().cumsum(0).gather(1, groups[:, None])[:, 0] - 1

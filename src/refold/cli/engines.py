@@ -70,7 +70,7 @@ def export_command(
     detections: Annotated[
         bool,
         typer.Option(
-            "--detections", help="A detector's boxes, scores, labels and image_index, not its maps."
+            "--detections", help="A detector's boxes, scores, labels, masks and image_index, not its maps."
         ),
     ] = False,
     dynamic_size: Annotated[

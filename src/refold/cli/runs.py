@@ -45,7 +45,7 @@ DryRun = Annotated[
 ]
 
 # What a network of no name is made of, for a task that needs a head.
-_HEADS = {"detect": "dense/", "segment": "lraspp/"}
+_HEADS = {"detect": "dense/", "instances": "maskrcnn/", "segment": "lraspp/"}
 
 Overwrite = Annotated[
     bool, typer.Option("--overwrite", help="Replace the run that is in the folder already.")
@@ -176,7 +176,8 @@ def check_data(
     ] = None,
     seed: Annotated[int, typer.Option("--seed", min=0, help="The seed that a run would have.")] = 0,
     task: Annotated[
-        str | None, typer.Option("--task", help="classify, detect or segment, where the data leave it open.")
+        str | None,
+        typer.Option("--task", help="classify, detect, instances or segment, where the data leave it open."),
     ] = None,
     as_json: AsJson = False,
 ) -> None:

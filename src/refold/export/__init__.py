@@ -56,8 +56,9 @@ def export(
     are.
     ``normalize`` bakes in (x - mean) / std, True meaning the mean and std that the model's checkpoint or
     ``pretrained_cfg`` names, and ``softmax`` a softmax over axis 1. With ``detections`` a detector's file gives
-    ``boxes``, ``scores``, ``labels`` and ``image_index`` in place of its maps, as `refold.detections` does; give such
-    a module as model for other thresholds. ``dynamic_size`` leaves height and width of the images free.
+    ``boxes``, ``scores``, ``labels``, of Mask R-CNN ``masks``, and ``image_index`` in place of its maps, as
+    `refold.detections` does; give such a module as model for other thresholds. ``dynamic_size`` leaves height and
+    width of the images free.
     The file carries class names (those of the checkpoint unless given) and preprocessing where its format has room
     for them.
 
@@ -77,14 +78,14 @@ def export(
         ('plain', True)
     """
     with naming_packages("refold.export"):
-        from refold.boxes import OUTPUTS, Detections
+        from refold.boxes import Detections
         from refold.boxes import detections as with_boxes
         from refold.export.checked import export_checked
         from refold.export.preparing import called_with_tensors
 
     if detections and not isinstance(model, Detections):
         model = with_boxes(model)
-    outputs = OUTPUTS if isinstance(model, Detections) else ()
+    outputs = model.outputs if isinstance(model, Detections) else ()
     model, inputs = called_with_tensors(model, example_input)
     precision: Precision = FLOAT16 if half else FLOAT32
     return export_checked(

@@ -121,13 +121,15 @@ def _trial(case: Case, results: list[Tensor], spreads: list[float]) -> Trial:
 
 
 def compare_boxes(results: list[list[Tensor]], cases: list[Case], precision: Precision) -> list[Trial]:
-    """Boxes of an engine beside PyTorch's, as sets: the difference is that of scores, infinite where one is missing."""
+    """Boxes of an engine beside PyTorch's, as sets.
+
+    The difference is that of scores and masks, infinite where a box is missing.
+    """
     trials = []
     overlap, score = (0.9, 2e-2) if precision == FLOAT16 else (0.99, 1e-4)
     for case, found in zip(cases, results, strict=True):
         between = difference(case.expected, found, overlap=overlap, score=score)
-        worst = float("inf") if between.unmatched else between.scores
-        trials.append(Trial(case.inputs, case.batch_size, worst, worst, None))
+        trials.append(Trial(case.inputs, case.batch_size, between.worst, between.worst, None))
     return trials
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from refold.errors import InputError
 from refold.export.request import Normalization, Request
 
-OutputKind = Literal["logits", "probabilities", "maps", "detections", "segmentation"]
+OutputKind = Literal["logits", "probabilities", "maps", "detections", "instances", "segmentation"]
 PortKind = Literal["image", "output"]
 
 # What two roundings to float16 may add up to, over a thousand classes.

@@ -163,6 +163,7 @@ class Attempt:
         if not simplify or rewrites is not known:
             planned = changes_of(self.planner, rewrites, simplify=simplify)
         self.changes = [*self._without_training_only(), *planned]
+        self._say_what_runs_apart()
         model = shared_copy(self.original).eval()
         self.model = model = apply(model, self.changes)
         self.answers, self.cost = run_counted(model, self.planner.recording.arguments)
@@ -181,6 +182,17 @@ class Attempt:
             note = f"left out, since it runs in training only: {', '.join(unused)}"
             self.notes += [note] if note not in self.notes else []
         return [Change(part, layer=nn.Identity()) for part in unused]
+
+    def _say_what_runs_apart(self) -> None:
+        """Note the parts that modules call ``runs_apart``, of which the forward pass is not made."""
+        parts = [
+            f"{path}.{name}".lstrip(".")
+            for path, module in self.original.named_modules()
+            for name in getattr(module, "runs_apart", ())
+        ]
+        if parts:
+            note = f"left as it is, since it runs behind the forward pass: {', '.join(parts)}"
+            self.notes += [note] if note not in self.notes else []
 
     def _running(self, rewrites: list[Rewrite]) -> list[Rewrite]:
         """As many rewrites as leave a network that runs: code around a folded block may ask for what is gone."""

@@ -14,13 +14,14 @@ from torch import nn
 from refold.errors import InputError, UnknownModel
 from refold.models.backbone import Backbone
 from refold.models.detectors.dense import DenseDetector
+from refold.models.detectors.maskrcnn import MaskRCNN
 from refold.models.detectors.retinanet import RetinaNet
 from refold.models.detectors.yolov3 import YOLOv3
 from refold.models.segmenters.heads import DeepLab, LiteASPP, PyramidSum
 from refold.models.segmenters.segmenter import Segmenter
 from refold.models.torchvision_networks import PREFIX as TORCHVISION
 
-TaskName = Literal["detect", "segment"]
+TaskName = Literal["detect", "instances", "segment"]
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,7 @@ HEADS: Mapping[str, Head] = {
     "dense": _detect(DenseDetector, side=320),
     "retinanet": _detect(RetinaNet, side=640),
     "yolov3": _detect(YOLOv3, side=416),
+    "maskrcnn": Head("instances", MaskRCNN, (4, 8, 16, 32), 640, arguments=_keywords(MaskRCNN)),
     "lraspp": _segment(LiteASPP, (8, 32), output_stride=16),
     "deeplab": _segment(DeepLab, (4, 32), output_stride=16),
     "fpn": _segment(PyramidSum, (4, 8, 16, 32)),
@@ -143,7 +145,7 @@ _PREPROCESSING = ("mean", "std", "interpolation")
 
 def _classes(name: str, given: int | None, head: Head) -> int:
     if given is None:
-        return _COCO_CLASSES if head.task == "detect" else _VOC_CLASSES
+        return _VOC_CLASSES if head.task == "segment" else _COCO_CLASSES
     if isinstance(given, bool) or not isinstance(given, int) or given < 1:
         raise InputError(f"num_classes is {given!r}; {name} needs 1 or more.")
     return given

@@ -11,10 +11,12 @@ from torchvision.datasets import CIFAR10, CIFAR100
 
 from refold.errors import InputError
 from refold.models.composed import task_of
+from refold.own_code import is_own_code
 from refold.training.digits import bundled_digits, digit_scenes
 from refold.training.folders import class_folders
 from refold.training.images import Images, LabelledImages
 from refold.training.labelled import open_labelled
+from refold.training.own_data import open_own
 from refold.training.pictures import SUFFIXES, sizes_of
 from refold.training.recipe import list_recipes
 
@@ -32,17 +34,22 @@ def open_data(data: str, seed: int = 0, task: str | None = None) -> LabelledImag
     """The images that ``data`` names: "digits", a folder of CIFAR as distributed, or class folders.
 
     Images with boxes (COCO's JSON, YOLO's text files, Pascal VOC's XML) and with masks are recognised by what lies in
-    the folder; ``task`` ("classify", "detect" or "segment") says which where that is not clear.
+    the folder; ``task`` ("classify", "detect", "instances" or "segment") says which where that is not clear.
+    ``file.py:Name`` or ``package.module:name`` is a Dataset of the user's own (`own_data.open_own`).
     With one of timm's prefixes, ``hfds/``, ``hfids/`` or ``wds/``, they are those of `readers.open_reader`.
     Raises `InputError` where they cannot be used.
     """
     if data == "digits":
+        if task not in (None, "classify", "detect"):
+            raise InputError("The digits have boxes and no masks; give a folder of your own images.")
         return digit_scenes(seed) if task == "detect" else bundled_digits(seed)
     if data.partition("/")[0] in READER_PREFIXES and "/" in data:
         from refold.training.readers import open_reader  # needs what not everybody has
 
         return open_reader(data, seed)
     root = Path(data)
+    if is_own_code(data) and not root.exists():
+        return open_own(data, seed, task)
     for folder, dataset in _CIFAR_FOLDERS.items():
         if root.name == folder or (root / folder).is_dir():
             return _cifar(root.parent if root.name == folder else root, dataset)
@@ -52,6 +59,7 @@ def open_data(data: str, seed: int = 0, task: str | None = None) -> LabelledImag
     if task not in (None, "classify"):
         kinds = {
             "detect": "boxes: COCO's JSON, YOLO's labels with a data.yaml, or Pascal VOC's Annotations",
+            "instances": "outlines of objects: COCO's JSON with segmentation, or YOLO's labels with outlines",
             "segment": "masks: folders of images and masks, or Pascal VOC's SegmentationClass",
         }
         raise InputError(f"'{data}' holds no {kinds[task]}.")
@@ -66,7 +74,8 @@ def fitting_recipe(data: str | None, *, from_weights: bool, network: str = "") -
     head = network.partition("/")[0]
     task = task_of(network)
     if task != "classify":
-        return head if head in list_recipes() else {"detect": "dense", "segment": "segmentation"}[task]
+        usual = {"detect": "dense", "instances": "maskrcnn", "segment": "segmentation"}
+        return head if head in list_recipes() else usual[task]
     if data is not None and _are_small(data):
         return "small_images"
     return "finetune" if from_weights else "photos"

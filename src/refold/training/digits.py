@@ -12,6 +12,9 @@ from refold.training.images import Images, LabelledImages, hold_out_share
 from refold.training.labels import BoxLabels
 from refold.training.pictures import Source
 
+# Of a digit with its border, in pixels.
+_SIDES = (20, 49)
+
 
 def bundled_digits(seed: int = 0) -> LabelledImages:
     """The 1,797 handwritten digits (8 x 8, grey) that scikit-learn bundles, a fifth of each held out."""
@@ -24,15 +27,15 @@ def bundled_digits(seed: int = 0) -> LabelledImages:
     )
 
 
-def digit_scenes(seed: int = 0, scenes: int = 600, side: int = 96) -> LabelledImages:
-    """Grey scenes with one to five of scikit-learn's digits each, at chance places and sizes, a fifth held out.
+def digit_scenes(seed: int = 0, training: int = 3200, held_out: int = 200, side: int = 96) -> LabelledImages:
+    """Grey scenes with one to five of scikit-learn's digits each, at chance places and sizes, some of them held out.
 
     No digit of a held-out scene is in a scene to train on.
     """
     digits = bundled_digits(seed)
     chance = np.random.default_rng(seed)
     parts = []
-    for images, count in ((digits.training, scenes * 4 // 5), (digits.held_out, scenes // 5)):
+    for images, count in ((digits.training, training), (digits.held_out, held_out)):
         pairs = [_scene(images, side, chance) for _ in range(count)]
         parts.append(Images([picture for picture, _ in pairs], [labels for _, labels in pairs]))
     title = f"scenes of handwritten digits (scikit-learn), {side} x {side}"
@@ -47,7 +50,7 @@ def _scene(digits: Images, side: int, chance: np.random.Generator) -> tuple[Imag
     for _ in range(20):
         if len(boxes) == wanted:
             break
-        size = int(chance.integers(16, 41))
+        size = int(chance.integers(*_SIDES))
         x, y = (int(chance.integers(0, side - size + 1)) for _ in range(2))
         number = int(chance.integers(len(digits)))
         source: Any = digits.sources[number]

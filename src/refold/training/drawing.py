@@ -50,13 +50,20 @@ def draw_mask(image: Image.Image, mask: Tensor, names: Sequence[str], *, ignored
     """A copy of an RGB image with a mask of classes ``(height, width)`` over it, and the names of those that occur."""
     numbers = [number for number in mask.unique().tolist() if number != ignored]
     layers = torch.stack([mask == number for number in numbers]) if numbers else mask[None] != mask
-    pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
-    colours = [colour_of(number) for number in numbers] or [(0, 0, 0)]
-    drawn = draw_segmentation_masks(
-        pixels.view(image.height, image.width, 3).permute(2, 0, 1), layers, 1 - _TRANSPARENCY, colours
-    )
-    picture = Image.fromarray(drawn.permute(1, 2, 0).contiguous().numpy())
+    picture = draw_objects(image, layers, numbers or [0])
     return draw_names(picture, [names[number] for number in numbers], numbers)
+
+
+def draw_objects(image: Image.Image, masks: Tensor, numbers: Sequence[int]) -> Image.Image:
+    """A copy of an RGB image with masks ``(n, height, width)`` of truth values, each in the colour of its class."""
+    if not len(masks):
+        return image.copy()
+    pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
+    colours = [colour_of(number) for number in numbers]
+    drawn = draw_segmentation_masks(
+        pixels.view(image.height, image.width, 3).permute(2, 0, 1), masks, 1 - _TRANSPARENCY, colours
+    )
+    return Image.fromarray(drawn.permute(1, 2, 0).contiguous().numpy())
 
 
 def draw_names(image: Image.Image, names: Sequence[str], numbers: Sequence[int] | None = None) -> Image.Image:

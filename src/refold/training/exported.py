@@ -43,7 +43,7 @@ def exported_predictor(path: Path, threshold: float, threads: int | None = None)
         raise InputError(
             f"'{path}' gives the maps of a detector, not boxes; export it again with --detections."
         )
-    if kind not in ("detections", "segmentation"):
+    if kind not in ("detections", "instances", "segmentation"):
         return _classifier(file, path)
     title, notes = f"'{path}'", list[str]()
     description, preprocessing = _described(file, path, notes)

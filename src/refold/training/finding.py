@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from refold.boxes import Letterbox, detections
+from refold.boxes.pasting import pasted, run_lengths
 from refold.errors import InputError
 from refold.export.metadata import Preprocessing
 from refold.export.preparing import known_preprocessing
-from refold.training.drawing import draw_boxes, draw_mask
+from refold.training.drawing import draw_boxes, draw_mask, draw_objects
 from refold.training.pictures import read_image
 from refold.training.predicting import completed, outputs_of
 from refold.training.tasks.augmentation import normalized, resampling
@@ -52,26 +53,40 @@ class Seen(Protocol):
 
 @dataclass(frozen=True)
 class FoundBox:
-    """A box x1, y1, x2, y2 in pixels of its image, the name and the number of its class, and its score from 0 to 1."""
+    """A box x1, y1, x2, y2 in pixels of its image, the name and the number of its class, and its score from 0 to 1.
+
+    ``mask`` ``(side, side)`` tells how surely each point of the box belongs to it, where the network does.
+    """
 
     name: str
     number: int
     score: float
     box: tuple[float, float, float, float]
+    mask: Tensor | None = None
+
+    def area(self, size: tuple[int, int]) -> Tensor:
+        """The pixels of an image of ``size`` (height, width) that belong to it, where there is a mask."""
+        assert self.mask is not None
+        return pasted(self.mask[None], torch.tensor([self.box]), size)[0]
 
 
 @dataclass(frozen=True)
 class BoxPrediction:
-    """The boxes of one image, the surest first."""
+    """The boxes of one image of ``size`` (height, width), the surest first."""
 
     columns: ClassVar[tuple[str, ...]] = ("image", "class", "score", "x1", "y1", "x2", "y2")
 
     image: str
     boxes: list[FoundBox]
     error: str | None = None
+    size: tuple[int, int] = (0, 0)
 
     def to_dict(self) -> dict[str, Any]:
-        boxes = [{"name": b.name, "score": b.score, "box": list(b.box)} for b in self.boxes]
+        boxes: list[dict[str, Any]] = []
+        for b in self.boxes:
+            boxes.append({"name": b.name, "score": b.score, "box": list(b.box)})
+            if b.mask is not None:
+                boxes[-1]["mask"] = run_lengths(b.area(self.size))
         return {"image": self.image, "boxes": boxes, "error": self.error}
 
     def line(self) -> str:
@@ -85,6 +100,9 @@ class BoxPrediction:
         # The surest last, over the others.
         boxes = self.boxes[::-1]
         names = [f"{b.name} {b.score:.0%}" for b in boxes]
+        for b in boxes:  # one by one: a hundred masks of a large picture would fill the memory
+            if b.mask is not None:
+                picture = draw_objects(picture, b.area((picture.height, picture.width))[None], [b.number])
         return {".png": draw_boxes(picture, [b.box for b in boxes], names, [b.number for b in boxes])}
 
 
@@ -172,23 +190,24 @@ class Finder:
         outputs = outputs_of(self.title, self.run, batch)
         if self.gives_masks:
             return [outputs[0][:1]]
-        boxes, scores, labels, image_index = outputs
-        own = (image_index == 0) & (scores >= self.threshold)
-        return [boxes[own], scores[own], labels[own]]
+        *found, image_index = outputs
+        own = (image_index == 0) & (found[1] >= self.threshold)
+        return [part[own] for part in found]
 
     def _boxes(self, name: str, outputs: Sequence[Tensor], fitted: Letterbox) -> BoxPrediction:
-        boxes, scores, labels = outputs
+        boxes, scores, labels, *masks = outputs
         order = scores.argsort(descending=True, stable=True)
         found = [
-            FoundBox(self._name(label), label, score, (box[0], box[1], box[2], box[3]))
-            for box, score, label in zip(
+            FoundBox(self._name(label), label, score, (box[0], box[1], box[2], box[3]), mask)
+            for box, score, label, mask in zip(
                 fitted.back(boxes[order].float()).tolist(),
                 scores[order].tolist(),
                 labels[order].tolist(),
+                masks[0][order] if masks else [None] * len(order),
                 strict=True,
             )
         ]
-        return BoxPrediction(name, found)
+        return BoxPrediction(name, found, size=fitted.size)
 
     def _mask(self, name: str, logits: Tensor, fitted: Letterbox) -> MaskPrediction:
         height, width = fitted.inner

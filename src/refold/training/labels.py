@@ -16,7 +16,7 @@ from torch import Tensor
 
 from refold.errors import InputError, first_line
 from refold.training.contents import digest_of
-from refold.training.drawing import draw_boxes, draw_mask
+from refold.training.drawing import draw_boxes, draw_mask, draw_objects
 
 IGNORED = 255
 """The number of pixels of a mask that belong to no class and count nowhere."""
@@ -82,6 +82,62 @@ class BoxLabels:
         boxes, labels, _ = self.on(image)
         names = [class_names[label] for label in labels.tolist()]
         return draw_boxes(image, boxes.tolist(), names, labels.tolist())
+
+
+Outline = Sequence[Sequence[float]] | Mapping[str, Any]
+"""What of an image belongs to an object: polygons of x and y in turn, or COCO's run lengths."""
+
+
+@dataclass(frozen=True)
+class OutlinedLabels(BoxLabels):
+    """Boxes, and an outline for each: polygons in the units of the boxes, or run lengths of the whole picture."""
+
+    outlines: Sequence[Outline] = ()
+
+    def masks_on(self, image: Image.Image) -> Tensor:
+        """What belongs to each object, ``(n, height, width)`` uint8 of 0 and 1, as COCO's own tools draw it.
+
+        Raises `InputError` where an outline is for an image of another size, or no outline at all.
+        """
+        coco = coco_masks()
+        masks = torch.zeros(len(self.outlines), image.height, image.width, dtype=torch.uint8)
+        scale = np.array(image.size if self.are_shares else (1.0, 1.0))
+        for mask, outline in zip(masks, self.outlines, strict=True):
+            if isinstance(outline, Mapping):
+                self._check_size(outline, image)
+                whole = coco.frPyObjects(dict(outline), *image.size[::-1]) if _is_list(outline) else outline
+            else:
+                polygons = [(np.reshape(part, (-1, 2)) * scale).ravel().tolist() for part in outline]
+                whole = coco.merge(coco.frPyObjects(polygons, *image.size[::-1]))
+            mask.copy_(torch.from_numpy(coco.decode(whole)))
+        return masks
+
+    def _check_size(self, outline: Mapping[str, Any], image: Image.Image) -> None:
+        if list(outline["size"]) != [image.height, image.width]:
+            height, width = outline["size"]
+            raise InputError(
+                f"An image has {image.width} x {image.height} pixels, and the run lengths of an object are for "
+                f"{width} x {height}; label it again."
+            )
+
+    def drawn(self, image: Image.Image, class_names: Sequence[str]) -> Image.Image:
+        painted = draw_objects(image, self.masks_on(image).bool(), list(self.labels))
+        return super().drawn(painted, class_names)
+
+
+def _is_list(outline: Mapping[str, Any]) -> bool:
+    return not isinstance(outline["counts"], (str, bytes))
+
+
+def coco_masks() -> Any:
+    """COCO's tools for masks; raises `InputError` where the package that has them is missing."""
+    try:
+        from faster_coco_eval.core import mask
+    except ImportError as error:
+        raise InputError(
+            "Masks of objects need the package faster-coco-eval; install it: pip install 'refold[detect]'."
+        ) from error
+    return mask
 
 
 @dataclass(frozen=True)

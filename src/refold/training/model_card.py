@@ -51,6 +51,7 @@ class _Kind(NamedTuple):
 _KINDS = {
     "classify": _Kind("model_card.md.jinja", "image-classification", "accuracy"),
     "detect": _Kind("detection_card.md.jinja", "object-detection", "mean_average_precision"),
+    "instances": _Kind("instances_card.md.jinja", "image-segmentation", "mean_average_precision"),
     "segment": _Kind("segmentation_card.md.jinja", "image-segmentation", "mean_iou"),
 }
 _ORIGINS = {"checkpoint": "started from", "teacher": "teacher"}

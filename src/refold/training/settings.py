@@ -26,7 +26,7 @@ RUN_FILES = (
 )  # fmt: skip
 
 Keep = Literal["best", "last"]
-TASKS = ("classify", "detect", "segment")
+TASKS = ("classify", "detect", "instances", "segment")
 Strategy = Literal["auto", "ddp", "ddp_find_unused_parameters_true"]
 
 Seed = Annotated[int, Option("Seed of the weights, the split and the training.", least=0, most=2**32 - 1)]
@@ -63,7 +63,7 @@ class Settings:
         str,
         Option(
             "digits, a folder with one folder of images a class, with boxes (COCO, YOLO, VOC) or masks, CIFAR as "
-            "distributed, wds/FOLDER or hfds/NAME.",
+            "distributed, wds/FOLDER, hfds/NAME, or a Dataset of your own: data.py:Name.",
             changeable=True,
         ),
     ]
@@ -84,7 +84,7 @@ class Settings:
     task: Annotated[
         str | None,
         Option(
-            "classify, detect or segment.",
+            "classify, detect, instances (boxes with masks) or segment.",
             shown_default="what the network is for, and else the data",
             metavar="TASK",
         ),
@@ -178,7 +178,10 @@ class QuickstartOptions:
     data: Annotated[Path | None, Option("Your own images, one folder a class, instead of the digits.")] = None
     task: Annotated[
         str | None,
-        Option("classify, or detect: scenes of digits, or your own images with boxes.", metavar="TASK"),
+        Option(
+            "classify, or detect: scenes of digits; your own images for all tasks of refold train.",
+            metavar="TASK",
+        ),
     ] = None
     epochs: Annotated[int | None, Option("Passes over the images.", shown_default="what fits the data")] = (
         None

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import tarfile
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -207,7 +208,7 @@ def test_a_classifier_is_no_network_for_boxes() -> None:
 
 
 def test_scenes_hold_what_their_boxes_say_and_share_no_digit() -> None:
-    scenes = digit_scenes(0, scenes=40)
+    scenes = digit_scenes(0, training=32, held_out=8)
     for image, target in zip(scenes.training.sources, scenes.training.targets, strict=True):
         assert isinstance(image, Image.Image)
         pixels = np.asarray(image.convert("L"))
@@ -215,9 +216,9 @@ def test_scenes_hold_what_their_boxes_say_and_share_no_digit() -> None:
             assert pixels[y1:y2, x1:x2].max() > 150
             assert pixels[y1, x1:x2].max() > 55
             assert pixels[y1:y2, x2 - 1].max() > 55
-    again = digit_scenes(0, scenes=40)
+    again = digit_scenes(0, training=32, held_out=8)
     assert again.training.targets == scenes.training.targets
-    assert digit_scenes(1, scenes=40).training.targets != scenes.training.targets
+    assert digit_scenes(1, training=32, held_out=8).training.targets != scenes.training.targets
 
 
 def test_answers_are_in_the_pixels_of_the_picture() -> None:
@@ -234,7 +235,11 @@ def test_answers_are_in_the_pixels_of_the_picture() -> None:
 
 
 @pytest.mark.slow
-def test_a_run_finds_digits_in_every_form_and_says_how(tmp_path: Path) -> None:
+def test_a_run_finds_digits_in_every_form_and_says_how(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    few = partial(digit_scenes, training=480, held_out=120)
+    monkeypatch.setattr("refold.training.data.digit_scenes", few)
     folder = tmp_path / "run"
     told = [
         "train",
@@ -258,7 +263,7 @@ def test_a_run_finds_digits_in_every_form_and_says_how(tmp_path: Path) -> None:
     assert given["training_score"] == pytest.approx(given["onnx_score"], abs=1e-3)
     assert given["same_answers"] == given["held_out_images"] == 120
     assert given["onnx_same_answers"] == 120
-    scenes = digit_scenes(0)
+    scenes = few(0)
     picture = scenes.held_out.sources[0]
     assert isinstance(picture, Image.Image)
     picture.save(tmp_path / "photo.jpg")

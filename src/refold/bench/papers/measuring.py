@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from refold.bench.papers.networks import build
+from refold.bench.papers.networks import YOLOV5, build
 from refold.bench.papers.published import TIMES, Exhibit, PaperRow, find_exhibit
 from refold.bench.papers.results import PaperTable, TimingSetup
 from refold.bench.results import Benchmark
@@ -130,7 +130,8 @@ def count_size(row: PaperRow, form: str) -> Cost:
     image = example_input(network, size)
     if not row.linear:
         # Folding needs an image, but a small one does where the network takes any.
-        small = row.network in list_models() and min(image.shape[2:]) > _FOLDED_PIXELS
+        takes_any = row.network in list_models() or row.network == YOLOV5
+        small = takes_any and min(image.shape[2:]) > _FOLDED_PIXELS
         network = folded(network, image[..., :_FOLDED_PIXELS, :_FOLDED_PIXELS] if small else image, form)
     return count(network.to("meta"), image.to("meta"))
 

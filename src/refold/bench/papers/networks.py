@@ -1,4 +1,4 @@
-"""How a row's network is built: by name, or the operators of RepGhost's table 1."""
+"""How a row's network is built: by name, or those of RepGhost's tables 1 and 10."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import adaptive_avg_pool2d
 
-from refold.bench.papers.published import PaperRow
+from refold.bench.papers.published import OPERATORS, PaperRow
+from refold.bench.papers.yolov5 import YOLOv5
 from refold.checkpoints import example_input
 from refold.conversion import pointwise_to_linear
 from refold.errors import InputError
@@ -17,7 +18,7 @@ from refold.models import create_model
 from refold.models.ghostnet import GHOST_ROWS
 from refold.unfolding import unfold
 
-_OPERATORS = "refold/ghost_operators"
+YOLOV5 = "refold/yolov5"
 
 
 def build(row: PaperRow, *, device: str = "cpu") -> nn.Module:
@@ -28,7 +29,9 @@ def build(row: PaperRow, *, device: str = "cpu") -> nn.Module:
     if row.network is None:
         raise InputError(f"{row.model} cannot be built here.")
     with torch.device(device):
-        if row.network == _OPERATORS:
+        if row.network == YOLOV5:
+            return YOLOv5(**row.arguments).eval()
+        if row.network == OPERATORS:
             return GhostOperators(**row.arguments).eval()
         network = create_model(row.network, **row.arguments).eval()
     if row.unfold:

@@ -42,6 +42,8 @@ ACCURACIES: tuple[Accuracy, ...] = get_args(Accuracy)
 ERRORS: tuple[KernelError, ...] = get_args(KernelError)
 # What stands beside the sizes as it is printed.
 QUOTED = (*ACCURACIES, *ERRORS)
+# No network of use, but the operators that networks are compared by.
+OPERATORS = "refold/ghost_operators"
 _UNITS = {"M": 10**6, "10M": 10**7, "B": 10**9}
 _UNITS_OF: dict[Quantity, tuple[str, ...]] = {
     **dict.fromkeys(SIZES, tuple(_UNITS)),
@@ -120,7 +122,7 @@ class PaperRow:
     @property
     def has_size(self) -> bool:
         """Whether it is a network, whose size says something."""
-        return self.network is not None and not self.network.startswith("refold/")
+        return self.network not in (None, OPERATORS)
 
     @property
     def subject(self) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 from refold.errors import InputError, first_line
 from refold.training.labelled.splits import Found, part_of
 from refold.training.labelled.tidying import BoxesOfImage, Part, Tally
+from refold.training.labels import Outline
 from refold.training.pictures import is_file
 
 _OTHER_TASKS = ("caption", "keypoint", "panoptic", "stuff", "image_info")
@@ -39,11 +41,12 @@ def _is_coco(path: Path) -> bool:
     return head.lstrip()[:1] == b"{" and (all if small else any)(word in ends for word in words)
 
 
-def read_coco(files: Sequence[Path], root: Path) -> Found:
+def read_coco(files: Sequence[Path], root: Path, *, outlines: bool = False) -> Found:
     """The images that the files name, each file a part of the set.
 
     Category ids may have gaps and begin anywhere: classes are in the order of the first file's ids, and another file's
-    are found by name. Raises `InputError` where a file is not understood.
+    are found by name. With ``outlines`` those of the objects are read, too.
+    Raises `InputError` where a file is not understood.
     """
     tally, parts, names = Tally(), dict[str, Part](), list[str]()
     documents = {file: _document(file) for file in files}
@@ -52,7 +55,7 @@ def read_coco(files: Sequence[Path], root: Path) -> Found:
     for file, document in documents.items():
         part = part_of(file, root) or "train"
         parts.setdefault(part, Part())
-        _read(file, document, root, names, parts[part], tally)
+        _read(file, document, root, names, parts[part], tally, outlines)
     return Found(names, parts, tally)
 
 
@@ -84,7 +87,13 @@ def _names(path: Path, document: Mapping[str, Any]) -> dict[Any, str]:
 
 
 def _read(
-    path: Path, document: Mapping[str, Any], root: Path, names: list[str], part: Part, tally: Tally
+    path: Path,
+    document: Mapping[str, Any],
+    root: Path,
+    names: list[str],
+    part: Part,
+    tally: Tally,
+    outlines: bool,
 ) -> None:
     own_names, images = _names(path, document), dict[Any, tuple[Path, BoxesOfImage, tuple[int, int] | None]]()
     seen: set[Path] = set()
@@ -102,7 +111,7 @@ def _read(
             tally.add("images are named twice, the second left out", name)
         else:
             seen.add(image)
-            images[identity] = (image, BoxesOfImage(size, tally), size)
+            images[identity] = (image, BoxesOfImage(size, tally, outlines=[] if outlines else None), size)
     known = {entry["id"] for entry in document["images"]}
     for number, entry in enumerate(document["annotations"]):
         _add(path, number, entry, images, known, own_names, names, tally)
@@ -143,9 +152,32 @@ def _add(
     if identity in images:
         label = names.index(own_names[category])
         box = (x, y, x + width, y + height)
-        images[identity][1].add(box, label, place, crowd=bool(entry.get("iscrowd", 0)))
+        collected = images[identity][1]
+        outline = None if collected.outlines is None else _outline(path, place, entry.get("segmentation"))
+        collected.add(box, label, place, crowd=bool(entry.get("iscrowd", 0)), outline=outline)
     elif identity not in known:
         tally.add("annotations of images that are not named, left out", place)
+
+
+def _outline(path: Path, place: str, given: Any) -> Outline | None:
+    """The polygons or run lengths of an object, None where there are none."""
+    if not given:
+        return None
+    if isinstance(given, dict):
+        size, counts = given.get("size"), given.get("counts")
+        if isinstance(size, list) and len(size) == 2 and isinstance(counts, (str, list)):
+            return given
+        raise InputError(f"{place}: the run lengths have no size and counts; correct '{path}'.")
+    polygons = [part for part in given if isinstance(part, list) and len(part) >= 6 and len(part) % 2 == 0]
+    numbers = [value for part in polygons for value in part]
+    if len(polygons) < len(given) or not all(
+        isinstance(v, (int, float)) and math.isfinite(v) for v in numbers
+    ):
+        raise InputError(
+            f"{place}: the segmentation is {given!r:.60}, not polygons of x and y of three corners at least; correct "
+            f"'{path}'."
+        )
+    return polygons
 
 
 def _folders(path: Path, root: Path) -> list[Path]:

@@ -221,7 +221,8 @@ def _classes(
     if strangers:
         shown = some([str(value) for value in sorted(strangers)])
         notes.append(
-            f"Not learnt and not counted: values of no class ({shown}), in {sum(strangers.values()):,} masks."
+            f"Not learnt and not counted: values of no class ({shown}), one of them in {max(strangers.values()):,} "
+            "masks."
         )
     return list(names.values()), {value: place for place, value in enumerate(names)}
 

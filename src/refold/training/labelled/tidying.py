@@ -9,7 +9,7 @@ from pathlib import Path
 
 from refold.errors import InputError, some
 from refold.training.images import Images
-from refold.training.labels import BoxLabels
+from refold.training.labels import BoxLabels, Outline, OutlinedLabels
 from refold.training.pictures import Source
 
 _MOST_WITHOUT_AREA = 0.1
@@ -48,16 +48,31 @@ _CROWDS = "boxes are crowds or difficult: not learnt, and neither right nor wron
 
 @dataclass
 class BoxesOfImage:
-    """The boxes of one image as they are collected, within ``limits`` (width, height)."""
+    """The boxes of one image as they are collected, within ``limits`` (width, height).
+
+    ``outlines`` None asks for none.
+    """
 
     limits: tuple[float, float] | None
     tally: Tally
     boxes: list[tuple[float, float, float, float]] = field(default_factory=list)
     labels: list[int] = field(default_factory=list)
     crowds: list[bool] = field(default_factory=list)
+    outlines: list[Outline] | None = None
 
-    def add(self, box: Sequence[float], label: int, place: str, *, crowd: bool = False) -> None:
-        """Take in a box x1, y1, x2, y2; raises `InputError` where it holds what is no number."""
+    def add(
+        self,
+        box: Sequence[float],
+        label: int,
+        place: str,
+        *,
+        crowd: bool = False,
+        outline: Outline | None = None,
+    ) -> None:
+        """Take in a box x1, y1, x2, y2; raises `InputError` where it holds what is no number.
+
+        Where outlines are asked for, one without is left out and counted.
+        """
         if not all(map(math.isfinite, box)):
             raise InputError(f"{place}: the box {list(box)} holds what is no number; correct it.")
         self.tally.boxes += 1
@@ -72,6 +87,9 @@ class BoxesOfImage:
         if x2 <= x1 or y2 <= y1:
             self.tally.add(_WITHOUT_AREA, place)
             return
+        if self.outlines is not None and outline is None:
+            self.tally.add("boxes without an outline, left out", place)
+            return
         found = (x1, y1, x2, y2)
         if any(own == found and known == label for own, known in zip(self.boxes, self.labels, strict=True)):
             self.tally.add(_TWICE, place)
@@ -81,10 +99,13 @@ class BoxesOfImage:
         self.boxes.append(found)
         self.labels.append(label)
         self.crowds.append(crowd)
+        if self.outlines is not None and outline is not None:
+            self.outlines.append(outline)
 
     def done(self, size: tuple[int, int] | None = None, *, are_shares: bool = False) -> BoxLabels:
         """The labels of the image."""
-        return BoxLabels(tuple(self.boxes), tuple(self.labels), tuple(self.crowds), size, are_shares)
+        given = (tuple(self.boxes), tuple(self.labels), tuple(self.crowds), size, are_shares)
+        return BoxLabels(*given) if self.outlines is None else OutlinedLabels(*given, tuple(self.outlines))
 
 
 @dataclass

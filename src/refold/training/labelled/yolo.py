@@ -43,11 +43,12 @@ def _described(path: Path) -> Mapping[str, Any] | None:
     return document if isinstance(document["train"], (str, list)) else None
 
 
-def read_yolo(place: Path, root: Path) -> Found:
+def read_yolo(place: Path, root: Path, *, outlines: bool = False) -> Found:
     """The images of the parts that a YAML file names, or of a folder's ``images``, with the labels beside them.
 
     The labels of ``images/a.jpg`` are in ``labels/a.txt``, or in ``a.txt`` beside it. Lines of more than five columns
-    are outlines, whose boxes are taken. An image without a file of labels has no boxes.
+    are outlines, whose boxes are taken, and with ``outlines`` they, too. An image without a file of labels has no
+    boxes.
     Raises `InputError`, naming file and line, where a line is not understood.
     """
     tally, left_out = Tally(), LeftOut()
@@ -60,7 +61,7 @@ def read_yolo(place: Path, root: Path) -> Found:
     parts: dict[str, Part] = {}
     for part, places in folders.items():
         images = [image for folder in places for image in _images(folder, place, left_out)]
-        parts[part] = _read(images, names, tally)
+        parts[part] = _read(images, names, tally, outlines)
     numbers = [label for part in parts.values() for labels in part.targets for label in labels.labels]
     if not names:
         names.extend(str(number) for number in range(max(numbers, default=-1) + 1))
@@ -143,12 +144,12 @@ def labels_of(image: Path) -> Path:
     return image.with_suffix(".txt")
 
 
-def _read(images: Sequence[Path], names: list[str], tally: Tally) -> Part:
+def _read(images: Sequence[Path], names: list[str], tally: Tally, outlines: bool) -> Part:
     part, used = Part(), set[Path]()
     for image in images:
         file = labels_of(image)
         used.add(file)
-        boxes = BoxesOfImage((1.0, 1.0), tally)
+        boxes = BoxesOfImage((1.0, 1.0), tally, outlines=[] if outlines else None)
         if not image.is_file():
             tally.add("images are named and not there, left out", image.name)
             continue
@@ -193,8 +194,9 @@ def _read_lines(file: Path, names: list[str], boxes: BoxesOfImage, tally: Tally)
                 f"{place}: {max(values):g} is no part of an image; write x, y, width and height in parts of its sides, "
                 "from 0 to 1."
             )
-        boxes.add(_box(values), label, place)
-        if len(columns) > 5:
+        is_outline = len(columns) > 5
+        boxes.add(_box(values), label, place, outline=[values] if is_outline else None)
+        if is_outline and boxes.outlines is None:
             tally.add("outlines, whose boxes are taken", place)
 
 

@@ -15,14 +15,17 @@ from refold.training.labels import IGNORED
 from refold.training.recipe import Recipe
 
 
-def geometry(recipe: Recipe, preprocessing: Mapping[str, Any], mirror: bool) -> v2.Transform:
+def geometry(
+    recipe: Recipe, preprocessing: Mapping[str, Any], mirror: bool, mask_fill: int = IGNORED
+) -> v2.Transform:
     """Resize by chance, cut or fill to the network's size, mirror and colour; boxes and masks follow the image.
 
-    An image is first fitted into the network's size and then scaled by a factor from ``resize_range``.
+    An image is first fitted into the network's size and then scaled by a factor from ``resize_range``. Beside it a mask
+    has the value ``mask_fill``.
     """
     _, height, width = preprocessing["input_size"]
     mode = InterpolationMode(preprocessing["interpolation"])
-    fill: dict[Any, Any] = {Image.Image: GREY, tv_tensors.Mask: IGNORED, "others": 0}
+    fill: dict[Any, Any] = {Image.Image: GREY, tv_tensors.Mask: mask_fill, "others": 0}
     steps: list[v2.Transform] = [
         v2.ScaleJitter((height, width), recipe.resize_range, interpolation=mode),
         v2.RandomCrop((height, width), pad_if_needed=True, fill=fill),
@@ -32,6 +35,10 @@ def geometry(recipe: Recipe, preprocessing: Mapping[str, Any], mirror: bool) -> 
         amount = recipe.color_jitter
         steps.append(v2.ColorJitter(amount, amount, amount, min(amount / 10, 0.5)))
     return v2.Compose(steps)
+
+
+sanitized = v2.SanitizeBoundingBoxes(min_size=2.0)
+"""Leaves out what is less than two pixels high or wide of an image's boxes, with their labels and masks."""
 
 
 def changing(recipe: Recipe, mirror: bool) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -11,17 +11,16 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision import tv_tensors
-from torchvision.transforms import v2
 
 from refold.boxes import Letterbox, detections
 from refold.boxes.comparing import difference
-from refold.boxes.detections import Detector
+from refold.boxes.detections import Detector, DetectorWithMasks
 from refold.boxes.losses import box_loss
 from refold.errors import InputError
 from refold.training.batches import Batch, Transform
 from refold.training.labels import BoxLabels
 from refold.training.recipe import Recipe
-from refold.training.tasks.augmentation import changing, geometry, normalized, resampling
+from refold.training.tasks.augmentation import changing, geometry, normalized, resampling, sanitized
 from refold.training.tasks.base import Measures, Task
 
 
@@ -54,7 +53,6 @@ class TrainingBoxes:
 
     def __init__(self, recipe: Recipe, preprocessing: Mapping[str, Any], mirror: bool) -> None:
         self.change = geometry(recipe, preprocessing, mirror)
-        self.sanitize = v2.SanitizeBoundingBoxes(min_size=2.0)
         self.finish = normalized(preprocessing)
 
     def __call__(self, image: Image.Image, target: BoxLabels) -> tuple[Tensor, BoxTarget]:
@@ -62,8 +60,7 @@ class TrainingBoxes:
         boxes: Any = tv_tensors.BoundingBoxes(
             whole[~crowds], format="XYXY", canvas_size=(image.height, image.width)
         )
-        changed, learnt = self.change(image, {"boxes": boxes, "labels": labels[~crowds]})
-        changed, learnt = self.sanitize(changed, learnt)
+        changed, learnt = sanitized(*self.change(image, {"boxes": boxes, "labels": labels[~crowds]}))
         size = torch.tensor([image.height, image.width])
         kept = learnt["boxes"].as_subclass(Tensor)
         return self.finish(changed), BoxTarget(kept, learnt["labels"], whole, labels, crowds, size)
@@ -113,13 +110,13 @@ class DetectionTask(Task):
     def measures(self) -> Measures:
         return BoxMeasures()
 
-    def answers(self, net: nn.Module, outputs: Any, batch: Batch) -> list[BoxAnswer]:
-        return _of_each_image(detections(net).of_maps(outputs, batch.images.shape[-2:]), batch)
+    def answers(self, net: nn.Module, outputs: Any, batch: Batch) -> list[Any]:
+        return self.answers_of_file(detections(net).of_maps(outputs, batch.images.shape[-2:]), batch)
 
-    def answers_of_file(self, outputs: Sequence[Tensor], batch: Batch) -> list[BoxAnswer]:
-        return _of_each_image(outputs, batch)
+    def answers_of_file(self, outputs: Sequence[Tensor], batch: Batch) -> list[Any]:
+        return [BoxAnswer(*parts) for parts in of_each_image(outputs, batch)]
 
-    def same(self, answer: BoxAnswer, other: BoxAnswer) -> bool:
+    def same(self, answer: Any, other: Any) -> bool:
         sets = [(*each, torch.zeros_like(each.labels)) for each in (answer, other)]
         return difference(*sets).unmatched == 0
 
@@ -128,19 +125,48 @@ class DetectionTask(Task):
             raise InputError(
                 f"{name} is no detector, and the data have boxes; name one, such as dense/{name}."
             )
+        if isinstance(net, DetectorWithMasks):
+            raise InputError(
+                f"{name} learns masks of objects beside their boxes; train it with --task instances."
+            )
 
 
-def _of_each_image(found: Sequence[Tensor], batch: Batch) -> list[BoxAnswer]:
-    """Boxes of a batch by image, in the pixels of the pictures."""
-    boxes, scores, labels, image_index = (part.detach().cpu() for part in found)
+def of_each_image(found: Sequence[Tensor], batch: Batch) -> list[list[Tensor]]:
+    """What `refold.detections` gives for a batch, by image: boxes in the pixels of its picture, and the others."""
+    boxes, *others, image_index = (part.detach().cpu() for part in found)
     frame = (batch.images.shape[-2], batch.images.shape[-1])
     answers = []
     for index, target in enumerate(batch.targets):
         own = image_index == index
         height, width = target.size.tolist()
         fitted = Letterbox((height, width), frame)
-        answers.append(BoxAnswer(fitted.back(boxes[own].float()), scores[own].float(), labels[own]))
+        rest = [part[own].float() if part.is_floating_point() else part[own] for part in others]
+        answers.append([fitted.back(boxes[own].float()), *rest])
     return answers
+
+
+def mean_average_precision(*kinds: Literal["bbox", "segm"]) -> Any:
+    """torchmetrics' mean average precision of "bbox" and "segm" with COCO's own thresholds.
+
+    Raises `InputError` where its package is missing.
+    """
+    try:
+        from torchmetrics.detection import MeanAveragePrecision
+
+        # In float64: torchmetrics' own are rounded, and a recall of exactly 0.6 misses that of 0.60000002.
+        precision = MeanAveragePrecision(
+            iou_type=kinds,
+            backend="faster_coco_eval",
+            iou_thresholds=np.linspace(0.5, 0.95, 10).tolist(),
+            rec_thresholds=np.linspace(0.0, 1.0, 101).tolist(),
+        )
+    except (ImportError, ModuleNotFoundError) as error:
+        raise InputError(
+            "Mean average precision needs the package faster-coco-eval; install it: pip install 'refold[detect]'."
+        ) from error
+    # A hundred boxes an image are all that are asked for.
+    precision.warn_on_many_detections = False
+    return precision
 
 
 class BoxMeasures(Measures):
@@ -148,22 +174,7 @@ class BoxMeasures(Measures):
 
     def __init__(self) -> None:
         super().__init__()
-        try:
-            from torchmetrics.detection import MeanAveragePrecision
-
-            # The thresholds are COCO's own, in float64: torchmetrics' are rounded, and a recall of exactly 0.6 misses
-            # that of 0.60000002.
-            self.precision = MeanAveragePrecision(
-                backend="faster_coco_eval",
-                iou_thresholds=np.linspace(0.5, 0.95, 10).tolist(),
-                rec_thresholds=np.linspace(0.0, 1.0, 101).tolist(),
-            )
-        except (ImportError, ModuleNotFoundError) as error:
-            raise InputError(
-                "Mean average precision needs the package faster-coco-eval; install it: pip install 'refold[detect]'."
-            ) from error
-        # A hundred boxes an image are all that are asked for.
-        self.precision.warn_on_many_detections = False
+        self.precision = mean_average_precision("bbox")
 
     def update(self, answers: Sequence[BoxAnswer], targets: Sequence[BoxTarget]) -> None:
         device = self.precision.device
