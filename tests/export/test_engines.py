@@ -1,6 +1,8 @@
 """Each engine runs what was exported for it as PyTorch does; engines that are not installed are skipped."""
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -286,3 +288,26 @@ def test_inputs_and_outputs_have_fixed_names(engine: str, tmp_path: Path) -> Non
     two = tmp_path / f"two{FORMATS[engine].suffix}"
     refold.export(TwoOutputs(), two, SMALL, engine=engine)
     assert port_names_of(two) == (["image"], ["output_0", "output_1"])
+
+
+@needs("openvino")
+def test_a_session_let_go_in_another_thread_leaves_the_process_alive(tmp_path: Path) -> None:
+    """OpenVINO took the stack for signals away with its last session: the next child to end, ended the process."""
+    path, _ = write_small(tmp_path, "openvino")
+    script = f"""
+import faulthandler, gc, signal, subprocess, sys, threading
+from pathlib import Path
+faulthandler.enable()
+from refold.export.opening import open_exported
+held = [open_exported(Path({str(path)!r}))]
+def let_go():
+    held.clear()
+    gc.collect()
+thread = threading.Thread(target=let_go)
+thread.start()
+thread.join()
+signal.signal(signal.SIGCHLD, lambda *_: print("a child ended"))
+subprocess.run([sys.executable, "-c", ""])
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert (done.returncode, done.stdout.split("\n")[-2]) == (0, "a child ended"), done.stderr

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from functools import cache
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,7 @@ def save(converted: Any, path: Path, metadata: Mapping[str, str], precision: Pre
 
 def contents(path: Path) -> Contents:
     """Count what a file holds; an axis without a fixed size, such as the batch, counts as one."""
-    operators = openvino.Core().read_model(path).get_ops()
+    operators = _core().read_model(path).get_ops()
     kinds = Counter(operator.get_type_name() for operator in operators)
     constants = [operator for operator in operators if operator.get_type_name() == "Constant"]
     # Single numbers are the settings of an operator: bounds, slopes, the shift of a hard sigmoid.
@@ -57,6 +58,14 @@ def contents(path: Path) -> Contents:
 def _is_real(constant: Any) -> bool:
     real: bool = constant.get_element_type().is_real()
     return real
+
+
+@cache
+def _core() -> Any:
+    """One for the whole process. The CPU plugin gives the thread that loads it another stack for signals, and frees that
+    when the last core goes, in whatever thread this is: the next signal, of a child that ends, would end the process.
+    """
+    return openvino.Core()
 
 
 def _shape(value: Any) -> list[int]:
@@ -80,7 +89,7 @@ def _macs(operator: Any) -> int:
 
 def read_metadata(path: Path) -> dict[str, str]:
     """What `write` put into a file; empty for a file of another origin."""
-    model = openvino.Core().read_model(path)
+    model = _core().read_model(path)
     if not model.has_rt_info([_SECTION]):
         return {}
     return {key: str(entry) for key, entry in model.get_rt_info([_SECTION]).value.items()}
@@ -92,7 +101,7 @@ def open(path: Path, *, threads: int | None = None) -> Session:
     if threads is not None:
         settings["INFERENCE_NUM_THREADS"] = threads
     try:
-        core = openvino.Core()
+        core = _core()
         model = core.read_model(path)
         # OpenVINO would take bfloat16 by itself where the processor has it.
         settings["INFERENCE_PRECISION_HINT"] = "f16" if _wants_half(model) and _has_half(core) else "f32"

@@ -184,7 +184,6 @@ def shapes_set(root: Path, images: int) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(strict=False, reason="Failed when it was last run, for a reason that is not known yet.")
 def test_a_run_finds_masks_in_every_form_and_draws_them(tmp_path: Path) -> None:
     shapes_set(tmp_path / "data", 60)
     told = ["train", "--data", tmp_path / "data", "-o", tmp_path / "run"]
