@@ -62,8 +62,10 @@ def _is_real(constant: Any) -> bool:
 
 @cache
 def _core() -> Any:
-    """One for the whole process. The CPU plugin gives the thread that loads it another stack for signals, and frees that
-    when the last core goes, in whatever thread this is: the next signal, of a child that ends, would end the process.
+    """One for the whole process.
+
+    The CPU plugin gives the thread that loads it another stack for signals, and frees that when the last core goes, in
+    whatever thread this is: the next signal, such as that of a child that ends, would end the process.
     """
     return openvino.Core()
 
