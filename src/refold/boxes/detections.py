@@ -13,6 +13,8 @@ from refold.errors import InputError
 
 # Of each image, before overlapping ones are suppressed.
 _LOOKED_AT = 1000
+# The side of a box in pixels of the network's image; nothing smaller can be seen in it.
+_SMALLEST = 1.0
 
 
 @runtime_checkable
@@ -46,9 +48,10 @@ class Detections(nn.Module):
 
     Boxes ``(n, 4)`` are x1, y1, x2, y2 in pixels of the images, scores ``(n,)`` from 0 to 1, labels and image indices
     ``(n,)`` whole numbers. Of all pairs of a box and a class those above ``threshold`` stay, of overlapping ones of a
-    class the best (by more than ``iou``; None: nothing is suppressed), and of each image the best ``count``. Of a
-    detector of two stages there are ``masks`` ``(n, 28, 28)`` before the image indices: how surely each point of the
-    box belongs to what is in it. ``outputs`` are the names of what is given, in its order.
+    class the best (by more than ``iou``; None: nothing is suppressed), and of each image the best ``count``; boxes of
+    less than a pixel in either direction are left out. Of a detector of two stages there are ``masks`` ``(n, 28, 28)``
+    before the image indices: how surely each point of the box belongs to what is in it. ``outputs`` are the names of
+    what is given, in its order.
     What the detector knows of itself, such as its checkpoint's card, is known of this module, too.
     """
 
@@ -89,8 +92,8 @@ class Detections(nn.Module):
             boxes, scores, labels, image_index = self._best(maps)
         height, width = size
         boxes = torch.stack([boxes[:, i].clamp(0, (width, height)[i % 2]) for i in range(4)], -1)
-        # A box beside the image has no area once it is cut to it.
-        has_area = (boxes[:, 2:] > boxes[:, :2]).all(1)
+        # What is beside the image leaves a sliver at most once it is cut to it, and whether it does is rounding.
+        has_area = (boxes[:, 2:] - boxes[:, :2] >= _SMALLEST).all(1)
         found = [boxes, scores, labels, image_index]
         kept = ((scores > self.threshold) & has_area).nonzero()[:, 0]
         boxes, scores, labels, image_index = found = [part[kept] for part in found]
