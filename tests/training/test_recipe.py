@@ -61,6 +61,10 @@ PAPERS: dict[str, dict[str, Any]] = {
         "epochs": 12, "batch_size": 16, "learning_rate": 0.01, "momentum": 0.9, "weight_decay": 1e-4,
         "schedule": "multistep", "milestones": (8, 11), "decay_rate": 0.1, "image_size": 800,
     },
+    "maskrcnn": {
+        "epochs": 12, "batch_size": 16, "optimizer": "sgd", "learning_rate": 0.02, "momentum": 0.9,
+        "weight_decay": 1e-4, "schedule": "multistep", "milestones": (8, 11), "decay_rate": 0.1, "image_size": 800,
+    },
     "yolov3": {"epochs": 12, "batch_size": 192, "learning_rate": 0.003, "weight_decay": 5e-4, "image_size": 416},
     "dense": {"optimizer": "adamw", "learning_rate": 0.001, "weight_decay": 0.05, "resize_range": (0.5, 1.5)},
     "segmentation": {"optimizer": "sgd", "schedule": "poly", "decay_rate": 0.9, "image_size": 512},
