@@ -2,6 +2,7 @@ import pytest
 import torch
 from torch import nn
 
+from chains import Chain
 from refold.algebra import (
     Convolution,
     balancing,
@@ -21,24 +22,6 @@ def drawn(channels_in, channels_out, kernel=(3, 3), groups=1):
     weight = torch.randn(channels_out, channels_in // groups, *kernel, dtype=torch.float64)
     bias = torch.randn(channels_out, dtype=torch.float64)
     return Convolution(weight, bias, (1, 1), ((1, 1), (1, 1)), (1, 1), groups)
-
-
-class Chain(nn.Module):
-    """Convolutions, one depthwise, with one activation between them, pooling, and a linear layer."""
-
-    def __init__(self, activation, classes=5):
-        super().__init__()
-        self.first = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), activation())
-        self.filter = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1, groups=8), activation())
-        self.mix = nn.Sequential(nn.Conv2d(8, 8, 1), activation(), nn.MaxPool2d(2))
-        self.head = nn.Linear(8, classes)
-        with torch.no_grad():
-            for layer in (self.first[0], self.filter[0], self.mix[0]):
-                layer.weight.mul_(torch.logspace(-2, 2, 8).view(-1, 1, 1, 1))
-
-    def forward(self, image):
-        x = self.mix(self.filter(self.first(image)))
-        return self.head((x + x).mean((2, 3)))
 
 
 def applied(net, find, rounds=1):

@@ -78,16 +78,22 @@ def finish(
         export_difference=exported.max_difference,
         files={name: str(folder / name) for name in names},
     )
+    write_cards(settings, module, unreadable, result)
+    return result
+
+
+def write_cards(settings: Settings, module: TrainingModule, unreadable: Unreadable, result: Result) -> None:
+    """Write what a run was and gave, for programs and for people."""
+    images = module.images
     card = {
-        **provenance(settings, images, keeper.best, unreadable),
-        "task": task.name,
+        **provenance(settings, images, result.best, unreadable),
+        "task": module.task.name,
         "class_names": images.class_names,
         "preprocessing": module.preprocessing,
         "result": dataclasses.asdict(result),
     }
-    write_text(folder / CARD, json.dumps(card, indent=2))
-    write_text(folder / MODEL_CARD, model_card(card))
-    return result
+    write_text(settings.output / CARD, json.dumps(card, indent=2))
+    write_text(settings.output / MODEL_CARD, model_card(card))
 
 
 def provenance(

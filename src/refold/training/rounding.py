@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -18,7 +17,6 @@ from torch.utils._pytree import tree_leaves
 
 from refold.checkpoints import example_input, read_card
 from refold.errors import InputError, NotEquivalent
-from refold.files import write_text
 from refold.folding import fold
 from refold.models.classes import class_count
 from refold.quantization import checking
@@ -33,9 +31,8 @@ from refold.targets import Say, model_arguments, network_file, open_network
 from refold.training.batches import held_out_loader
 from refold.training.callbacks import Keeper, Unreadable
 from refold.training.curves import draw_curves
-from refold.training.finishing import compared, provenance
+from refold.training.finishing import compared, write_cards
 from refold.training.images import Images, LabelledImages
-from refold.training.model_card import model_card
 from refold.training.module import TrainingModule
 from refold.training.recipe import Recipe
 from refold.training.settings import CARD, CURVES, HISTORY, INT8, MODEL_CARD, Result, Settings
@@ -201,15 +198,7 @@ def finish_rounded(
         files={name: str(folder / name) for name in (MODEL_CARD, INT8, CARD, HISTORY, CURVES)},
         int8=facts,
     )
-    card = {
-        **provenance(settings, images, keeper.best, unreadable),
-        "task": task.name,
-        "class_names": images.class_names,
-        "preprocessing": module.preprocessing,
-        "result": dataclasses.asdict(result),
-    }
-    write_text(folder / CARD, json.dumps(card, indent=2))
-    write_text(folder / MODEL_CARD, model_card(card))
+    write_cards(settings, module, unreadable, result)
     return result
 
 
