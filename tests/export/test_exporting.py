@@ -56,6 +56,19 @@ def test_contents_equal_the_plain_network(net: nn.Module, exported: tuple[Path, 
     assert contents.operator_count == cost.operator_count
 
 
+def test_a_file_is_the_same_however_it_came_about_and_names_no_path_of_the_machine(
+    net: nn.Module, exported: tuple[Path, ExportReport], tmp_path: Path
+) -> None:
+    def elsewhere() -> None:
+        refold.export(net, tmp_path / "again.onnx", IMAGE)
+
+    elsewhere()
+    content = (tmp_path / "again.onnx").read_bytes()
+    assert content == exported[0].read_bytes()
+    assert str(Path(torch.__file__).parent).encode() not in content
+    assert str(Path(refold.__file__).parent).encode() not in content
+
+
 def test_branches_stay_if_asked_for(net: nn.Module, tmp_path: Path) -> None:
     net.train()
     report = refold.export(net, tmp_path / "x.onnx", IMAGE, fold=False, dynamic_batch=False)

@@ -58,6 +58,7 @@ def write_onnx(model: nn.Module, request: Request, *, opset_version: int | None 
         _check_shapes(written.graph.input, inputs, request)
         _name_free_axes(written.graph, request)
         without_statistics(written.graph)
+        _without_traces(written.graph)
         onnx.helper.set_model_props(written, dict(request.metadata))
         onnx.checker.check_model(written, full_check=True)
         onnx.save(written, str(path))
@@ -80,6 +81,8 @@ def _write_own_graph(model: Any, request: Request) -> None:
     save_model(graph, request.path)
 
 
+# Under which PyTorch writes the modules around an operator for pictures of a graph.
+_NAMESPACE = "namespace"
 _ADVICE = "a fixed batch and size (dynamic_batch=False, dynamic_size=False)"
 
 
@@ -113,6 +116,16 @@ def _name_free_axes(graph: Any, request: Request) -> None:
         for axis in value.type.tensor_type.shape.dim:
             if axis.dim_param in names:
                 axis.dim_param = names[axis.dim_param]
+
+
+def _without_traces(graph: Any) -> None:
+    """Leave out PyTorch's notes on how it converted: they hold paths of this machine, and differ from run to run."""
+    from refold.onnx_files.places import SCOPES
+
+    for part in (graph, *graph.node, *graph.value_info, *graph.input, *graph.output, *graph.initializer):
+        kept = [entry for entry in part.metadata_props if entry.key in (SCOPES, _NAMESPACE)]
+        del part.metadata_props[:]
+        part.metadata_props.extend(kept)
 
 
 @contextmanager

@@ -6,13 +6,13 @@ import ast
 
 import onnx_ir as ir
 
-_SCOPES = "pkg.torch.onnx.name_scopes"
+SCOPES = "pkg.torch.onnx.name_scopes"
 """Under which PyTorch writes the modules around an operator."""
 
 
 def place_of(node: ir.Node) -> str:
     """The path of the module that an operator ran in, or its own name where nothing tells."""
-    scopes = node.metadata_props.get(_SCOPES)
+    scopes = node.metadata_props.get(SCOPES)
     if scopes is not None:
         try:
             names = [name for name in ast.literal_eval(scopes)[:-1] if name]
