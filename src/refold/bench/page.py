@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from refold.bench import tables
@@ -14,6 +13,7 @@ from refold.bench.drawings import SECTIONS
 from refold.bench.plots import Plot, plots
 from refold.bench.results import Benchmark
 from refold.files import PathLike, write_text
+from refold.templates import template
 
 _EXPLAINED = {
     "Accuracy against latency": "Left and up is better. The dashed line is the Pareto front: no other point is both "
@@ -52,18 +52,11 @@ class PageTable:
 
 def to_html(benchmark: Benchmark, title: str = "Benchmark") -> str:
     """The whole page."""
-    environment = Environment(
-        loader=PackageLoader("refold.bench"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     drawn = plots(benchmark)
     sections = {
         name: [(plot, Markup(_labelled(plot))) for plot in drawn if plot.section == name] for name in SECTIONS
     }
-    return environment.get_template("page.html.jinja").render(
+    return template("refold.bench", "page.html.jinja").render(
         title=title,
         common=tables.common(benchmark),
         machines=[tables.describe(name, machine) for name, machine in benchmark.machines.items()],

@@ -8,13 +8,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from torch import Tensor, nn
 
 from refold.feature_maps.capture import Maps, feature_maps
 from refold.feature_maps.drawing import draw_maps, draw_similarity, png
 from refold.feature_maps.pairs import KERNEL_SIZES, Pair, Similarity, similar_pairs, similarity
 from refold.files import PathLike, make_folder, write_text, written_aside
+from refold.templates import template
 
 HEADINGS = (
     "source",
@@ -95,14 +95,7 @@ def save_maps(reports: Sequence[LayerReport], folder: PathLike, *, network: str,
             paths.append(target / file)
             with written_aside(paths[-1]) as aside:
                 aside.write_bytes(base64.b64decode(content))
-    environment = Environment(
-        loader=PackageLoader("refold.feature_maps"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    page = environment.get_template("maps.html.jinja").render(
+    page = template("refold.feature_maps", "maps.html.jinja").render(
         network=network, image=image, layers=reports, headings=HEADINGS
     )
     paths.append(target / "index.html")

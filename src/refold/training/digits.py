@@ -13,7 +13,7 @@ from refold.training.labels import BoxLabels
 from refold.training.pictures import Source
 
 # Of a digit with its border, in pixels.
-_SIDES = (20, 49)
+_SIDES = (28, 57)
 
 
 def bundled_digits(seed: int = 0) -> LabelledImages:

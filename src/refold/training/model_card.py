@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import yaml
-from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from refold.errors import printable
 from refold.export.metadata import port_names
+from refold.templates import template
 from refold.training.settings import (
     CARD,
     CURVES,
@@ -60,18 +60,15 @@ _ORIGINS = {"checkpoint": "started from", "teacher": "teacher"}
 def model_card(card: Mapping[str, Any]) -> str:
     """The page for the ``card.json`` of a run, from nothing but that."""
     card = {**card, "result": {"int8": None, **card["result"]}}  # runs of earlier versions have none
-    environment = Environment(
-        loader=PackageLoader("refold.training"),
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    environment.filters |= {"markdown": _markdown, "number": "{:.6g}".format, "tojson_ascii": json.dumps}
+    filters: dict[str, Callable[..., Any]] = {
+        "markdown": _markdown,
+        "number": "{:.6g}".format,
+        "tojson_ascii": json.dumps,
+    }
     preprocessing, settings = card["preprocessing"], card["settings"]
     _, height, width = preprocessing["input_size"]
     (image,), (output,) = port_names("image", 1), port_names("output", 1)
-    return environment.get_template(_KINDS[card["task"]].template).render(
+    return template("refold.training", _KINDS[card["task"]].template, filters).render(
         card,
         front=_front_matter(card),
         height=height,
