@@ -169,6 +169,32 @@ def test_an_onnx_file_is_quantised_as_its_network_is(ladder, tmp_path, written):
         refold.quantize(tmp_path / "none.onnx", tmp_path / "net.int8.onnx", images)
 
 
+def test_constants_that_operators_make_are_constants(ladder, tmp_path, written):
+    refold.export(ladder, tmp_path / "net.onnx", photos(1), fold=False)
+    model = onnx.load(tmp_path / "net.onnx")
+    constants = {tensor.name: tensor for tensor in model.graph.initializer}
+    nodes = []
+    for node in model.graph.node:
+        # As PyTorch before 2.7 and other exporters write them.
+        if node.op_type == "Clip" and node.input[1] in constants:
+            for place, name in enumerate(node.input[1:], start=1):
+                own = f"bound_{len(nodes)}"
+                nodes.append(onnx.helper.make_node("Constant", [], [own], value=constants[name]))
+                nodes.append(onnx.helper.make_node("CastLike", [own, node.input[0]], [f"{own}_like"]))
+                node.input[place] = f"{own}_like"
+        nodes.append(node)
+    assert [node.op_type for node in nodes].count("CastLike") == 6
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
+    onnx.save(model, tmp_path / "net.onnx")
+    found = refold.quantize(
+        tmp_path / "net.onnx", tmp_path / "net.int8.onnx", photos(64), held_out=photos(200, seed=5)
+    )
+    assert found.agreement.decibels > written[1].agreement.decibels - 1
+    # A Clip of known bounds goes into the rounding.
+    assert "Clip" not in [node.op_type for node in onnx.load(tmp_path / "net.int8.onnx").graph.node]
+
+
 def test_a_training_form_is_folded_first(tmp_path):
     net = refold.create_model("repghostnet_050", num_classes=7).eval()
     report = refold.quantize(net, tmp_path / "net.onnx", torch.randn(40, 3, 64, 64))

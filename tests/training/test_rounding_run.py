@@ -57,7 +57,8 @@ def test_a_run_ends_with_a_file_that_computes_what_was_trained(
     assert result.int8 is not None
     assert result.int8["decibels_from_trained"] > 30
     assert result.int8["saturating_channels"] == 0
-    assert abs(result.int8["engine_gap"]) < 1
+    # Six images and two classes: at 55 dB the last bit of either arithmetic may well make the engine the nearer one.
+    assert result.int8["engine_gap"] < 1
     names = {path.name for path in told.output.iterdir()}
     assert {"int8.onnx", "README.md", "card.json", "history.csv", "last.ckpt", "run.json"} <= names
     assert not names & {"training.safetensors", "plain.safetensors", "plain.onnx"}

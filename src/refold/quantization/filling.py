@@ -9,10 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import onnx
+import onnx_ir as ir
+from onnx_ir.passes.common import LiftConstantsToInitializersPass, RemoveUnusedNodesPass
+from onnxscript.optimizer import fold_constants
 from torch import Tensor, nn
 
 from refold.errors import InputError
 from refold.export import export
+from refold.onnx_files.saving import save_model
 from refold.quantization.config import QuantizationConfig
 from refold.quantization.lockstep import Lockstep, Result
 from refold.quantization.skeleton import LAYERS, Array, Graph, compact, write_skeleton
@@ -46,6 +50,7 @@ class Filled:
         self.source, self.int8 = folder / "float.onnx", folder / "int8.onnx"
         self.notes: list[str] = []
         export(network, self.source, images[:1], class_names=class_names)
+        _settle_constants(self.source)
         self.plain = Graph(onnx.load(str(self.source)))
         self.in_float = self._named(config.in_float)
         self.images = in_parts(self._that_fit(images))
@@ -91,3 +96,16 @@ class Filled:
 def in_parts(images: Tensor) -> list[Array]:
     """The images as arrays of as many as run at once."""
     return [part.numpy() for part in images.split(PART)]
+
+
+def _settle_constants(path: Path) -> None:
+    """Store in an ONNX file what its operators compute from constants alone, as PyTorch before 2.7 does not.
+
+    A bound of a Clip that an operator makes keeps the quantiser from taking the Clip into the rounding, and such an
+    operator has no value for each image, which a pass over both streams is made of.
+    """
+    model = ir.load(path)
+    fold_constants(model)
+    LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+    RemoveUnusedNodesPass()(model)
+    save_model(model, path)
