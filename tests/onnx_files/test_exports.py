@@ -80,6 +80,8 @@ def _check(net: nn.Module, image: Tensor, variant: tuple[str, int], folder: Path
     """The file, the file folded and the network folded and exported, which must hold as many layers."""
     if variant[0] == "dynamo" and TorchVersion(torch.__version__) < "2.9":
         pytest.skip("this exporter fails at batch norms before PyTorch 2.9")
+    if variant == ("torchscript", 21) and TorchVersion(torch.__version__) < "2.7":
+        pytest.skip("this exporter writes opsets up to 20 before PyTorch 2.7")
     plain = refold.fold(net, image)
     before = export(net, folder / "training.onnx", image, *variant)
     wanted = export(plain, folder / "module.onnx", image, *variant)
