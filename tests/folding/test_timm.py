@@ -300,9 +300,8 @@ def test_weights_move_between_plain_networks(name: str, tmp_path: Path) -> None:
     with torch.no_grad():
         assert not torch.equal(other(x), plain(x))
         other.load_state_dict(torch.load(tmp_path / "weights.pt", weights_only=True))
-        other.eval()
-        # Where memory lies may decide on the last bit of a product of matrices.
-        assert torch.allclose(other(x), plain(x), rtol=1e-12)
+        other.train().eval()  # LeViT of older timm keeps the biases of before until it is trained
+        assert torch.equal(other(x), plain(x))
 
 
 @pytest.mark.parametrize("name", ["repvgg_a0", "repghostnet_050", "fastvit_t8"])
