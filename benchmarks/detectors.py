@@ -52,7 +52,7 @@ class Suppressed(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.maps = SSDLite()
+        self.maps = SSDLite().eval()
         generator = torchvision.models.detection.anchor_utils.DefaultBoxGenerator(
             [[2, 3]] * 6, min_ratio=0.2, max_ratio=0.95
         )
@@ -95,9 +95,10 @@ def drawn(net: nn.Module) -> nn.Module:
     """The network with predictions of all sizes, so that which boxes are the best is no matter of rounding."""
     torch.manual_seed(0)
     for layer in net.modules():
-        if isinstance(layer, nn.Conv2d) and layer.bias is not None:
-            nn.init.normal_(layer.weight, std=layer.weight[0].numel() ** -0.5)
-            nn.init.uniform_(layer.bias, -2, 1)
+        if isinstance(layer, nn.Conv2d):
+            nn.init.normal_(layer.weight, std=(2 / layer.weight[0].numel()) ** 0.5)
+            if layer.bias is not None:
+                nn.init.uniform_(layer.bias, -2, 1)
     return net.eval()
 
 
