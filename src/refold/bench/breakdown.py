@@ -30,9 +30,9 @@ _TOGETHER = {
 _SUMS = ("sum", "rsub")
 _LAYOUT = (
     *("reorderinput", "reorderoutput", "split", "chunk", "split_with_sizes", "select", "expand", "slice"),
-    *("quantizelinear", "dequantizelinear"),
+    *("shape", "quantizelinear", "dequantizelinear"),
 )
-"""What moves memory and is no operator of its own in the registry."""
+"""What moves memory, or tells how it lies, and is no operator of its own in the registry."""
 _OF_INTEGERS = ("qlinear", "q")
 """What ONNX Runtime puts before the names of operators on integers; the longer first."""
 _QUANTIZED_CONVOLUTION, _QUANTIZED_WEIGHT = "QLinearConv", 3
