@@ -200,7 +200,9 @@ def _work(prefix: list[str], *arguments: Any) -> str:
 
 
 def figures(wanted: Tensor, found: Tensor, labels: Tensor) -> dict[str, Any]:
-    """Right and equal answers, and the distance in decibels."""
+    """Right and equal answers, and the distance in decibels; raises ValueError where answers are missing."""
+    if found.shape != wanted.shape:
+        raise ValueError(f"it gave {tuple(found.shape)} numbers instead of {tuple(wanted.shape)}")
     noise = (wanted - found).double().square().sum()
     return {
         "right": int((found.argmax(1) == labels).sum()),
@@ -255,12 +257,12 @@ def main() -> None:
             if not path.is_file():
                 write(path)
             seconds = time.perf_counter() - began
-            found = answers(path, folder, prefix, parsed.run_in)
+            near = figures(wanted, answers(path, folder, prefix, parsed.run_in), labels)
         except Exception as error:  # a peer that fails is a line of the table, not the end of it
             console.print(f"{title}: {type(error).__name__}: {str(error)[:300]}")
             continue
         rows[title] = {
-            **figures(wanted, found, labels),
+            **near,
             "bytes": path.stat().st_size,
             "seconds": seconds,
         }
