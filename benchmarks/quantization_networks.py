@@ -153,6 +153,9 @@ def quantised(folder: Path, data: Path, console: Console) -> dict[str, dict[str,
     labels = torch.arange(len(names)).repeat_interleave(200)
     found = {}
     for title, settings in WAYS.items():
+        splits = settings["keep_identity"] == "always"
+        if splits and len(found) > 1 and not any(each["kept_out"] for each in found.values()):
+            continue  # there is none to keep out: the same file again
         report = refold.quantize(
             net,
             folder / "net.int8.onnx",

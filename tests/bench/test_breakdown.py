@@ -1,12 +1,14 @@
 """Time by kind of operator, from the profiles of PyTorch and of ONNX Runtime."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from refold.bench.breakdown import KINDS, from_onnxruntime, kind_of, profile_torch
+import refold
+from refold.bench.breakdown import KINDS, from_onnxruntime, kind_of, profile_onnxruntime, profile_torch
 
 
 @pytest.mark.parametrize(
@@ -24,6 +26,14 @@ from refold.bench.breakdown import KINDS, from_onnxruntime, kind_of, profile_tor
         ("aten::add_", [], "add"),
         ("Concat", [], "concatenation"),
         ("Gemm", [], "linear"),
+        ("QGemm", [], "linear"),
+        ("QLinearConv", [[1, 8, 8, 16], [32, 16, 1, 1]], "1x1 convolution"),
+        ("QLinearAdd", [], "add"),
+        ("QLinearMul", [], "multiply"),
+        ("QLinearConcat", [], "concatenation"),
+        ("QLinearGlobalAveragePool", [], "pooling"),
+        ("QuantizeLinear", [], "layout"),
+        ("DequantizeLinear", [], "layout"),
         ("ReorderOutput", [], "layout"),
         ("Mystery", [], "other"),
     ],
@@ -55,6 +65,20 @@ def test_onnxruntime_events_are_averaged_without_the_warm_up() -> None:
             {**node("Add", start + 2, 7), "name": "Add_fence_before"},
         ]
     assert from_onnxruntime(events, warm_up=1) == pytest.approx({"depthwise convolution": 0.15, "add": 0.05})
+
+
+def test_an_int8_file_is_taken_apart_as_its_network_is(tmp_path: Path) -> None:
+    net = nn.Sequential(
+        *(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 16, 3, groups=16), nn.Conv2d(16, 32, 1)),
+        *(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 4)),
+    ).eval()
+    images = torch.randn(40, 3, 16, 16)
+    refold.quantize(
+        net, tmp_path / "net.onnx", images, config=refold.QuantizationConfig(keep_identity="never")
+    )
+    found = profile_onnxruntime(tmp_path / "net.onnx", images[:1], threads=1, calls=3, warm_up=1)
+    assert {"k x k convolution", "1x1 convolution", "depthwise convolution", "linear"} <= set(found)
+    assert "other" not in found
 
 
 def test_pytorch_counts_what_runs() -> None:

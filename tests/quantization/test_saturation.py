@@ -1,5 +1,10 @@
 """What saturation does to a file, computed with the sums of 16 bits that processors without VNNI have."""
 
+import os
+import platform
+import subprocess
+import sys
+
 import numpy as np
 import onnx
 import onnxruntime
@@ -100,3 +105,38 @@ def test_the_report_tells_which_file_saturates(layer, tmp_path, cpu, safe):
     else:
         assert found.saturating_channels > 50
         assert decibels(wanted, limited) < decibels(wanted, in_float) - 10
+
+
+IN_OPENVINO = """
+import sys, torch, refold
+torch.manual_seed(0)
+net = torch.nn.Sequential(torch.nn.Conv2d(64, 64, 1), torch.nn.ReLU6(), torch.nn.Conv2d(64, 64, 1)).eval()
+torch.nn.init.normal_(net[0].weight)
+torch.nn.init.normal_(net[2].weight)
+images = (4 + 4 * torch.randn(32, 64, 12, 12)).clamp(0, 6)
+for cpu in ("any", "vnni"):
+    config = refold.QuantizationConfig(cpu=cpu, rotate=False)
+    try:
+        print(abs(refold.quantize(net, sys.argv[1], images, engine="openvino", config=config).engine_gap) < 1)
+    except refold.NotEquivalent as refusal:
+        print(refusal)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="x86 adds in 16 bits")
+def test_an_engine_that_saturates_is_refused_with_its_layers(tmp_path):
+    pytest.importorskip("openvino")
+    # OpenVINO without the processor's dot product of bytes: what an older one would do.
+    environment = os.environ | {"ONEDNN_MAX_CPU_ISA": "AVX2", "OMP_NUM_THREADS": "1"}
+    told = subprocess.run(
+        [sys.executable, "-c", IN_OPENVINO, str(tmp_path / "net.xml")],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    safe, refusal = told.stdout.splitlines()
+    assert safe == "True"
+    assert refusal.startswith("OpenVINO loses ")
+    assert "first at 0.weight, 2.weight; give cpu='any'" in refusal

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +28,15 @@ _TOGETHER = {
 }
 """Words of the registry of operators that are one kind here."""
 _SUMS = ("sum", "rsub")
-_LAYOUT = ("reorderinput", "reorderoutput", "split", "chunk", "split_with_sizes", "select", "expand", "slice")
-"""What moves memory and is no operator of its own in the registry."""
+_LAYOUT = (
+    *("reorderinput", "reorderoutput", "split", "chunk", "split_with_sizes", "select", "expand", "slice"),
+    *("shape", "quantizelinear", "dequantizelinear"),
+)
+"""What moves memory, or tells how it lies, and is no operator of its own in the registry."""
+_OF_INTEGERS = ("qlinear", "q")
+"""What ONNX Runtime puts before the names of operators on integers; the longer first."""
+_QUANTIZED_CONVOLUTION, _QUANTIZED_WEIGHT = "QLinearConv", 3
+"""The convolution of integers, and the place of its weight among its inputs."""
 
 
 def kind_of(operator: str, shapes: Sequence[Sequence[int]]) -> str:
@@ -39,7 +46,9 @@ def kind_of(operator: str, shapes: Sequence[Sequence[int]]) -> str:
     (out_channels, in_channels / groups, ...).
     """
     name = operator.lower().removeprefix("aten::").strip("_")
-    word = "add" if name in _SUMS else "layout" if name in _LAYOUT else word_named(name) or "other"
+    names = (name, *(name.removeprefix(prefix) for prefix in _OF_INTEGERS if name.startswith(prefix)))
+    found = next(filter(None, map(word_named, names)), "other")
+    word = "add" if name in _SUMS else "layout" if name in _LAYOUT else found
     if word != "convolution":
         kind = _TOGETHER.get(word, word)
         return kind if kind in KINDS else "other"
@@ -81,16 +90,37 @@ def profile_onnxruntime(
     options.enable_profiling = True
     with tempfile.TemporaryDirectory() as folder:
         options.profile_file_prefix = str(Path(folder) / "profile")
+        optimised = Path(folder) / "optimised.onnx"
+        options.optimized_model_filepath = str(optimised)
         session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         feed = {session.get_inputs()[0].name: image.numpy()}
         for _ in range(warm_up + calls):
             session.run(None, feed)
         events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
-    return from_onnxruntime(events, warm_up)
+        return from_onnxruntime(events, warm_up, _integer_weights(optimised))
 
 
-def from_onnxruntime(events: Sequence[dict[str, Any]], warm_up: int) -> dict[str, float]:
-    """Milliseconds a call by kind of operator, from the events of ONNX Runtime's profile, less the first calls."""
+def _integer_weights(optimised: Path) -> dict[str, Sequence[int]]:
+    """The shapes of the weights of convolutions on integers, by the names of these, which the profile leaves out."""
+    import onnx
+
+    graph = onnx.load(str(optimised)).graph
+    shapes = {tensor.name: list(tensor.dims) for tensor in graph.initializer}
+    return {
+        node.name: shapes.get(node.input[_QUANTIZED_WEIGHT], [])
+        for node in graph.node
+        if node.op_type == _QUANTIZED_CONVOLUTION
+    }
+
+
+def from_onnxruntime(
+    events: Sequence[dict[str, Any]], warm_up: int, integer_weights: Mapping[str, Sequence[int]] | None = None
+) -> dict[str, float]:
+    """Milliseconds a call by kind of operator, from the events of ONNX Runtime's profile, less the first calls.
+
+    ``integer_weights`` are the shapes of the weights of convolutions on integers, by the names of these.
+    """
+    weights = integer_weights or {}
     starts = sorted(event["ts"] for event in events if event["name"] == "model_run")
     counted = starts[warm_up:]
     times: Counter[str] = Counter()
@@ -102,6 +132,9 @@ def from_onnxruntime(events: Sequence[dict[str, Any]], warm_up: int) -> dict[str
         ):
             continue
         shapes = [shape for entry in event["args"].get("input_type_shape", []) for shape in entry.values()]
+        name = event["name"].removesuffix("_kernel_time")
+        if name in weights:
+            shapes = [*shapes[:1], weights[name]]
         times[kind_of(event["args"]["op_name"], shapes)] += event["dur"] / 1000 / len(counted)
     return _ordered(times)
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import onnx
 from torch import Tensor
 
 from refold.errors import InputError
@@ -67,8 +69,15 @@ class Attempt(Filled):
         some = self.parts[: max(1, _CHECKED // PART)]
         count = sum(map(len, some))
         title = FORMATS[engine.engine].title
+
+        def reopened(model: Any) -> checking.Session:
+            aside = folder / "watched.onnx"
+            onnx.save(model, str(aside))
+            engine.write(aside, file)
+            return engine.open(file)
+
         self.engine_gap = checking.check_engine(
-            self.int8, self.graph, [output[:count] for output in self.wanted], some, run, title
+            self.int8, self.graph, [output[:count] for output in self.wanted], some, run, title, reopened
         )
         runs = engine.open_float(self.source, folder), engine.open(file, threads=1)
         self.speed = checking.speed_of(*runs, self.photos.images[:1].numpy(), threads=1)

@@ -20,6 +20,7 @@ from refold.errors import NotEquivalent
 from refold.quantization.columns import layout_of
 from refold.quantization.integers import PAIR_LIMIT, Pairs
 from refold.quantization.lockstep import Distance, decibels
+from refold.quantization.ranges import STEPS
 from refold.quantization.report import Agreement, LayerReport, Speed
 from refold.quantization.skeleton import Array, Graph
 
@@ -88,17 +89,24 @@ def layer_reports(graph: Graph, distances: Sequence[Distance], bits: int) -> lis
 
 
 def check_engine(
-    path: Path, graph: Graph, wanted: Sequence[Array], parts: Sequence[Array], run: Session, title: str
+    path: Path,
+    graph: Graph,
+    wanted: Sequence[Array],
+    parts: Sequence[Array],
+    run: Session,
+    title: str,
+    reopen: Callable[[Any], Session] | None = None,
 ) -> float:
     """How many decibels an engine, ``run``, loses against the ONNX file at ``path`` computed in float arithmetic.
 
+    ``reopen`` opens an ONNX model in the same engine; ONNX Runtime if not given.
     Raises `NotEquivalent`, naming the layers at which it starts, where that is more than one.
     """
     in_float = outputs_of(opened(path, optimised=False), parts)
     in_engine = outputs_of(run, parts)
     gap = min(decibels(wanted, in_float), _NO_NOISE) - min(decibels(wanted, in_engine), _NO_NOISE)
     if gap > _MOST_GAP:
-        names = _differing_layers(graph, parts)
+        names = _differing_layers(graph, parts[0], reopen or _of_model)
         raise NotEquivalent(
             f"{title} loses {gap:.1f} dB against float arithmetic of the same file on this processor, first at "
             f"{', '.join(names) or 'no single layer'}; give cpu='any', whose scales fit every arithmetic."
@@ -106,8 +114,12 @@ def check_engine(
     return gap
 
 
-def _differing_layers(graph: Graph, parts: Sequence[Array]) -> list[str]:
-    """The first layers whose integers differ by more than rounding between the engine and float arithmetic."""
+def _of_model(model: Any, *, optimised: bool = True) -> Session:
+    return opened(Path(), optimised=optimised, data=model.SerializeToString())
+
+
+def _differing_layers(graph: Graph, images: Array, reopen: Callable[[Any], Session]) -> list[str]:
+    """The first layers whose values differ by more than rounding between the engine and float arithmetic."""
     import onnx
 
     model = onnx.ModelProto()
@@ -115,18 +127,24 @@ def _differing_layers(graph: Graph, parts: Sequence[Array]) -> list[str]:
     watched = {}
     for layer in graph.layers:
         quantized = graph.quantized(layer.node.output[0])
-        if quantized is not None:
-            watched[quantized.output[0]] = layer.name
+        # What is not rounded, such as the answers, is watched as it is.
+        watched[(layer.node if quantized is None else quantized).output[0]] = (layer.name, quantized is None)
     del model.graph.output[:]
     model.graph.output.extend(
-        onnx.helper.make_tensor_value_info(name, onnx.TensorProto.UINT8, None) for name in watched
+        onnx.helper.make_tensor_value_info(
+            name, onnx.TensorProto.FLOAT if is_float else onnx.TensorProto.UINT8, None
+        )
+        for name, (_, is_float) in watched.items()
     )
-    data = model.SerializeToString()
-    both = [opened(Path(), optimised=optimised, data=data)(parts[0]) for optimised in (True, False)]
-    shares = [
-        (np.abs(a.astype(np.int16) - b.astype(np.int16)) > 2).mean() for a, b in zip(*both, strict=True)
-    ]
-    return [name for name, share in zip(watched.values(), shares, strict=True) if share > 1e-3][:3]
+    both = [open_model(images) for open_model in (reopen(model), _of_model(model, optimised=False))]
+    shares = [_share_apart(a, b) for a, b in zip(*both, strict=True)]
+    return [name for (name, _), share in zip(watched.values(), shares, strict=True) if share > 1e-3][:3]
+
+
+def _share_apart(given: Array, exact: Array) -> float:
+    """The share of values that are more than two of 255 steps apart."""
+    step = 1.0 if exact.dtype == np.uint8 else float(np.ptp(exact)) / STEPS
+    return float((np.abs(given.astype(np.float32) - exact.astype(np.float32)) > 2 * step).mean())
 
 
 def agreement_of(

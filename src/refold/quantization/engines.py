@@ -24,8 +24,8 @@ WITHOUT_INT8 = {
     "coreml": "its activations cannot be given as integers, and it runs on Apple's systems alone",
     "ncnn": "what makes its int8 files (ncnn2table, ncnn2int8) is not in its Python packages, pnnx turns the rounding "
     "of an ONNX file into float arithmetic, and its activations are symmetric, which these files' are not",
-    "mnn": "its converter ends at ONNX files with integer weights (tried with 3.6), and its own mnnquant takes images, "
-    "not integers",
+    "mnn": "its converter breaks off at ONNX files with integer weights (tried with 3.6), and its own mnnquant takes "
+    "images, not integers",
     "litert": "its quantiser (ai-edge-quantizer) guesses the scales of given integers from the weights, and of dense "
     "layers alone; the others it rounds itself",
     "tensorrt": "it needs an NVIDIA card and chooses symmetric ranges, which these files do not have",
