@@ -179,7 +179,8 @@ def test_on_the_command_line(images: Path, tmp_path: Path, monkeypatch: pytest.M
         (["repghost/table-4", "--accuracy", "--data", "digits"], "changes none of them; train one"),
         (["repghost/table-7", "--accuracy", "--data", "digits", "--seeds", "0"], "seeds is 0; give"),
         (["repghost/table-7", "--accuracy", "--data", "digits", "-o", "t.csv"], "neither .json nor .md"),
-        (["repghost/table-7", "--accuracy", "--data", "digits", "--csv"], "no CSV"),
+        (["repghost/table-7", "--accuracy", "--data", "digits", "--csv"], "--csv exclude each other"),
+        (["repghost/table-7", "--accuracy", "--pretrained", "photos"], "exclude each other"),
         (["repghost/table-7", "--accuracy", "--data", "digits", "--set", "epoch=2"], "no key 'epoch'"),
     ],
 )

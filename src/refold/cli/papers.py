@@ -6,9 +6,8 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.markup import escape
@@ -90,6 +89,14 @@ def paper_command(
     full: Annotated[
         bool, typer.Option("--full", help="With --accuracy: the paper's own networks, by its recipe.")
     ] = False,
+    pretrained: Annotated[
+        Path | None,
+        typer.Option(
+            "--pretrained",
+            metavar="FOLDER",
+            help="Fetch the published weights, and ask them about ImageNet's photos, one folder a class.",
+        ),
+    ] = None,
     accelerator: Annotated[
         str | None, typer.Option("--accelerator", help="With --accuracy: auto, cpu, gpu or mps.")
     ] = None,
@@ -102,7 +109,8 @@ def paper_command(
 ) -> None:
     """Measure a table or figure of the papers and print it beside the published values; list names them.
 
-    With --accuracy its rows are trained instead, small networks on CIFAR-10 or on images of yours.
+    With --accuracy its rows are trained instead, small networks on CIFAR-10 or on images of yours; with --pretrained
+    their published weights are asked about ImageNet's photos.
     """
     from refold.bench.papers import find_exhibit, list_papers
 
@@ -115,21 +123,23 @@ def paper_command(
     of_training = {
         "data": data, "runs": runs, "seeds": seeds, "set": overrides, "full": full or None, "accelerator": accelerator,
     }  # fmt: skip
-    if accuracy:
-        if as_csv:
-            raise InputError("Trained accuracies are no CSV; give --json or --markdown.")
-        given = {key: value for key, value in of_training.items() if value is not None}
-        _train_rows(
-            name,
-            given,
-            (threads or [1])[0],
-            only or (),
-            output or (),
-            "json" if as_json else "markdown" if as_markdown else "",
-        )
+    stated = {key: value for key, value in of_training.items() if value is not None}
+    if stated and not accuracy:
+        options = ", ".join(f"--{key}" for key in stated)
+        raise InputError(f"{options} is about training; add --accuracy, or leave it out.")
+    if accuracy or pretrained is not None:
+        from refold.cli.accuracies import evaluate_rows, train_rows
+
+        if as_csv or (accuracy and pretrained is not None):
+            raise InputError(
+                "--accuracy, --pretrained and --csv exclude each other; give --json or --markdown for a file."
+            )
+        form = "json" if as_json else "markdown" if as_markdown else ""
+        if accuracy:
+            train_rows(name, stated, (threads or [1])[0], only or (), output or (), form)
+        elif pretrained is not None:
+            evaluate_rows(name, pretrained, only or (), output or (), form)
         return
-    if alone := [f"--{key}" for key, value in of_training.items() if value is not None]:
-        raise InputError(f"{', '.join(alone)} is about training; add --accuracy, or leave it out.")
     from refold.bench import papers
     from refold.bench.command import progress
     from refold.bench.results import read_accuracies
@@ -172,48 +182,6 @@ def paper_command(
         print((papers.to_csv if as_csv else papers.to_markdown)(table), end="")
     else:
         console.print(papers.to_rich(table))
-
-
-def _train_rows(
-    name: str, given: dict[str, Any], threads: int, only: Sequence[str], output: Sequence[Path], form: str
-) -> None:
-    """Train the rows of an exhibit, write what is known after each run, and print it at the end."""
-    from refold import replication
-    from refold.replication.report import check_suffix
-    from refold.training.recipe import parse_overrides
-
-    for path in output:
-        check_suffix(path)
-    if "data" not in given:
-        raise InputError("There is nothing to train on; give --data FOLDER, such as that of CIFAR-10.")
-    training = replication.Training(
-        given["data"],
-        given.get("runs", Path("runs") / name.replace("/", "-")),
-        seeds=given.get("seeds", 3),
-        full=given.get("full", False),
-        overrides=parse_overrides(given.get("set", [])),
-        threads=threads,
-        accelerator=given.get("accelerator", "auto"),
-    )
-
-    def write(found: replication.Replication) -> None:
-        for path in output:
-            replication.save(found, path)
-
-    try:
-        found = replication.replicate(
-            name, training, error_console if form else console, only=only, on_run=write
-        )
-    except KeyboardInterrupt:
-        print(f"refold: stopped; the same command goes on with the runs of {training.runs}.", file=sys.stderr)
-        raise typer.Exit(130) from None
-    write(found)
-    if form == "json":
-        print(json.dumps(replication.to_dict(found), indent=1))
-    elif form:
-        print(replication.to_markdown(found), end="")
-    else:
-        console.print(replication.to_rich(found))
 
 
 def _print_list(exhibits: list[Exhibit], as_json: bool) -> None:

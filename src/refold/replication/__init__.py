@@ -1,19 +1,21 @@
-"""The accuracy tables of the papers, trained here: which of their relations hold."""
+"""The accuracies of the papers: their tables trained here, and their released weights asked about ImageNet's photos."""
 
+from refold.replication.evaluating import Evaluation, evaluate
 from refold.replication.plan import Training, why_not
 from refold.replication.relations import RULE, Relation
 from refold.replication.replicating import Replication, replicate
-from refold.replication.report import save, to_dict, to_markdown, to_rich
+from refold.replication.report import sheet
+from refold.replication.sheet import Sheet
 
 __all__ = [
     "RULE",
+    "Evaluation",
     "Relation",
     "Replication",
+    "Sheet",
     "Training",
+    "evaluate",
     "replicate",
-    "save",
-    "to_dict",
-    "to_markdown",
-    "to_rich",
+    "sheet",
     "why_not",
 ]

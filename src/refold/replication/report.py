@@ -1,22 +1,16 @@
-"""A table trained here, for the terminal, as Markdown and as JSON."""
+"""A table trained here, as a sheet."""
 
 from __future__ import annotations
 
 import csv
-import json
 from dataclasses import asdict
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from rich.console import Group
-from rich.markup import escape
-from rich.table import Table
-
-from refold.errors import InputError
-from refold.files import PathLike, check_writable, write_text
 from refold.replication.relations import RULE, Relation
 from refold.replication.replicating import Replication
+from refold.replication.sheet import Sheet
 from refold.training.settings import HISTORY
 
 FORMAT = "refold replication 1"
@@ -73,32 +67,13 @@ def remarks(found: Replication) -> list[str]:
     return lines
 
 
-def to_rich(found: Replication) -> Group:
-    """The table for the terminal, with the remarks below."""
-    table = Table()
-    for place, heading in enumerate(_HEADINGS):
-        table.add_column(heading, justify="left" if place < _NUMBERS else "right", overflow="fold")
-    for relation in found.relations:
-        table.add_row(*map(escape, relation_cells(relation)))
-    title = f"[bold]{escape(found.exhibit.source)}[/]: {escape(found.exhibit.title)}"
-    return Group(title, table, *(escape(f"- {line}") for line in remarks(found)))
+def sheet(found: Replication) -> Sheet:
+    """The table of what was trained, with what each run was told, its epochs and its versions as content."""
+    rows = [relation_cells(relation) for relation in found.relations]
+    return Sheet(found.exhibit, _HEADINGS, rows, _NUMBERS, remarks(found), _content(found))
 
 
-def to_markdown(found: Replication) -> str:
-    """The table and the remarks."""
-    marks = "|".join("---" if place < _NUMBERS else "--:" for place in range(len(_HEADINGS)))
-    lines = [
-        f"**{found.exhibit.source}**: {found.exhibit.title}.",
-        "",
-        f"| {' | '.join(_HEADINGS)} |",
-        f"|{marks}|",
-    ]
-    lines += [f"| {' | '.join(relation_cells(relation))} |" for relation in found.relations]
-    return "\n".join([*lines, "", *(f"- {line}" for line in remarks(found))]) + "\n"
-
-
-def to_dict(found: Replication) -> dict[str, Any]:
-    """All of it as plain JSON-able values, with what each run was told, its epochs and its versions."""
+def _content(found: Replication) -> dict[str, Any]:
     recipes = [card["settings"]["recipe"]["recipe"] for card in found.cards.values()]
     shared = {
         key: value for key, value in (recipes or [{}])[0].items() if all(r[key] == value for r in recipes)
@@ -122,7 +97,6 @@ def to_dict(found: Replication) -> dict[str, Any]:
         "left": found.left,
         "recipe": shared,
         "runs": {name: _run(found, name, shared) for name in found.cards},
-        "report": to_markdown(found),
     }
 
 
@@ -141,20 +115,3 @@ def _run(found: Replication, name: str, shared: dict[str, Any]) -> dict[str, Any
         "history": history,
         "versions": card["versions"],
     }
-
-
-def check_suffix(path: PathLike) -> Path:
-    """The path of a file to write; raises `InputError` where it is neither .json nor .md."""
-    if Path(path).suffix.lower() not in (".json", ".md"):
-        raise InputError(f"'{path}' ends in neither .json nor .md, in which trained accuracies are written.")
-    return check_writable(path)
-
-
-def save(found: Replication, path: PathLike) -> None:
-    """Write it by the file's suffix, .json or .md."""
-    text = (
-        to_markdown(found)
-        if check_suffix(path).suffix.lower() == ".md"
-        else json.dumps(to_dict(found), indent=1)
-    )
-    write_text(path, text)
