@@ -39,5 +39,5 @@ def _relations(rows: list[dict[str, Any]]) -> str:
     told: dict[str, list[str]] = {}
     for row in rows:
         if row["relation"] is not None:
-            told.setdefault(row["relation"], []).append(f"{row['model']} to {row['reference']}")
+            told.setdefault(row["relation"], []).append(f"“{row['model']}” to “{row['reference']}”")
     return "In short: " + "; ".join(f"{verdict}: {', '.join(names)}" for verdict, names in told.items()) + "."

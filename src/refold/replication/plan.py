@@ -76,8 +76,8 @@ def why_not(exhibit: Exhibit) -> str:
         return ""
     if exhibit.columns_of("top-1"):
         return (
-            f"{exhibit.name} sets finished networks beside each other and changes none of them; train one with "
-            "refold train --network NAME --recipe RECIPE."
+            f"No rows of {exhibit.name} are chosen to be trained small and compared; train its networks one by "
+            "one, with refold train --network NAME."
         )
     if any("mAP" in column.quantity for column in exhibit.columns):
         return f"{exhibit.name} is about detectors on COCO, which no reduced scale stands for; see refold train --task."
@@ -99,7 +99,7 @@ def plan(exhibit: Exhibit, training: Training, only: Sequence[str] = ()) -> Plan
     left = {
         row.model: _left(row)
         for row in exhibit.rows
-        if row not in exhibit.trained or not (training.full or row.network in known)
+        if row.model in wanted and (row not in exhibit.trained or not (training.full or row.network in known))
     }
     rows = [row for row in exhibit.trained if row.model in wanted and row.model not in left]
     if not any(row.reference not in (None, row.model) for row in rows):
