@@ -1,4 +1,5 @@
-"""Write ``docs/results.md`` and its figures from the results of `cifar10.py`, `distill_photos.py` and `three_tasks.py`.
+"""Write ``docs/results.md`` and its figures from the results of `cifar10.py`, `distill_photos.py`, `three_tasks.py` and
+of ``refold paper NAME --accuracy -o docs/results/paper-NAME.json``.
 
     python benchmarks/document_results.py
 
@@ -21,6 +22,7 @@ from matplotlib.ticker import MaxNLocator
 
 import refold
 from cifar10 import SEEDS, small_ghostnetv2, small_ghostnetv3, small_resnet
+from document_papers import papers_section
 from refold.files import write_text, written_aside
 from refold.recording.cost import count
 
@@ -350,8 +352,8 @@ def main() -> None:
     lines = [
         "# Results of training",
         "",
-        "Made by `benchmarks/cifar10.py`, `benchmarks/distill_photos.py` and `benchmarks/three_tasks.py`, written here "
-        "by `benchmarks/document_results.py`.",
+        "Made by `benchmarks/cifar10.py`, `benchmarks/distill_photos.py`, `benchmarks/three_tasks.py` and "
+        "`refold paper NAME --accuracy`, written here by `benchmarks/document_results.py`.",
     ]
     for name, section, draw in (
         ("cifar10", cifar_section, draw_cifar),
@@ -361,9 +363,14 @@ def main() -> None:
         path = docs / "results" / f"{name}.json"
         if path.is_file():
             results = json.loads(path.read_text(encoding="utf-8"))
+            if not results.get("runs", True):
+                continue
             lines += ["", *section(results)]
             if draw is not None:
                 draw(path.with_suffix(".svg"), results)
+    tables = [json.loads(path.read_text("utf-8")) for path in sorted((docs / "results").glob("paper-*.json"))]
+    if tables:
+        lines += ["", *papers_section(tables)]
     write_text(docs / "results.md", "\n".join(lines) + "\n")
 
 

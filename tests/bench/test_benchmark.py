@@ -212,7 +212,7 @@ def test_a_real_run_from_the_command_line(
     monkeypatch.setattr(cli.console, "width", 120)
     Path("accuracies.csv").write_text("test_resnet,66.8\n")
     arguments = "bench test_resnet --form plain --input-size 32 --rounds 2 --warm-up 1 --breakdown"
-    outputs = "-o r.json -o r.md -o r.csv --accuracy accuracies.csv --note tiny"
+    outputs = "-o r.json -o r.md -o r.csv --accuracies accuracies.csv --note tiny"
     monkeypatch.setattr(sys, "argv", ["refold", *arguments.split(), *outputs.split()])
     with pytest.raises(SystemExit) as left:
         cli.main()
@@ -237,7 +237,7 @@ def test_command_line_mistakes(
         ("bench", "name a model"),
         ("bench --merge no.json", "'no.json' cannot be read"),
         ("bench repvgg_a0 -o result.txt", "ends in '.txt'"),
-        ("bench repvgg_a0 --accuracy no.csv", "'no.csv' cannot be read"),
+        ("bench repvgg_a0 --accuracies no.csv", "'no.csv' cannot be read"),
     ):
         monkeypatch.setattr(sys, "argv", ["refold", *arguments.split()])
         with pytest.raises(SystemExit) as left:

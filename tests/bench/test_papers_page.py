@@ -57,7 +57,9 @@ def test_every_measured_exhibit_is_named_where_it_belongs() -> None:
     for exhibit in list_papers():
         if exhibit.number == "official repository":
             continue
-        assert f"refold paper {exhibit.name}" in page[exhibit.paper.name][exhibit.number], exhibit.name
+        said = page[exhibit.paper.name][exhibit.number]
+        assert f"refold paper {exhibit.name}" in said, exhibit.name
+        assert ("trained with `--accuracy`" in said) == bool(exhibit.trained), exhibit.name
 
 
 def test_what_is_named_exists() -> None:

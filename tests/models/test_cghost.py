@@ -209,6 +209,20 @@ def test_arguments_that_cannot_be_used(name: str, arguments: dict[str, int], mes
         create_model(name, **arguments)
 
 
+@pytest.mark.parametrize(
+    ("name", "channels"),
+    [
+        ("cghost_vgg16", [16, 32, 64, 128, 128]),
+        ("cghost_resnet56", [4, 8, 16]),
+        ("repvgg_b0", [16, 16, 32, 64, 320]),
+    ],
+)
+def test_a_quarter_of_the_width_has_a_quarter_of_the_channels(name: str, channels: list[int]) -> None:
+    network = create_model(name, width=0.25).eval()
+    assert [feature["num_chs"] for feature in network.feature_info] == channels
+    assert network(torch.zeros(1, 3, 32, 32)).isfinite().all()
+
+
 def test_a_width_must_be_positive() -> None:
     with pytest.raises(InputError, match="width is 0; give the factor"):
         create_model("cghost_net_c", width=0)

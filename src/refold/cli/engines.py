@@ -220,7 +220,7 @@ def bench(
     ] = None,
     plots: Plots = None,
     accuracy: Annotated[
-        Path | None, typer.Option("--accuracy", help="Accuracies by model name, as CSV or JSON.")
+        Path | None, typer.Option("--accuracies", help="Accuracies by model name, as CSV or JSON.")
     ] = None,
     machine: MachineName = None,
     note: MachineNote = "",

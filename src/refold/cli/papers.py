@@ -59,9 +59,46 @@ def paper_command(
         list[Path] | None, typer.Option("--output", "-o", help="A .json, .csv or .md file; repeat it.")
     ] = None,
     plots: Plots = None,
-    accuracy: Annotated[
+    accuracies: Annotated[
         Path | None,
-        typer.Option("--accuracy", help="Accuracies of what was trained here, by network, as CSV or JSON."),
+        typer.Option("--accuracies", help="Accuracies of what was trained here, by network, as CSV or JSON."),
+    ] = None,
+    accuracy: Annotated[
+        bool,
+        typer.Option(
+            "--accuracy",
+            help="Train the rows in place of measuring them, and say which of the paper's relations hold.",
+        ),
+    ] = False,
+    data: Annotated[
+        str | None, typer.Option("--data", help="With --accuracy: the images, as refold train takes them.")
+    ] = None,
+    runs: Annotated[
+        Path | None,
+        typer.Option("--runs", help="With --accuracy: the folder of its runs.", show_default="runs/NAME"),
+    ] = None,
+    seeds: Annotated[
+        int | None, typer.Option("--seeds", help="With --accuracy: runs a row.", show_default="3")
+    ] = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", metavar="KEY=VALUE", help="With --accuracy: a value of all rows' recipe; repeatable."
+        ),
+    ] = None,
+    full: Annotated[
+        bool, typer.Option("--full", help="With --accuracy: the paper's own networks, by its recipe.")
+    ] = False,
+    pretrained: Annotated[
+        Path | None,
+        typer.Option(
+            "--pretrained",
+            metavar="FOLDER",
+            help="Fetch the published weights, and ask them about ImageNet's photos, one folder a class.",
+        ),
+    ] = None,
+    accelerator: Annotated[
+        str | None, typer.Option("--accelerator", help="With --accuracy: auto, cpu, gpu or mps.")
     ] = None,
     machine: MachineName = None,
     note: MachineNote = "",
@@ -70,7 +107,11 @@ def paper_command(
     as_csv: Annotated[bool, typer.Option("--csv", help="Print CSV, a line for each value.")] = False,
     as_markdown: Annotated[bool, typer.Option("--markdown", help="Print Markdown.")] = False,
 ) -> None:
-    """Measure a table or figure of the papers and print it beside the published values; list names them."""
+    """Measure a table or figure of the papers and print it beside the published values; list names them.
+
+    With --accuracy its rows are trained instead, small networks on CIFAR-10 or on images of yours; with --pretrained
+    their published weights are asked about ImageNet's photos.
+    """
     from refold.bench.papers import find_exhibit, list_papers
 
     if as_json + as_csv + as_markdown > 1:
@@ -79,6 +120,26 @@ def paper_command(
         _print_list(list_papers(), as_json)
         return
     find_exhibit(name)  # before what takes seconds to import
+    of_training = {
+        "data": data, "runs": runs, "seeds": seeds, "set": overrides, "full": full or None, "accelerator": accelerator,
+    }  # fmt: skip
+    stated = {key: value for key, value in of_training.items() if value is not None}
+    if stated and not accuracy:
+        options = ", ".join(f"--{key}" for key in stated)
+        raise InputError(f"{options} is about training; add --accuracy, or leave it out.")
+    if accuracy or pretrained is not None:
+        from refold.cli.accuracies import evaluate_rows, train_rows
+
+        if as_csv or (accuracy and pretrained is not None):
+            raise InputError(
+                "--accuracy, --pretrained and --csv exclude each other; give --json or --markdown for a file."
+            )
+        form = "json" if as_json else "markdown" if as_markdown else ""
+        if accuracy:
+            train_rows(name, stated, (threads or [1])[0], only or (), output or (), form)
+        elif pretrained is not None:
+            evaluate_rows(name, pretrained, only or (), output or (), form)
+        return
     from refold.bench import papers
     from refold.bench.command import progress
     from refold.bench.results import read_accuracies
@@ -87,7 +148,7 @@ def paper_command(
 
     for path in output or ():
         check_suffix(check_writable(path))
-    accuracies = {} if accuracy is None else read_accuracies(accuracy)
+    trained = {} if accuracies is None else read_accuracies(accuracies)
     is_plain = as_json or as_csv or as_markdown
     try:
         with progress(error_console if is_plain else console) as on_progress:
@@ -101,7 +162,7 @@ def paper_command(
                 warm_up=warm_up,
                 only=only or (),
                 results=results,
-                accuracies=accuracies,
+                accuracies=trained,
                 machine=machine,
                 note=note,
                 time_limit=time_limit,

@@ -5,6 +5,7 @@ from functools import partial
 from itertools import pairwise
 from typing import Any, ClassVar, NamedTuple
 
+from timm.layers import make_divisible
 from torch import nn
 
 from refold.blocks import GhostModule, GhostModuleFactory, basic_stage
@@ -45,6 +46,7 @@ class GhostVGG(ImageClassifier):
 
     ``ratio`` and ``cheap_kernel_size`` are those of the modules (tables 4 and 5); a ratio of 1 gives VGG itself, with
     batch norm. The hidden layer has as many neurons as the last module has channels.
+    ``width`` scales all channels, rounded to multiples of eight.
     Images ``(batch, in_chans, height, width)`` of any height and width to logits ``(batch, num_classes)``.
     Raises ``InputError`` where an argument cannot be used.
 
@@ -69,17 +71,20 @@ class GhostVGG(ImageClassifier):
         *,
         ratio: int | None = None,
         cheap_kernel_size: int | None = None,
+        width: float = 1.0,
     ) -> None:
-        check_arguments(num_classes, in_chans, drop_rate, global_pool)
+        check_arguments(num_classes, in_chans, drop_rate, global_pool, width=width)
         module = partial(_module(table, ratio, cheap_kernel_size), activation=True, kernel_size=3)
-        (channels, *first), *others = table.channels
+        (channels, *first), *others = (
+            [make_divisible(channels * width, 8) for channels in stage] for stage in table.channels
+        )
         stem = module(in_chans, channels)
         stages, features = [], {}
         for stage, widths in enumerate([first, *others]):
             layers: list[nn.Module] = [_pool()] if stage else []
-            for width in widths:
-                layers.append(module(channels, width))
-                channels = width
+            for out_channels in widths:
+                layers.append(module(channels, out_channels))
+                channels = out_channels
             stages.append(nn.Sequential(*layers))
             features[f"stages.{stage}"] = channels
         super().__init__(
@@ -101,6 +106,7 @@ class GhostCifarResNet(ImageClassifier):
     """ResNet's basic blocks of ghost modules at three resolutions, all shortcuts without parameters.
 
     ``ratio`` and ``cheap_kernel_size`` are those of the modules, the stem included; a ratio of 1 gives ResNet itself.
+    ``width`` scales all channels, rounded to multiples of two.
     Images ``(batch, in_chans, height, width)`` of any height and width to logits ``(batch, num_classes)``.
     Raises ``InputError`` where an argument cannot be used.
 
@@ -126,10 +132,12 @@ class GhostCifarResNet(ImageClassifier):
         *,
         ratio: int | None = None,
         cheap_kernel_size: int | None = None,
+        width: float = 1.0,
     ) -> None:
-        check_arguments(num_classes, in_chans, drop_rate, global_pool)
+        check_arguments(num_classes, in_chans, drop_rate, global_pool, width=width)
         module = _module(table, ratio, cheap_kernel_size)
-        widths = [table.channels[0], *table.channels]
+        channels = [make_divisible(channels * width, 2) for channels in table.channels]
+        widths = [channels[0], *channels]
         stages = [
             basic_stage(
                 in_channels,
@@ -143,7 +151,7 @@ class GhostCifarResNet(ImageClassifier):
         super().__init__(
             stem=module(in_chans, widths[0], activation=True, kernel_size=3),
             stages=stages,
-            feature_channels={f"stages.{stage}": width for stage, width in enumerate(table.channels)},
+            feature_channels={f"stages.{stage}": each for stage, each in enumerate(channels)},
             num_classes=num_classes,
             in_chans=in_chans,
             drop_rate=drop_rate,

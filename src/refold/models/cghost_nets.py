@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from refold.blocks import InvertedBottleneck
-from refold.errors import InputError
 from refold.models.ghostnet import GHOST_ROWS, GhostNet, GhostRow, scaled
 from refold.models.layouts import CheckpointLayout
 
@@ -63,8 +62,6 @@ class InvertedNet(GhostNet):
         *,
         width: float | None = None,
     ) -> None:
-        if width is not None and width <= 0:
-            raise InputError(f"width is {width}; give the factor of all channels, above 0.")
         super().__init__(
             table.width if width is None else width,
             num_classes,

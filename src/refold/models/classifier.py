@@ -251,7 +251,13 @@ def pooled_head(in_features: int, num_classes: int, *, pool_type: str, drop_rate
 
 
 def check_arguments(
-    num_classes: int, in_chans: int, drop_rate: float, global_pool: str, drop_path_rate: float = 0.0
+    num_classes: int,
+    in_chans: int,
+    drop_rate: float,
+    global_pool: str,
+    drop_path_rate: float = 0.0,
+    *,
+    width: float = 1.0,
 ) -> None:
     """Raise ``InputError`` for what no classifier can be built with."""
     if num_classes < 0:
@@ -263,6 +269,8 @@ def check_arguments(
     for name, rate in (("drop_rate", drop_rate), ("drop_path_rate", drop_path_rate)):
         if not 0 <= rate < 1:
             raise InputError(f"{name} is {rate}; give a probability from 0 up to, but not including, 1.")
+    if width <= 0:
+        raise InputError(f"width is {width}; give the factor of all channels, above 0.")
     if global_pool not in POOLINGS:
         raise InputError(f"global_pool is {global_pool!r}; choose one of {', '.join(map(repr, POOLINGS))}.")
     if not global_pool and num_classes:

@@ -8,7 +8,6 @@ from timm.layers import make_divisible
 from torch import nn
 
 from refold.blocks import BasicBlock, Cheap, ConvNorm, gghost_stage, thin_width
-from refold.errors import InputError
 from refold.models.classifier import CIFAR10, ImageClassifier, check_arguments
 from refold.models.gghost_regnet import initialise
 
@@ -53,9 +52,7 @@ class GGhostResNet(ImageClassifier):
         mix: bool = True,
         width: float = 1.0,
     ) -> None:
-        check_arguments(num_classes, in_chans, drop_rate, global_pool)
-        if width <= 0:
-            raise InputError(f"width is {width}; give the factor of all channels, above 0.")
+        check_arguments(num_classes, in_chans, drop_rate, global_pool, width=width)
         widths = [make_divisible(channels * width, 2) for channels in table.channels]
         stages, channels = [], widths[0]
         for stage, (depth, out_channels) in enumerate(zip(table.depths, widths, strict=True)):

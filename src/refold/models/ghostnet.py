@@ -125,7 +125,7 @@ class GhostNet(ImageClassifier):
         rows: Sequence[GhostRow] | None = None,
         bottleneck: Callable[[int, GhostRow, float], nn.Module] | None = None,
     ) -> None:
-        check_arguments(num_classes, in_chans, drop_rate, global_pool)
+        check_arguments(num_classes, in_chans, drop_rate, global_pool, width=width)
         build = bottleneck or partial(
             _bottleneck, module=module or self.module, conv=conv, identity_shortcut=identity_shortcuts
         )

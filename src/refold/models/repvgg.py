@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
+from timm.layers import make_divisible
 from torch import nn
 
 from refold.blocks import RepVGGBlock
@@ -79,7 +80,8 @@ class RepVGG(ImageClassifier):
 
     ``reparameterization`` chooses what each block sums (figures 6 and 7), a name of
     ``refold.blocks.REPARAMETERIZATIONS``. ``"residual"`` makes a block of every two layers of a stage and leaves
-    the stem and the last stage single layers without branches.
+    the stem and the last stage single layers without branches. ``width`` scales all channels, rounded to multiples of
+    eight.
     Images ``(batch, in_chans, height, width)`` of any height and width to logits ``(batch, num_classes)``.
     Raises ``InputError`` where an argument cannot be used.
 
@@ -98,11 +100,12 @@ class RepVGG(ImageClassifier):
         global_pool: str = "avg",
         *,
         reparameterization: str = "full",
+        width: float = 1.0,
     ) -> None:
-        check_arguments(num_classes, in_chans, drop_rate, global_pool)
+        check_arguments(num_classes, in_chans, drop_rate, global_pool, width=width)
         pairs = reparameterization == _PAIRS
         single = "none" if pairs else reparameterization
-        stem_channels, *stage_channels = table.channels
+        stem_channels, *stage_channels = (make_divisible(channels * width, 8) for channels in table.channels)
         stages: list[nn.Sequential] = []
         channels, index = stem_channels, 0
         for depth, out_channels in zip(table.depths, stage_channels, strict=True):

@@ -96,12 +96,13 @@ class PaperColumn:
 class PaperRow:
     """One line of a table: its printed values, one a column ("" where nothing is printed), and our network.
 
-    `network` is None where it cannot be built here. The printed sizes are those of `form`, the printed times those of
-    `timed`. `linear` computes the folded network's 1x1 convolutions as linear layers; `unfold` is the plan whose
-    branches the network gets. `against` is the row that this row's time is compared with, `minus` the row whose time is
-    subtracted from its own. `pixels` is the side of the images, by default the network's own; `note` says why the
-    network is not what is printed. A row with a `recipe` was trained by the exhibit's with these changes, and by the
-    `teacher`, if it has one.
+    `network` is None where it cannot be built here. The printed sizes are those of `form`, the printed times those
+    of `timed`. `linear` computes the folded network's 1x1 convolutions as linear layers; `unfold` is the plan whose
+    branches the network gets. `against` is the row that this row's time is compared with, `minus` the row whose
+    time is subtracted from its own, `reference` the row that its accuracy is compared with where both are trained
+    here. `pixels` is the side of the images, by default the network's own; `note` says why the network is not what
+    is printed. A row with a `recipe` was trained by the exhibit's with these changes, and by the `teacher`, if it
+    has one.
     """
 
     model: str
@@ -118,6 +119,7 @@ class PaperRow:
     unfold: str | None = None
     recipe: Mapping[str, Any] | None = None
     teacher: str | None = None
+    reference: str | None = None
 
     @property
     def has_size(self) -> bool:
@@ -175,17 +177,26 @@ class Exhibit:
 
     @property
     def measures(self) -> list[str]:
-        """What it compares: "sizes", "latency", "operators" and "accuracy (quoted)"."""
+        """What it compares: "sizes", "latency", "operators", and what is quoted."""
         found = ["sizes"] if any(row.has_size for row in self.rows) else []
         if self.columns_of(*TIMES):
             found.append("latency")
         if self.breakdown:
             found.append("operators")
         if self.columns_of(*ACCURACIES):
-            found.append("accuracy (quoted)")
+            found.append(
+                "accuracy (quoted, trained with --accuracy)" if self.trained else "accuracy (quoted)"
+            )
         if self.columns_of(*ERRORS):
             found.append("errors (quoted)")
         return found
+
+    @property
+    def trained(self) -> tuple[PaperRow, ...]:
+        """The rows whose accuracies are compared: those with a reference, and their references."""
+        compared = [row for row in self.rows if row.reference and row.network]
+        names = {name for row in compared for name in (row.model, row.reference)}
+        return tuple(row for row in self.rows if row.model in names)
 
     def row(self, model: str) -> PaperRow:
         """The row of this name."""
@@ -230,7 +241,9 @@ def exhibits() -> tuple[Exhibit, ...]:
 
 def _exhibit(papers: Mapping[str, Paper], entry: dict[str, Any]) -> Exhibit:
     entry = dict(entry)
-    shared = {key: entry.pop(key) for key in ("form", "timed", "pixels", "teacher") if key in entry}
+    shared = {
+        key: entry.pop(key) for key in ("form", "timed", "pixels", "reference", "teacher") if key in entry
+    }
     rows = tuple(
         PaperRow(**{**shared, **row, "values": tuple(row["values"])})  # a row's own go before
         for row in entry.pop("rows")
@@ -253,7 +266,7 @@ def _check(exhibit: Exhibit) -> None:
             raise ValueError(f"{where}: its forms are not of {', '.join(get_args(PaperForm))}")
         if row.recipe is not None and not exhibit.recipe:
             raise ValueError(f"{where}: the exhibit has no recipe that its recipe could change")
-        for other in (row.against, row.minus):
+        for other in (row.against, row.minus, row.reference):
             if other is not None and exhibit.row(other).network is None:
                 raise ValueError(f"{where}: '{other}' is not measured")
         for value in filter(None, row.values):
