@@ -2,6 +2,8 @@
 
 import dataclasses
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -53,7 +55,7 @@ def card(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
 
 @pytest.fixture
 def opened(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
-    """What each worker was opened with; its turns take 2, 3, 4 ... milliseconds, the way's place in between."""
+    """What each worker was opened with."""
     given: list[dict[str, Any]] = []
 
     class Worker(FakeNetwork):
@@ -188,6 +190,49 @@ def test_events_stand_around_the_calls(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: journal.append("wait"))
     assert execution.milliseconds(lambda: journal.append("call"), 3, "cuda") == 4.0
     assert journal == ["wait", "record", *["call"] * 3, "record", "wait for the event"]
+
+
+def test_a_graph_is_captured_behind_a_warm_up_and_replayed(monkeypatch: pytest.MonkeyPatch) -> None:
+    journal: list[str] = []
+
+    @contextmanager
+    def within(thing: Any) -> Iterator[None]:
+        journal.append(f"in {thing}")
+        yield
+        journal.append(f"out of {thing}")
+
+    class Stream:
+        def __str__(self) -> str:
+            return "the stream"
+
+        def wait_stream(self, _: Any) -> None:
+            journal.append("wait")
+
+    class Graph:
+        def __str__(self) -> str:
+            return "the graph"
+
+        def replay(self) -> None:
+            journal.append("replay")
+
+    for name, fake in (
+        ("Stream", Stream),
+        ("current_stream", Stream),
+        ("CUDAGraph", Graph),
+        ("stream", within),
+        ("graph", within),
+    ):
+        monkeypatch.setattr(torch.cuda, name, fake)
+
+    def model(image: torch.Tensor) -> torch.Tensor:
+        journal.append("call" if torch.is_inference_mode_enabled() else "call with gradients")
+        return image + 1
+
+    call = execution.call_of(model, torch.zeros(1), "graphs")  # type: ignore[arg-type]  # it is only called
+    captured = ["in the graph", "call", "out of the graph"]
+    assert journal == ["wait", "in the stream", *["call"] * 3, "out of the stream", "wait", *captured]
+    assert call() == torch.ones(1)
+    assert journal[-1] == "replay"
 
 
 @pytest.mark.parametrize("tf32", [False, True])
