@@ -31,6 +31,7 @@ from refold.bench.papers.results import TimingSetup
 from refold.bench.results import Benchmark
 from refold.bench.subjects import FORMS
 from refold.bench.timing import Timing
+from refold.bench.ways import Way
 from refold.blocks import GhostModule
 from refold.cli import app
 from refold.errors import InputError
@@ -215,7 +216,7 @@ def a_table() -> PaperTable:
         for line in exhibit.rows
         for size in (1, 2)
     ]
-    setups = (TimingSetup("onnxruntime", 1, 1), TimingSetup("onnxruntime", 1, 2))
+    setups = tuple(TimingSetup(Way("onnxruntime"), 1, size) for size in (1, 2))
     return PaperTable(exhibit, {}, Benchmark({"a processor": a_machine()}, rows), setups)
 
 

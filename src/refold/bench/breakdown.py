@@ -61,19 +61,26 @@ def kind_of(operator: str, shapes: Sequence[Sequence[int]]) -> str:
 
 
 def profile_torch(model: nn.Module, image: Tensor, calls: int = 5, warm_up: int = 3) -> dict[str, float]:
-    """Milliseconds a call by kind of operator, from PyTorch's profiler; what an operator calls counts as its own."""
+    """Milliseconds a call by kind of operator, from PyTorch's profiler; what an operator calls counts as its own.
+
+    On a card the time is that of its kernels.
+    """
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if on_card := image.device.type == "cuda":
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
     with torch.inference_mode():
         for _ in range(warm_up):
             model(image)
-        with torch.profiler.profile(
-            activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True
-        ) as profile:
+        with torch.profiler.profile(activities=activities, record_shapes=True) as profile:
             for _ in range(calls):
                 model(image)
+            if on_card:
+                torch.cuda.synchronize()
     times: Counter[str] = Counter()
     for event in profile.events() or ():
         if event.cpu_parent is None and event.name.startswith("aten::"):
-            times[kind_of(event.name, event.input_shapes)] += event.cpu_time_total / 1000 / calls
+            microseconds = event.device_time_total if on_card else event.cpu_time_total
+            times[kind_of(event.name, event.input_shapes)] += microseconds / 1000 / calls
     return _ordered(times)
 
 

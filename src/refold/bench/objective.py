@@ -14,9 +14,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, fx, nn
 
-from refold.bench.subjects import engine_names
 from refold.bench.timing import Timing
 from refold.bench.turns import TimedNetwork, TimingFailed, WorkerProcess, interleave
+from refold.bench.ways import engine_names
 from refold.bench.worker import PYTORCH
 from refold.errors import InputError, first_line
 from refold.export import FORMATS, Request, get_engine

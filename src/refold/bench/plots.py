@@ -25,6 +25,7 @@ class Scene:
     batch_size: int | None
     threads: int
     precision: str
+    variant: str
 
     def __str__(self) -> str:
         return ", ".join(part for part in self._parts() if part)
@@ -32,7 +33,7 @@ class Scene:
     def _parts(self) -> list[str]:
         threads = f"{self.threads} thread{'s' if self.threads > 1 else ''}"
         batch = "" if self.batch_size is None else f"batch {self.batch_size}"
-        return [self.machine, batch, threads, self.precision]
+        return [self.machine, batch, threads, self.precision, self.variant]
 
     def among(self, scenes: Sequence[Scene]) -> str:
         """What tells this scene from the others; empty where there are none."""
@@ -118,7 +119,7 @@ def save_plots(benchmark: Benchmark, folder: PathLike) -> list[Path]:
 
 def _scene(row: Measurement) -> Scene:
     key = row.configuration
-    return Scene(row.machine, key.batch_size, key.threads, key.precision)
+    return Scene(row.machine, key.batch_size, key.threads, key.precision, key.way.variant)
 
 
 def _file_name(section: str, engine: str, scene: Scene, scenes: Sequence[Scene]) -> str:

@@ -8,33 +8,23 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final, Literal, TypeAlias
+from typing import Any
 
 from refold.bench.machine import Machine
 from refold.bench.timing import Timing
+from refold.bench.ways import CHANNELS_FIRST, CPU, EAGER, Device, Execution, Measured, MemoryFormat, Way
 from refold.errors import InputError
-from refold.export import Precision
-from refold.export.request import FLOAT32, PRECISIONS
+from refold.export.request import FLOAT32
 from refold.files import PathLike, write_text
 
 FORMAT = "refold benchmark 1"
-
-INT8: Final = "int8"
-Measured: TypeAlias = Precision | Literal["int8"]
-_MEASURED: tuple[Measured, ...] = (*PRECISIONS, INT8)
-
-
-def measured_precision(name: str) -> Measured:
-    """The precision of a name, of export's or "int8"; raises `InputError` where there is none."""
-    for precision in _MEASURED:
-        if precision == name:
-            return precision
-    raise InputError(f"There is no precision '{name}'; choose among: {', '.join(_MEASURED)}.")
+# What a baseline may name of a configuration.
+_COMPARED = ("model", "form", "engine", "precision", "execution", "memory_format")
 
 
 @dataclass(frozen=True)
 class Configuration:
-    """What is measured: a model in one form, in one engine, on images of one size, in float32, float16 or int8."""
+    """What is measured: a model in one form, on images of one size, in one of the ways to run it (see `Way`)."""
 
     model: str
     form: str
@@ -43,10 +33,17 @@ class Configuration:
     threads: int
     input_size: tuple[int, ...]
     precision: Measured = FLOAT32
+    device: Device = CPU
+    execution: Execution = EAGER
+    memory_format: MemoryFormat = CHANNELS_FIRST
 
     def __str__(self) -> str:
-        precision = "" if self.precision == FLOAT32 else f", {self.precision}"
-        return f"{self.model}, {self.form}, {self.engine}{precision}, batch {self.batch_size}, threads {self.threads}"
+        return f"{self.model}, {self.form}, {self.way}, batch {self.batch_size}, threads {self.threads}"
+
+    @property
+    def way(self) -> Way:
+        """How the model is run."""
+        return Way(self.engine, self.precision, self.device, self.execution, self.memory_format)
 
 
 @dataclass(frozen=True)
@@ -130,9 +127,9 @@ class Ratio:
 class Benchmark:
     """All rows of a benchmark, of one machine or of several.
 
-    `baseline` names what every row is compared with: a model, form, engine or precision, or several separated by
-    commas ("training"; "ghostnet_100,plain"). A row is compared with the row that has these and is otherwise the
-    same. `accuracies` are top-1 shares or per cents by model name, or by "model,form".
+    `baseline` names what every row is compared with: a model, form, engine, precision, execution or memory format, or
+    several separated by commas ("training"; "ghostnet_100,plain"). A row is compared with the row that has these and
+    is otherwise the same. `accuracies` are top-1 shares or per cents by model name, or by "model,form".
     """
 
     machines: dict[str, Machine] = field(default_factory=dict)
@@ -254,12 +251,12 @@ class Benchmark:
 
 
 def parse_baseline(text: str, configurations: Iterable[Configuration]) -> dict[str, str]:
-    """What a baseline fixes of a configuration: some of model, form, engine and precision.
+    """What a baseline fixes of a configuration: model, form, engine, precision, execution or memory format, or several.
 
     Raises `InputError` where a part names none of those that occur, or two parts the same kind.
     """
     found: dict[str, str] = {}
-    occurring: dict[str, set[str]] = {kind: set() for kind in ("model", "form", "engine", "precision")}
+    occurring: dict[str, set[str]] = {kind: set() for kind in _COMPARED}
     for configuration in configurations:
         for kind, names in occurring.items():
             names.add(getattr(configuration, kind))

@@ -14,18 +14,17 @@ from pathlib import Path
 from torch import nn
 
 from refold.bench.breakdown import PROFILERS
-from refold.bench.machine import Roof, this_machine
+from refold.bench.machine import Roof, clocks_now, this_machine
 from refold.bench.results import (
     Benchmark,
     Configuration,
-    Measured,
     Measurement,
-    measured_precision,
     parse_baseline,
 )
 from refold.bench.roofline import least_work
-from refold.bench.subjects import TRAINING, Files, Forms, Subject, engine_names, subjects_of
+from refold.bench.subjects import TRAINING, Files, Forms, Subject, subjects_of
 from refold.bench.turns import TimingFailed, WorkerProcess, interleave, open_worker
+from refold.bench.ways import CHANNELS_FIRST, CPU, EAGER, Way, ways
 from refold.bench.worker import PYTORCH
 from refold.errors import InputError, RefoldError, first_line
 from refold.export.request import FLOAT32
@@ -37,6 +36,7 @@ BenchmarkProgress = Callable[[str, float], None]
 # Every process holds an engine of its own; more at a time would crowd the memory.
 _MOST_AT_ONCE = 24
 _BYTES_OF_ONE = 3 * 2**28
+_BYTES_OF_ONE_ON_A_CARD = 5 * 2**30
 
 
 class BenchmarkInterrupted(KeyboardInterrupt):
@@ -55,6 +55,9 @@ def benchmark(
     batch_sizes: Sequence[int] = (1,),
     threads: Sequence[int] = (1,),
     precisions: Sequence[str] = (FLOAT32,),
+    device: str = CPU,
+    executions: Sequence[str] = (EAGER,),
+    memory_formats: Sequence[str] = (CHANNELS_FIRST,),
     input_size: Sequence[int] | None = None,
     rounds: int = 30,
     warm_up: int = 5,
@@ -73,13 +76,15 @@ def benchmark(
     `models` are names, modules, or a mapping from the name to show to either. `forms` are of "training",
     "plain" and "shortcut-folded" (`refold.fold` with `shortcuts="fold", objective="operators"`), or such a list
     for each model by name; by default a name is measured in the first two and a module as it is. `engine` is
-    one or several of "pytorch" and those of `refold.export`, or "all", `precisions` of "float32", "float16" and
-    "int8" (ranges of random images: what `refold.quantize` is for shows in time and memory alone here).
+    one or several of "pytorch" and those of `refold.export`, or "all", `precisions` of "float32", "float16",
+    "int8" (ranges of random images: what `refold.quantize` is for shows in time and memory alone here) and, on a
+    card, "tf32". PyTorch runs on the `device` "cpu" or "cuda", with `executions` of "eager", "compiled"
+    (`torch.compile`) and "graphs" (CUDA graphs), and `memory_formats` of "channels_first" and "channels_last".
     `input_size` is (channels, height, width), by default the model's own. After `warm_up` rounds, `rounds`
     rounds are measured in which every configuration has one turn of about 10 ms. `baseline` is what the rows
     are compared with (see `Benchmark`), by default the training form if it is measured. `breakdown` adds the
     time by kind of operator, `roofline` the roofs of the machine and the floor of every model. `machine` is the
-    name under which the results stand, by default the processor's; `note` is kept with its facts.
+    name under which the results stand, by default the processor's or the card's; `note` is kept with its facts.
 
     `output` is a .json file that is written as the run goes; with `resume` what it holds already is not measured
     again. A configuration that cannot be prepared, crashes, or is silent for `time_limit` seconds becomes a row
@@ -100,9 +105,9 @@ def benchmark(
     for name, values in (("batch_sizes", batch_sizes), ("threads", threads)):
         if not values or min(values) < 1:
             raise InputError(f"{name} is {list(values)}; give one or more numbers from 1 on.")
-    wanted = tuple(
-        measured_precision(name) for name in precisions or [""]
-    )  # none is as wrong as an unknown one
+    chosen = ways(engine, precisions, device, executions, memory_formats)
+    if roofline and device != CPU:
+        raise InputError("The roofline is that of the processor; leave it out, or choose the device cpu.")
     if output is not None and Path(output).suffix.lower() != ".json":
         raise InputError(f"The results are kept in a .json file as the run goes, not in '{output}'.")
     if output is not None:
@@ -113,7 +118,7 @@ def benchmark(
         )
     subjects = subjects_of(models, forms)
     size = None if input_size is None else tuple(input_size)
-    plan = _Plan(subjects, engine_names(engine), wanted, tuple(batch_sizes), tuple(threads), size)
+    plan = _Plan(subjects, chosen, tuple(batch_sizes), tuple(threads), size)
     result = (
         Benchmark.load(output) if resume and output is not None and Path(output).exists() else Benchmark()
     )
@@ -133,8 +138,8 @@ def benchmark(
     )
     if result.baseline is not None:
         parse_baseline(result.baseline, run.named())
-    facts = this_machine(note)
-    run.machine = result.add_machine(machine or facts.cpu, facts)
+    facts = this_machine(note, device)
+    run.machine = result.add_machine(machine or facts.name, facts)
     try:
         run.everything()
     except KeyboardInterrupt:
@@ -142,11 +147,18 @@ def benchmark(
     return result
 
 
+def _configuration(
+    subject: Subject, form: str, way: Way, batch_size: int = 0, threads: int = 0, size: tuple[int, ...] = ()
+) -> Configuration:
+    return Configuration(
+        subject.name, form, batch_size=batch_size, threads=threads, input_size=size, **vars(way)
+    )
+
+
 @dataclass(frozen=True)
 class _Plan:
     subjects: list[Subject]
-    engines: list[str]
-    precisions: tuple[Measured, ...]
+    ways: tuple[Way, ...]
     batch_sizes: tuple[int, ...]
     threads: tuple[int, ...]
     input_size: tuple[int, ...] | None
@@ -168,13 +180,12 @@ class _Run:
     report: BenchmarkProgress
 
     def named(self) -> list[Configuration]:
-        """Models, forms, engines and precisions of this run and of what was measured before, for their names."""
+        """What is measured in this run and what was before, for the names that occur."""
         names = [
-            Configuration(subject.name, form, engine, 0, 0, (), precision)
+            _configuration(subject, form, way)
             for subject in self.plan.subjects
             for form in subject.forms
-            for engine in self.plan.engines
-            for precision in self.plan.precisions
+            for way in self.plan.ways
         ]
         return names + [row.configuration for row in self.result.rows]
 
@@ -228,21 +239,29 @@ class _Run:
             # Engine by engine: where a group is too large for one run, engines are parted rather than forms.
             wanted = [
                 (subject, key)
-                for engine, precision in product(self.plan.engines, self.plan.precisions)
+                for way in self.plan.ways
                 for subject in self.plan.subjects
                 for size in [self._size_of(subject)]
                 for form in subject.forms
-                if not self._is_complete(
-                    key := Configuration(subject.name, form, engine, batch_size, threads, size, precision)
-                )
+                if not self._is_complete(key := _configuration(subject, form, way, batch_size, threads, size))
             ]
             at_once = self._at_once()
             for start in range(0, len(wanted), at_once):
                 yield wanted[start : start + at_once]
 
     def _at_once(self) -> int:
-        memory = self.result.machines[self.machine].memory or _MOST_AT_ONCE * _BYTES_OF_ONE
-        return max(2, min(_MOST_AT_ONCE, memory // _BYTES_OF_ONE))
+        machine = self.result.machines[self.machine]
+        fitting = (machine.memory or _MOST_AT_ONCE * _BYTES_OF_ONE) // _BYTES_OF_ONE
+        if machine.gpu is not None:
+            fitting = min(fitting, machine.gpu.memory // _BYTES_OF_ONE_ON_A_CARD)
+        return max(2, min(_MOST_AT_ONCE, fitting))
+
+    def note_clocks(self) -> None:
+        """Ask the card for its clocks while the processes that kept it busy still hold it."""
+        machine = self.result.machines[self.machine]
+        if machine.gpu is not None:
+            gpu = dataclasses.replace(machine.gpu, clocks=clocks_now())
+            self.result.machines[self.machine] = dataclasses.replace(machine, gpu=gpu)
 
     def _size_of(self, subject: Subject) -> tuple[int, ...]:
         try:
@@ -255,7 +274,8 @@ class _Run:
         row = self.result.find(self.machine, key)
         if row is None or len(row.samples) < self.rounds:
             return False
-        told_apart = row.breakdown is not None or key.engine not in (PYTORCH, *PROFILERS)
+        tells = key.engine in PROFILERS or (key.engine == PYTORCH and key.execution == EAGER)
+        told_apart = row.breakdown is not None or not tells
         has_floor = row.floor is not None
         return (told_apart or not self.breakdown) and (has_floor or not self.roofline)
 
@@ -305,6 +325,7 @@ class _Group:
                 failures=self._failures,
                 on_round=lambda: self._say(text, len(self._subjects)),
             )
+            run.note_clocks()
             for key in set(self._workers) - set(self._failures):
                 self._say(f"asking {key}")
                 self._guarded(key, self._ask)
@@ -334,7 +355,7 @@ class _Group:
             operators=cost.operator_count,
             work=least_work(model, images, run.roof(key.threads)) if run.roofline else None,
         )
-        path = self._files.path(subject, key.form, key.engine, images, key.precision)
+        path = self._files.path(subject, key.form, key.engine, images, key.way.stored)
         self._workers[key] = open_worker(
             key.engine,
             path,
@@ -342,6 +363,7 @@ class _Group:
             shape=tuple(images.shape),
             dtype=str(images.dtype).removeprefix("torch."),
             time_limit=run.time_limit,
+            **key.way.of_pytorch,
         )
 
     def _ask(self, key: Configuration) -> None:

@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from refold.bench.results import INT8, Measured
 from refold.bench.turns import TimingFailed
+from refold.bench.ways import INT8, Stored
 from refold.bench.worker import PYTORCH
 from refold.checkpoints import example_input
 from refold.errors import InputError, RefoldError, first_line
-from refold.export import FORMATS, Request, installed_engines
+from refold.export import FORMATS, Request
 from refold.export.checked import export_checked
 from refold.export.preparing import in_precision
 from refold.export.request import FLOAT32
@@ -124,21 +124,6 @@ def subjects_of(
     return subjects
 
 
-def engine_names(engine: str | Sequence[str]) -> list[str]:
-    """The engines to measure: those named, or for "all" PyTorch and every engine that is installed.
-
-    Raises `InputError` for an unknown name.
-    """
-    known = [PYTORCH, *FORMATS]
-    named = [engine] if isinstance(engine, str) else list(engine)
-    if named == ["all"]:
-        return [PYTORCH, *installed_engines()]
-    unknown = next((name for name in named if name not in known), None)
-    if unknown is not None or not named:
-        raise InputError(f"There is no engine '{unknown or ''}'; choose among: {', '.join(known)}, or all.")
-    return list(dict.fromkeys(named))
-
-
 class Files:
     """The files that engines load, each written once, in a folder that goes when the block ends."""
 
@@ -155,7 +140,7 @@ class Files:
         self._folder.cleanup()
 
     def path(
-        self, subject: Subject, form: str, engine: str, images: Tensor, precision: Measured = FLOAT32
+        self, subject: Subject, form: str, engine: str, images: Tensor, precision: Stored = FLOAT32
     ) -> Path:
         """The file of a model for an engine; raises `TimingFailed` where it cannot be made, every time."""
         # PyTorch takes any batch; the engines get the one they are measured with, as they would be deployed.
@@ -176,7 +161,7 @@ class Files:
 
 
 def write_for_engine(
-    model: nn.Module, folder: Path, engine: str, images: Tensor, precision: Measured = FLOAT32
+    model: nn.Module, folder: Path, engine: str, images: Tensor, precision: Stored = FLOAT32
 ) -> Path:
     """The file, in `folder`, of an eval-mode model for an engine; raises `TimingFailed` where it cannot be made."""
     try:

@@ -14,6 +14,8 @@ from rich.table import Table
 
 from refold.bench.machine import Machine
 from refold.bench.results import Benchmark, Measurement
+from refold.bench.ways import CHANNELS_FIRST, CPU, EAGER
+from refold.bench.worker import PYTORCH
 from refold.errors import InputError
 from refold.files import PathLike, write_text
 
@@ -22,12 +24,16 @@ CellValue = str | float | int | None
 
 @dataclass(frozen=True)
 class PrintedColumn:
-    """One column: its heading, the value of a row (None: nothing), and how a value is shown."""
+    """One column: its heading, the value of a row (None: nothing), and how a value is shown.
+
+    A value that is the `usual` one of all rows is not worth saying.
+    """
 
     heading: str
     value: Callable[[Benchmark, Measurement], CellValue]
     show: Callable[[Any], str] = str
     number: bool = True
+    usual: CellValue = None
 
 
 def _ratio(benchmark: Benchmark, row: Measurement) -> str | None:
@@ -39,6 +45,10 @@ def _sampled(value: Callable[[Measurement], float]) -> Callable[[Benchmark, Meas
     return lambda _, row: value(row) if row.samples else None
 
 
+def _of_pytorch(name: str) -> Callable[[Benchmark, Measurement], str | None]:
+    return lambda _, row: getattr(row.configuration, name) if row.configuration.engine == PYTORCH else None
+
+
 # What tells rows apart; on the terminal and in Markdown one that is the same in all rows goes into the caption.
 IDENTITY = (
     PrintedColumn("machine", lambda _, row: row.machine, number=False),
@@ -46,6 +56,9 @@ IDENTITY = (
     PrintedColumn("form", lambda _, row: row.configuration.form, number=False),
     PrintedColumn("engine", lambda _, row: row.configuration.engine, number=False),
     PrintedColumn("precision", lambda _, row: row.configuration.precision, number=False),
+    PrintedColumn("device", _of_pytorch("device"), number=False, usual=CPU),
+    PrintedColumn("execution", _of_pytorch("execution"), number=False, usual=EAGER),
+    PrintedColumn("memory format", _of_pytorch("memory_format"), number=False, usual=CHANNELS_FIRST),
     PrintedColumn("batch", lambda _, row: row.configuration.batch_size),
     PrintedColumn("threads", lambda _, row: row.configuration.threads),
     PrintedColumn("image", lambda _, row: "x".join(map(str, row.configuration.input_size)), number=False),
@@ -77,7 +90,7 @@ def columns(benchmark: Benchmark, *, all_identity: bool = False) -> list[Printed
     chosen = [
         column
         for column in IDENTITY
-        if all_identity or column.heading == "model" or len(_values(benchmark, column)) > 1
+        if all_identity or column.heading == "model" or len(_values(benchmark, column) - {None}) > 1
     ]
     return chosen + [column for column in _FIGURES if _values(benchmark, column) - {None}]
 
@@ -93,7 +106,9 @@ def common(benchmark: Benchmark) -> str:
     parts = [
         f"{column.heading} {column.show(next(iter(values)))}"
         for column in IDENTITY
-        if column.heading != "model" and len(values := _values(benchmark, column)) == 1
+        if column.heading != "model"
+        and len(values := _values(benchmark, column) - {None}) == 1
+        and values != {column.usual}
     ]
     counts = {len(row.samples) for row in benchmark.measured}
     if counts:
@@ -122,11 +137,12 @@ def describe(name: str, machine: Machine) -> str:
     """A machine's facts as one line."""
     memory = "" if machine.memory is None else f", {machine.memory / 2**30:.0f} GiB"
     note = f" ({machine.note})" if machine.note else ""
-    own = "" if name == machine.cpu else f"{name}: "
+    own = "" if name in (machine.cpu, machine.name) else f"{name}: "
+    gpu = "" if machine.gpu is None else f"{machine.gpu}; "
     versions = ", ".join(f"{package} {version}" for package, version in machine.versions.items())
     cores = f"{machine.cores} core{'s' if machine.cores != 1 else ''}"
     return (
-        f"{own}{machine.cpu}, {machine.architecture}, {cores}{memory}{note}; {machine.system}, "
+        f"{own}{gpu}{machine.cpu}, {machine.architecture}, {cores}{memory}{note}; {machine.system}, "
         f"Python {machine.python}; {versions}"
     )
 

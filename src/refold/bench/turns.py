@@ -38,7 +38,12 @@ class WorkerProcess(Apart):
     """A running `refold.bench.worker` with a number of threads."""
 
     def __init__(self, threads: int, time_limit: float) -> None:
-        names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+        names = (
+            "OMP_NUM_THREADS",
+            "MKL_NUM_THREADS",
+            "OPENBLAS_NUM_THREADS",
+            "TORCHINDUCTOR_COMPILE_THREADS",
+        )
         super().__init__("refold.bench.worker", time_limit, dict.fromkeys(names, str(threads)))
         self._calls = 1
 
@@ -60,12 +65,20 @@ class WorkerProcess(Apart):
 
 
 def open_worker(
-    engine: str, path: Path, *, threads: int, shape: tuple[int, ...], dtype: str, time_limit: float
+    engine: str,
+    path: Path,
+    *,
+    threads: int,
+    shape: tuple[int, ...],
+    dtype: str,
+    time_limit: float,
+    **pytorch: str,
 ) -> WorkerProcess:
-    """Open a model's file in a worker process; raises `TimingFailed` where that fails."""
+    """Open a model's file in a worker process, with how PyTorch runs it; raises `TimingFailed` where that fails."""
     worker = WorkerProcess(threads, time_limit)
     try:
-        worker.ask("open", engine=engine, path=str(path), threads=threads, shape=list(shape), dtype=dtype)
+        given = {"path": str(path), "threads": threads, "shape": list(shape), "dtype": dtype, **pytorch}
+        worker.ask("open", engine=engine, **given)
     except BaseException:
         worker.close()
         raise

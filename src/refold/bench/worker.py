@@ -7,7 +7,6 @@ memory then costs one row of a benchmark, and the memory that a model needs is t
 from __future__ import annotations
 
 import gc
-import time
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from refold.bench.execution import call_of, in_memory_format, milliseconds, set_up_cuda
 from refold.export.apart import serve
 
 PYTORCH = "pytorch"
@@ -28,20 +28,28 @@ class Worker:
         self._call: Callable[[], object] = lambda: None
         self._breakdown: Callable[[], dict[str, float] | None] = lambda: None
         self._memory_before: int | None = None
+        self._device = "cpu"
 
-    def open(self, engine: str, path: str, threads: int, shape: list[int], dtype: str) -> None:
-        """Load a model: a pickled module for PyTorch, else a file that `refold.export` wrote for the engine."""
+    def open(
+        self, engine: str, path: str, threads: int, shape: list[int], dtype: str, **pytorch: Any
+    ) -> None:
+        """Load a model: a pickled module for PyTorch, else a file that `refold.export` wrote for the engine.
+
+        `pytorch` is how PyTorch runs it: the other fields of `refold.bench.ways.Way`, by default the usual.
+        """
         torch.set_num_threads(threads)
-        self._open(engine, path, threads, shape, dtype)
+        self._open(engine, path, threads, shape, dtype, **pytorch)
         # What is here stays; collecting between two turns then takes no time.
         gc.collect()
         gc.freeze()
 
-    def _open(self, engine: str, path: str, threads: int, shape: list[int], dtype: str) -> None:
+    def _open(
+        self, engine: str, path: str, threads: int, shape: list[int], dtype: str, **pytorch: Any
+    ) -> None:
         generator = torch.Generator().manual_seed(0)
         image = torch.randn(shape, generator=generator).to(getattr(torch, dtype))
         if engine == PYTORCH:
-            self._open_pytorch(path, image)
+            self._open_pytorch(path, image, **pytorch)
             return
         from refold.bench.breakdown import PROFILERS
         from refold.export import get_engine
@@ -53,16 +61,29 @@ class Worker:
         if engine in PROFILERS:
             self._breakdown = lambda: PROFILERS[engine](Path(path), image, threads)
 
-    def _open_pytorch(self, path: str, image: Tensor) -> None:
+    def _open_pytorch(
+        self,
+        path: str,
+        image: Tensor,
+        precision: str = "float32",
+        device: str = "cpu",
+        execution: str = "eager",
+        memory_format: str = "channels_first",
+    ) -> None:
         from refold.bench.breakdown import profile_torch
 
         # The parent wrote this file a moment ago. Read without its data first, it imports the code that the model
         # needs, which is no memory of the model's.
         torch.load(path, map_location="meta", weights_only=False)
+        self._device = device
+        if device == "cuda":
+            set_up_cuda(precision == "tf32")
         self._memory_before = _reset_peak_memory()
-        model = torch.load(path, map_location="cpu", weights_only=False)
-        self._call = lambda: model(image)
-        self._breakdown = lambda: profile_torch(model, image)
+        model = torch.load(path, map_location=device, weights_only=False)
+        model, image = in_memory_format(model, image.to(device), memory_format)
+        self._call = call_of(model, image, execution)
+        if execution == "eager":
+            self._breakdown = lambda: profile_torch(model, image)
 
     def time(self, calls: int) -> float:
         """Milliseconds a call, the mean of `calls` in a row.
@@ -72,13 +93,15 @@ class Worker:
         gc.collect()
         with torch.inference_mode():
             self._call()
-            start = time.perf_counter_ns()
-            for _ in range(calls):
-                self._call()
-            return (time.perf_counter_ns() - start) / 1e6 / calls
+            return milliseconds(self._call, calls, self._device)
 
     def memory(self) -> int | None:
-        """Bytes of resident memory at its peak since the model was opened, less what there was before."""
+        """Bytes of resident memory at its peak since the model was opened, less what there was before.
+
+        Of a model on a card, what PyTorch held there at the peak.
+        """
+        if self._device == "cuda":
+            return torch.cuda.max_memory_allocated()
         peak = _status("VmHWM")
         return None if peak is None or self._memory_before is None else max(0, peak - self._memory_before)
 

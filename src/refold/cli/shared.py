@@ -64,6 +64,31 @@ Engines = Annotated[
         "--engine", help="pytorch, an engine of export, or all; repeat it.", show_default="onnxruntime"
     ),
 ]
+Precisions = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--precision",
+        help="float32, float16, int8 or, with --device cuda, tf32; repeat it.",
+        show_default="float32",
+    ),
+]
+Device = Annotated[str, typer.Option("--device", help="With --engine pytorch: cpu or cuda.")]
+Executions = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--execution",
+        help="With --engine pytorch: eager, compiled or, with --device cuda, graphs; repeat it.",
+        show_default="eager",
+    ),
+]
+MemoryFormats = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--memory-format",
+        help="With --engine pytorch: channels_first or channels_last; repeat it.",
+        show_default="channels_first",
+    ),
+]
 ThreadCounts = Annotated[
     list[int] | None, typer.Option("--threads", help="Threads of the engine; repeat it.", show_default="1")
 ]

@@ -13,9 +13,11 @@ from refold.bench.papers.published import TIMES, Exhibit, PaperRow, find_exhibit
 from refold.bench.papers.results import PaperTable, TimingSetup
 from refold.bench.results import Benchmark
 from refold.bench.runner import BenchmarkProgress, benchmark
-from refold.bench.subjects import PLAIN, SHORTCUT_FOLDED, TRAINING, engine_names
+from refold.bench.subjects import PLAIN, SHORTCUT_FOLDED, TRAINING
+from refold.bench.ways import CHANNELS_FIRST, CPU, EAGER, ways
 from refold.checkpoints import example_input
 from refold.errors import InputError
+from refold.export.request import FLOAT32
 from refold.files import PathLike
 from refold.folding import Cost, count, fold
 from refold.models import list_models
@@ -28,6 +30,10 @@ def paper(
     *,
     latency: bool = True,
     engine: str | Sequence[str] = "onnxruntime",
+    precisions: Sequence[str] = (FLOAT32,),
+    device: str = CPU,
+    executions: Sequence[str] = (EAGER,),
+    memory_formats: Sequence[str] = (CHANNELS_FIRST,),
     threads: Sequence[int] = (1,),
     largest_batch: int | None = None,
     rounds: int = 30,
@@ -56,6 +62,7 @@ def paper(
     if largest_batch is not None and largest_batch < 1:
         raise InputError(f"largest_batch is {largest_batch}; give at least 1.")
     report = on_progress or (lambda text, share: None)
+    chosen = ways(engine, precisions, device, executions, memory_formats)
     timed = latency and bool(exhibit.columns_of(*TIMES))
     sizes = _sizes(exhibit, lambda text, share: report(text, share * (0.1 if timed else 1.0)))
     if not timed:
@@ -65,6 +72,10 @@ def paper(
     measured = _times(
         exhibit,
         engine=engine,
+        precisions=precisions,
+        device=device,
+        executions=executions,
+        memory_formats=memory_formats,
         batch_sizes=batch_sizes,
         threads=threads,
         rounds=rounds,
@@ -76,7 +87,7 @@ def paper(
         time_limit=time_limit,
         on_progress=lambda text, share: report(text, 0.1 + 0.9 * share),
     )
-    setups = [TimingSetup(e, t, b) for b in batch_sizes for t in threads for e in engine_names(engine)]
+    setups = [TimingSetup(w, t, b) for b in batch_sizes for t in threads for w in chosen]
     return PaperTable(exhibit, sizes, measured, tuple(setups), accuracies or {})
 
 

@@ -8,14 +8,15 @@ from dataclasses import dataclass, field
 from refold.bench.papers.published import Exhibit, PaperRow
 from refold.bench.results import Benchmark, Measurement
 from refold.bench.timing import Timing
+from refold.bench.ways import Way
 from refold.folding import Cost
 
 
 @dataclass(frozen=True)
 class TimingSetup:
-    """How a time is measured here: the engine, its threads, and the images of a call."""
+    """How a time is measured here: the way to run a network, its threads, and the images of a call."""
 
-    engine: str
+    way: Way
     threads: int
     batch_size: int
 
@@ -41,7 +42,7 @@ class PaperTable:
             measured
             for measured in self.benchmark.measured
             if (key := measured.configuration).model == row.subject
-            and (key.form, key.engine, key.threads) == (row.timed, setup.engine, setup.threads)
+            and (key.form, key.way, key.threads) == (row.timed, setup.way, setup.threads)
             and key.batch_size == setup.batch_size
             and row.pixels in (None, key.input_size[-1])
         ]

@@ -18,6 +18,7 @@ from refold.bench.papers.published import QUOTED, SIZES, TIMES, PaperColumn, Pap
 from refold.bench.papers.results import PaperTable, TimingSetup
 from refold.bench.papers.values import PaperValue, deviation, published_ratio, values
 from refold.bench.tables import check_suffix, describe, failures
+from refold.bench.ways import Way
 from refold.files import PathLike, write_text
 
 FORMAT = "refold paper 1"
@@ -117,13 +118,13 @@ def _time_grid(table: PaperTable) -> Grid:
     exhibit = table.exhibit
     columns = exhibit.columns_of(*TIMES)
     devices = list(dict.fromkeys((column.on, column.quantity, column.unit) for _, column in columns))
-    runs = list(dict.fromkeys((setup.engine, setup.threads) for setup in table.setups))
+    runs = list(dict.fromkeys((setup.way, setup.threads) for setup in table.setups))
     batches = list(dict.fromkeys(column.batch_size for _, column in columns))
     several = len({threads for _, threads in runs}) > 1
     is_rate = any(column.quantity == "throughput" for _, column in columns)
     headings = ["model", "form", "batch", *(f"{on}, {unit}: paper" for on, _, unit in devices)]
-    for engine, threads in runs:
-        name = f"{engine}, {threads} threads" if several else engine
+    for way, threads in runs:
+        name = f"{way}, {threads} threads" if several else str(way)
         headings += [f"{name}, ms: here", *([f"{name}, images/s: here"] if is_rate else [])]
     rows = []
     for row in exhibit.rows:
@@ -158,11 +159,11 @@ def _printed_time(table: PaperTable, row: PaperRow, place: int | None) -> str:
 
 
 def _here(
-    table: PaperTable, row: PaperRow, batch: int, runs: list[tuple[str, int]], is_rate: bool
+    table: PaperTable, row: PaperRow, batch: int, runs: list[tuple[Way, int]], is_rate: bool
 ) -> list[str]:
     cells: list[str] = []
-    for engine, threads in runs:
-        setup = TimingSetup(engine, threads, batch)
+    for way, threads in runs:
+        setup = TimingSetup(way, threads, batch)
         timing = table.timing(row, setup)
         if timing is None:
             cells += [""] * (1 + is_rate)
@@ -187,7 +188,7 @@ def _operator_grid(table: PaperTable) -> Grid:
     for row, setup, times in found:
         total = sum(times.values())
         shares = [f"{times.get(kind, 0.0) / total:.1%}" for kind in kinds]
-        rows.append([row.model, setup.engine, str(setup.batch_size), f"{total:.2f}", *shares])
+        rows.append([row.model, str(setup.way), str(setup.batch_size), f"{total:.2f}", *shares])
     return Grid(
         "Share of the time in operators, from the engine's own profile",
         ["model", "engine", "batch", "ms", *kinds],

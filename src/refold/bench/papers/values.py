@@ -25,6 +25,10 @@ class PaperValue:
     form: str
     on: str = ""
     engine: str = ""
+    precision: str = ""
+    device: str = ""
+    execution: str = ""
+    memory_format: str = ""
     threads: int | None = None
     batch_size: int | None = None
     published: str = ""
@@ -100,7 +104,9 @@ def _time_values(table: PaperTable, row: PaperRow, setup: TimingSetup) -> Iterat
         row,
         column,
         row.timed,
-        **asdict(setup),
+        **asdict(setup.way),
+        threads=setup.threads,
+        batch_size=setup.batch_size,
         here=timing.median,
         first_quartile=first,
         third_quartile=third,
