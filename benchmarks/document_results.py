@@ -25,6 +25,7 @@ from cifar10 import SEEDS, small_ghostnetv2, small_ghostnetv3, small_resnet
 from document_papers import papers_section
 from refold.files import write_text, written_aside
 from refold.recording.cost import count
+from refold.replication.relations import is_told
 
 Runs = dict[str, dict[str, Any]]
 ARMS = {
@@ -261,9 +262,23 @@ def tasks_section(results: dict[str, Any]) -> list[str]:
         ]
         if missing:
             lines += ["", f"Not run: {'; '.join(missing)}."]
+        lines += ["", _digit_differences(done)]
     if "masks" in runs:
         lines += ["", *_mask_lines(runs["masks"])]
     return lines
+
+
+def _digit_differences(done: dict[str, list[dict[str, Any]]]) -> str:
+    """How far the other arms are from the first, seed by seed, and whether that can be told."""
+    first, *others = done
+    found = []
+    for arm in others:
+        differences = [b["plain"] - a["plain"] for a, b in zip(done[first], done[arm], strict=False)]
+        if len(differences) > 1:
+            doubt = "" if is_told(differences) else ", which Student's t at 95% cannot tell from nothing"
+            found.append(f"{arm} {mean(differences):+.3f} ± {stdev(differences):.3f}{doubt}")
+    sentence = "± is the standard deviation over the seeds."
+    return f"{sentence} Beside the first row, seed by seed: {'; '.join(found)}." if found else sentence
 
 
 def _digit_row(title: str, done: list[dict[str, Any]]) -> str:
