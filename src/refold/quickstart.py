@@ -84,12 +84,15 @@ TRAINING_FORM, PLAIN_FORM, IN_ENGINE = "training form", "plain", "plain in ONNX 
 
 @dataclass(frozen=True)
 class ComparedForm:
-    """One form of the network: what it answers and what it costs for one image, latency in milliseconds."""
+    """One form of the network: what it answers and what it costs for one image, latency in milliseconds.
+
+    A file for images of any size tells no ``macs``.
+    """
 
     score: float
     same_answers: int
     parameters: int
-    macs: int
+    macs: int | None
     operators: dict[str, int]
     latency: float
 
@@ -225,7 +228,7 @@ def _columns(net: Any, plain: Any, onnx_file: Path, trained: training.Result) ->
             score=answers[name][0],
             same_answers=answers[name][1],
             parameters=cost.parameters or 0,
-            macs=cost.macs or 0,
+            macs=cost.macs,
             operators=cost.operators,
             latency=latencies[name].median,
         )
@@ -257,7 +260,7 @@ def render(result: QuickstartResult) -> Table:
     row(f"held-out {result.score}", lambda c: f"{c.score:.2%}")
     row("same answers", lambda c: f"{c.same_answers:,} of {result.held_out_images:,}")
     row("parameters", lambda c: f"{c.parameters:,}")
-    row("MACs", lambda c: f"{c.macs:,}")
+    row("MACs", lambda c: "not known" if c.macs is None else f"{c.macs:,}")
     row("operators", lambda c: f"{c.operator_count:,}")
     row("convolutions", lambda c: c.operators.get("convolution", c.operators.get("Conv", 0)))
     row("batch norms", lambda c: c.operators.get("batch norm", c.operators.get("BatchNormalization", 0)))
@@ -283,7 +286,7 @@ def _draw(result: QuickstartResult, path: Path) -> None:
         score_title=result.score,
         comparison={
             "parameters (M)": {name: column.parameters / 1e6 for name, column in columns},
-            "MACs (M)": {name: column.macs / 1e6 for name, column in columns},
+            "MACs (M)": {name: column.macs and column.macs / 1e6 for name, column in columns},
             "operators": {name: column.operator_count for name, column in columns},
             "latency (ms)": {name: column.latency for name, column in columns},
         },

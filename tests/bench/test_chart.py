@@ -18,6 +18,7 @@ def test_chart_is_a_png_with_the_colours_of_all_forms(tmp_path: Path) -> None:
         comparison={
             "operators": {"training form": 300.0, "plain": 150.0},
             "zero": {"training form": 0, "plain": 0},
+            "unknown": {"training form": 3.0, "plain": None},
         },
     )
     with Image.open(path) as image:

@@ -69,6 +69,17 @@ def test_a_file_is_the_same_however_it_came_about_and_names_no_path_of_the_machi
     assert str(Path(refold.__file__).parent).encode() not in content
 
 
+@pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])
+def test_a_file_for_images_of_any_size_tells_no_macs(engine: str, tmp_path: Path) -> None:
+    pytest.importorskip(engine)
+    layer, path = nn.Conv2d(3, 4, 3).eval(), tmp_path / f"x.{'onnx' if engine == 'onnxruntime' else 'xml'}"
+    image = torch.randn(1, 3, 12, 10)
+    fixed = refold.export(layer, path, image, engine=engine)
+    assert fixed.contents.macs == 10 * 8 * 4 * 27
+    free = refold.export(layer, path, image, engine=engine, dynamic_size=True)
+    assert (free.contents.macs, free.contents.parameters) == (None, 4 * 28)
+
+
 def test_branches_stay_if_asked_for(net: nn.Module, tmp_path: Path) -> None:
     net.train()
     report = refold.export(net, tmp_path / "x.onnx", IMAGE, fold=False, dynamic_batch=False)

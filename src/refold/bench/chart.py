@@ -21,12 +21,13 @@ def training_and_comparison_chart(
     losses: Sequence[float],
     scores: Sequence[float],
     score_title: str,
-    comparison: Mapping[str, Mapping[str, float]],
+    comparison: Mapping[str, Mapping[str, float | None]],
 ) -> None:
     """Draw the training curve beside bars that compare forms of one network, and write it as PNG.
 
     ``losses`` and ``scores`` (shares, called ``score_title``) have one value an epoch. ``comparison`` maps a quantity,
-    with its unit, to the value of each form; every quantity is drawn relative to its first form.
+    with its unit, to the value of each form, None where it is not known; every quantity is drawn relative to its first
+    form.
     Raises `InputError` where ``path`` cannot be written.
     """
     figure = Figure(figsize=(13, 5), layout="constrained")
@@ -62,15 +63,16 @@ def _draw_curve(axes: Axes, losses: Sequence[float], scores: Sequence[float], ti
     axes.legend([score_line, loss_line], [title, "training loss"], loc="center right")
 
 
-def _draw_bars(axes: Axes, comparison: Mapping[str, Mapping[str, float]]) -> None:
+def _draw_bars(axes: Axes, comparison: Mapping[str, Mapping[str, float | None]]) -> None:
     forms = list(next(iter(comparison.values())))
     width = 0.8 / len(forms)
     for place, form in enumerate(forms):
         values = [quantity[form] for quantity in comparison.values()]
-        shares = [quantity[form] / (quantity[forms[0]] or 1) for quantity in comparison.values()]
+        shares = [(quantity[form] or 0) / (quantity[forms[0]] or 1) for quantity in comparison.values()]
         offsets = [index + (place - (len(forms) - 1) / 2) * width for index in range(len(values))]
         bars = axes.bar(offsets, shares, width * 0.94, label=form, color=_COLOURS[place % len(_COLOURS)])
-        axes.bar_label(bars, [f"{value:,.3g}" for value in values], fontsize=8, padding=2)
+        labels = ["not known" if value is None else f"{value:,.3g}" for value in values]
+        axes.bar_label(bars, labels, fontsize=8, padding=2)
     axes.set_xticks(range(len(comparison)), list(comparison))
     axes.set(ylabel=f"relative to the {forms[0]}", title="The same function, side by side")
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.07), ncols=len(forms), frameon=False)

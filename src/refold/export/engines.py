@@ -92,7 +92,8 @@ class Contents:
     """What a file holds: operators by kind, parameters, and multiply-accumulates of one example.
 
     Constants of shapes and axes are no parameters; operators that only relabel a tensor are not counted.
-    Where a format does not tell parameters or multiply-accumulates, they are None.
+    Where a format does not tell parameters or multiply-accumulates, they are None, and so are the latter in a file for
+    images of any size.
     """
 
     parameters: int | None

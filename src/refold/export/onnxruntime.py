@@ -37,7 +37,7 @@ def write(model: nn.Module, request: Request) -> Sequence[str]:
 
 
 def contents(path: Path) -> Contents:
-    """Count what an ONNX file holds; an axis without a fixed size, such as the batch, counts as one."""
+    """Count what an ONNX file holds; the batch counts as one if it is free, and images without a size tell no MACs."""
     graph = onnx.shape_inference.infer_shapes(onnx.load(str(path))).graph
     parameters = {tensor.name: tensor for tensor in graph.initializer if tensor.data_type in _FLOATING}
     shapes = {value.name: _shape(value) for value in (*graph.value_info, *graph.output, *graph.input)}
@@ -50,7 +50,7 @@ def contents(path: Path) -> Contents:
     )
     return Contents(
         parameters=sum(prod(tensor.dims) for tensor in parameters.values()),
-        macs=sum(_macs(node, shapes) for node in graph.node),
+        macs=sum(_macs(node, shapes) for node in graph.node) if _are_sized(graph.input) else None,
         operators=dict(operators.most_common()),
     )
 
@@ -63,6 +63,11 @@ def _computing_shapes(graph: Any) -> set[str]:
         if node.op_type == "Shape" or found.issuperset(node.input):
             found.update(node.output)
     return found
+
+
+def _are_sized(inputs: Any) -> bool:
+    """Whether all axes but the batch have a size."""
+    return all(axis.dim_value for value in inputs for axis in value.type.tensor_type.shape.dim[1:])
 
 
 def _shape(value: Any) -> tuple[int, ...]:

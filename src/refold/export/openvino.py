@@ -42,15 +42,19 @@ def save(converted: Any, path: Path, metadata: Mapping[str, str], precision: Pre
 
 
 def contents(path: Path) -> Contents:
-    """Count what a file holds; an axis without a fixed size, such as the batch, counts as one."""
-    operators = _core().read_model(path).get_ops()
+    """Count what a file holds; the batch counts as one if it is free, and images without a size tell no MACs."""
+    model = _core().read_model(path)
+    operators = model.get_ops()
+    is_sized = not any(
+        axis.is_dynamic for value in model.inputs for axis in list(value.get_partial_shape())[1:]
+    )
     kinds = Counter(operator.get_type_name() for operator in operators)
     constants = [operator for operator in operators if operator.get_type_name() == "Constant"]
     # Single numbers are the settings of an operator: bounds, slopes, the shift of a hard sigmoid.
     sizes = [_size(constant.output(0)) for constant in constants if _is_real(constant)]
     return Contents(
         parameters=sum(size for size in sizes if size > 1),
-        macs=sum(_macs(operator) for operator in operators),
+        macs=sum(_macs(operator) for operator in operators) if is_sized else None,
         operators={kind: n for kind, n in kinds.most_common() if kind not in _NO_OPERATORS},
     )
 
