@@ -11,7 +11,7 @@ SCRIPT = Path(__file__).with_name("killed_at_every_write.py")
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize(("how", "stride"), [("SIGKILL", 3), ("SIGTERM", 7)])
+@pytest.mark.parametrize(("how", "stride"), [("SIGKILL", 4), ("SIGTERM", 9)])
 def test_a_run_that_is_ended_at_any_write_goes_on(tmp_path: Path, how: str, stride: int) -> None:
     done = subprocess.run(
         [sys.executable, str(SCRIPT), str(tmp_path), how, str(stride)], capture_output=True, text=True
