@@ -49,7 +49,7 @@ def released(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 def test_rows_have_the_accuracies_of_their_weights_or_a_reason(photos: Path, released: str) -> None:
     said: list[str] = []
     sheet = evaluate("repghost/table-4", photos, only=[NAME], say=said.append)
-    other, row = sheet.rows
+    other, row = sheet.grid.rows
     # Two of six are first, all are among the first five; the paper prints 66.9 and 86.9.
     assert row == [
         "RepGhostNet 0.5×", NAME, released, "66.9", "33.33", "-33.57", "86.9", "100.00", "+13.10",
@@ -64,7 +64,7 @@ def test_rows_have_the_accuracies_of_their_weights_or_a_reason(photos: Path, rel
 def test_variants_have_none_and_a_network_is_asked_once(photos: Path, released: str) -> None:
     said: list[str] = []
     sheet = evaluate("repghost/table-7", photos, say=said.append)
-    assert [cells[4] for cells in sheet.rows] == ["", "", "", "33.33", "", "", ""]
+    assert [cells[4] for cells in sheet.grid.rows] == ["", "", "", "33.33", "", "", ""]
     assert "id: no weights of this variant are published" in sheet.remarks
     assert said == [f"{NAME}: 6 photos"]
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from timm.data import ImageNetInfo
 
+from refold.bench.papers.grids import Grid
 from refold.bench.papers.published import Exhibit, PaperRow, find_exhibit
 from refold.errors import CheckpointError, InputError
 from refold.files import PathLike
@@ -153,4 +154,5 @@ def _sheet(exhibit: Exhibit, found: dict[str, Evaluation]) -> Sheet:
         f"{asked:,} photos; each network prepares them as its weights ask, which the papers' may not have been"
     ]
     lines += [f"{model}: {each.reason}" for model, each in found.items() if each.reason]
-    return Sheet(exhibit, headings, rows, 3, lines, {"format": FORMAT, "name": exhibit.name, "rows": content})
+    told = {"format": FORMAT, "name": exhibit.name, "rows": content}
+    return Sheet(exhibit, Grid("", headings, rows, 3), lines, told)

@@ -8,6 +8,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+from refold.bench.papers.grids import Grid
 from refold.replication.relations import RULE, Relation
 from refold.replication.replicating import Replication
 from refold.replication.sheet import Sheet
@@ -70,7 +71,7 @@ def remarks(found: Replication) -> list[str]:
 def sheet(found: Replication) -> Sheet:
     """The table of what was trained, with what each run was told, its epochs and its versions as content."""
     rows = [relation_cells(relation) for relation in found.relations]
-    return Sheet(found.exhibit, _HEADINGS, rows, _NUMBERS, remarks(found), _content(found))
+    return Sheet(found.exhibit, Grid("", _HEADINGS, rows, _NUMBERS), remarks(found), _content(found))
 
 
 def _content(found: Replication) -> dict[str, Any]:

@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Group
-from rich.markup import escape
-from rich.table import Table
 
+from refold.bench.papers.grids import Grid, markdown_page, rich_page
 from refold.bench.papers.published import Exhibit
 from refold.errors import InputError
 from refold.files import PathLike, check_writable, write_text
@@ -19,39 +18,20 @@ from refold.files import PathLike, check_writable, write_text
 
 @dataclass(frozen=True)
 class Sheet:
-    """Headings and cells of an exhibit, remarks, and all of it as ``content``, JSON-able values.
-
-    Columns from ``numbers`` on are figures.
-    """
+    """The table of an exhibit, remarks, and all of it as ``content``, JSON-able values."""
 
     exhibit: Exhibit
-    headings: list[str]
-    rows: list[list[str]]
-    numbers: int
+    grid: Grid
     remarks: list[str]
     content: Mapping[str, Any]
 
     def to_rich(self) -> Group:
         """The table for the terminal."""
-        table = Table()
-        for place, heading in enumerate(self.headings):
-            table.add_column(heading, justify="left" if place < self.numbers else "right", overflow="fold")
-        for cells in self.rows:
-            table.add_row(*map(escape, cells))
-        title = f"[bold]{escape(self.exhibit.source)}[/]: {escape(self.exhibit.title)}"
-        return Group(title, table, *(escape(f"- {line}") for line in self.remarks))
+        return rich_page(self.exhibit, [self.grid], self.remarks)
 
     def to_markdown(self) -> str:
         """The table as Markdown."""
-        marks = "|".join("---" if place < self.numbers else "--:" for place in range(len(self.headings)))
-        lines = [
-            f"**{self.exhibit.source}**: {self.exhibit.title}.",
-            "",
-            f"| {' | '.join(self.headings)} |",
-            f"|{marks}|",
-        ]
-        lines += [f"| {' | '.join(cells)} |" for cells in self.rows]
-        return "\n".join([*lines, "", *(f"- {line}" for line in self.remarks)]) + "\n"
+        return markdown_page(self.exhibit, [self.grid], self.remarks)
 
     def to_json(self) -> str:
         """The content as JSON."""

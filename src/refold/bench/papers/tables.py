@@ -5,15 +5,14 @@ from __future__ import annotations
 import csv
 import io
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from statistics import median
 from typing import Any
 
 from rich.console import Group
-from rich.markup import escape
-from rich.table import Table
 
 from refold.bench.breakdown import KINDS
+from refold.bench.papers.grids import Grid, markdown_page, rich_page
 from refold.bench.papers.published import QUOTED, SIZES, TIMES, PaperColumn, PaperRow
 from refold.bench.papers.results import PaperTable, TimingSetup
 from refold.bench.papers.values import PaperValue, deviation, published_ratio, values
@@ -29,16 +28,6 @@ _TITLES = {
     "activations": "activations",
     "winograd_multiplications": "Winograd multiplications",
 }
-
-
-@dataclass(frozen=True)
-class Grid:
-    """Headings and cells; columns from `numbers` on are figures."""
-
-    title: str
-    headings: list[str]
-    rows: list[list[str]]
-    numbers: int
 
 
 def grids(table: PaperTable) -> list[Grid]:
@@ -262,25 +251,12 @@ def _spread(table: PaperTable) -> str:
 
 def to_rich(table: PaperTable) -> Group:
     """The tables for the terminal, with the remarks below the last."""
-    shown: list[Any] = [f"[bold]{escape(table.exhibit.source)}[/]: {escape(table.exhibit.title)}"]
-    for grid in grids(table):
-        rich = Table(title=grid.title, title_justify="left")
-        for place, heading in enumerate(grid.headings):
-            rich.add_column(heading, justify="left" if place < grid.numbers else "right", overflow="fold")
-        for cells in grid.rows:
-            rich.add_row(*map(escape, cells))
-        shown.append(rich)
-    return Group(*shown, *(escape(f"- {line}") for line in remarks(table)))
+    return rich_page(table.exhibit, grids(table), remarks(table))
 
 
 def to_markdown(table: PaperTable) -> str:
     """The tables and the remarks."""
-    lines = [f"**{table.exhibit.source}**: {table.exhibit.title}."]
-    for grid in grids(table):
-        marks = "|".join("---" if place < grid.numbers else "--:" for place in range(len(grid.headings)))
-        lines += ["", f"{grid.title}:", "", f"| {' | '.join(grid.headings)} |", f"|{marks}|"]
-        lines += [f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |" for cells in grid.rows]
-    return "\n".join([*lines, "", *(f"- {line}" for line in remarks(table))]) + "\n"
+    return markdown_page(table.exhibit, grids(table), remarks(table))
 
 
 def to_csv(table: PaperTable) -> str:
